@@ -1,0 +1,118 @@
+"""What a storage format is: a set of matrices with a layout, and the few verbs methods and layers need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Shape = tuple[int, int]  # (out_features, in_features)
+
+
+class Params(dict):
+    """What `fit` found and `project` uses: scales, codebooks, masks, by name.
+
+    A method may add to it while it runs (codes it searched for, outliers it set aside); `pack` reads it.
+    """
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one stored tensor of a format."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Format:
+    """A set of matrices with a storage layout. Fields are its hyper-parameters; an instance holds no tensor.
+
+    A weight is ``[out_features, in_features]``; methods work in float32 or float64 and see `fit`, `refit` and
+    `project` only. `pack` writes the stored tensors, `unpack` reads them back and is the reference truth:
+    ``unpack(pack(project(w)))`` equals ``project(w)``. `linear` multiplies with the stored tensors.
+    """
+
+    block: ClassVar[int] = 1  # columns that are decided together: 1 scalars, 4 for 2:4, d for vectors along inputs
+
+    @property
+    def group_columns(self) -> int:
+        """Columns that share parameters fitted together; 0 when `refit` has nothing to do."""
+        return 0
+
+    def fit(self, w: Tensor, *, search: bool = False, importance: Tensor | None = None,
+            dtype: torch.dtype | None = None) -> Params:
+        """Fixed parameters for all of ``w``. ``search`` spends time on a smaller error (weighted by
+        ``importance [in]`` where given); ``dtype`` is the model's, in which scales and the like are stored."""
+        return Params()
+
+    def refit(self, params: Params, w: Tensor, lo: int, *, search: bool = False) -> None:
+        """Fit again the groups that lie in columns ``[lo, lo + w.shape[1])``, from the current values ``w``."""
+
+    def project(self, w: Tensor, params: Params, lo: int = 0, *, importance: Tensor | None = None) -> Tensor:
+        """Nearest representable values of columns ``[lo, lo + w.shape[1])``.
+
+        ``importance [columns]`` weighs the columns where a format must choose among them (masks, outliers).
+        A format may note what it chose in ``params``.
+        """
+        return w
+
+    def pack(self, w_hat: Tensor, params: Params) -> Tensors:
+        """Stored tensors of representable values ``w_hat [out, in]``; names and shapes as in `spec`."""
+        raise TypeError(f"{type(self).__name__} has no storage of its own")
+
+    def unpack(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix ``[out, in]`` that the stored tensors stand for."""
+        raise TypeError(f"{type(self).__name__} has no storage of its own")
+
+    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
+        """``x [..., in] @ W.T + bias``. This default is the reference; a format with a kernel makes one op call."""
+        return F.linear(x, self.unpack(tensors, shape, x.dtype), bias)
+
+    def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
+        """Names, shapes and dtypes of the stored tensors of a weight of ``shape`` in a model of ``dtype``."""
+        raise TypeError(f"{type(self).__name__} has no storage of its own")
+
+    def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
+        """Name of the kernel that would run, or ``reference: why`` when there is none."""
+        return "reference: no kernel for this format"
+
+    def check(self, shape: Shape) -> None:
+        """Raise ValueError when a weight of this shape cannot be stored."""
+
+    def bits(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> float:
+        """Stored bits per weight, everything counted (scales, zero points, codebooks, padding)."""
+        return 8 * sum(t.nbytes for t in self.spec(shape, dtype).values()) / math.prod(shape)
+
+    def text(self) -> str:
+        """The format as a spec string; ``parse(format.text())`` gives the format back."""
+        raise TypeError(f"{type(self).__name__} has no name in the spec grammar")
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def prefixed(tensors: Mapping[str, Tensor] | Mapping[str, TensorSpec], prefix: str) -> dict:
+    """The same tensors with ``prefix.`` before each name, for formats made of formats."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below ``prefix.``, without it."""
+    start = prefix + "."
+    return {name[len(start):]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def reference_kernel(text: str) -> bool:
+    """Whether a kernel's name says that there is none."""
+    return text.startswith("reference")

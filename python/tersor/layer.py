@@ -1,0 +1,340 @@
+"""The layers that hold a format's tensors: `Linear` in the place of ``nn.Linear``, `Embedding` of ``nn.Embedding``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .formats.base import Format, Shape
+from .formats.integer import TILE_ROWS, Int
+from .registry import Resolved, resolve, resolve_format
+from .transforms.steps import Step
+
+_is_grad_enabled = torch.is_grad_enabled
+
+
+class _Multiply(torch.autograd.Function):
+    """``format.linear`` with the exact gradient to the input, through the compressed weight."""
+
+    @staticmethod
+    def forward(ctx, x, bias, format, shape, names, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.format, ctx.shape, ctx.names = format, shape, names
+        return format.linear(x, dict(zip(names, tensors)), bias, shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            w = ctx.format.unpack(dict(zip(ctx.names, ctx.saved_tensors)), ctx.shape, grad.dtype)
+            grad_x = grad @ w
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        return grad_x, grad_bias, None, None, None, *([None] * len(ctx.names))
+
+
+class _Compressed:
+    """What `Linear` and `Embedding` share: a format's tensors as buffers, and a weight that is computed from them."""
+
+    format: Format
+    shape: Shape
+
+    def _hold(self, format: Format, shape: Shape, dtype: torch.dtype, device) -> None:
+        format.check(shape)
+        self.format, self.shape, self.weight_dtype = format, shape, dtype
+        spec = format.spec(shape, dtype)
+        self._names = tuple(spec)
+        self._dotted = any("." in name for name in spec)
+        for name, tensor in spec.items():
+            self.register_buffer(_buffer(name), torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors, under the format's names."""
+        return {name: self._buffers[_buffer(name)] for name in self._names}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the stored tensors over (no copy). ValueError where a name, shape or dtype is not the format's."""
+        spec = self.format.spec(self.shape, self.weight_dtype)
+        if set(tensors) != set(spec):
+            raise ValueError(f"tensors of {self.format}: found {sorted(tensors)}, accepted are {sorted(spec)}")
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != tuple(spec[name].shape) or tensor.dtype != spec[name].dtype:
+                raise ValueError(
+                    f"tensor {name!r} of {self.format} for a {self.shape[0]} x {self.shape[1]} weight: found "
+                    f"{tensor.dtype} {list(tensor.shape)}, accepted is {spec[name].dtype} {list(spec[name].shape)}"
+                )
+        for name, tensor in tensors.items():
+            self._buffers[_buffer(name)] = tensor.contiguous()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the stored tensors stand for, ``[out, in]`` in the model's dtype, computed at each access."""
+        return self.format.unpack(self.tensors(), self.shape, self.weight_dtype)
+
+    @weight.setter
+    def weight(self, value) -> None:
+        raise AttributeError(
+            f"the weight of a layer in format {self.format} is stored compressed and cannot be assigned; compress a "
+            "new nn.Linear with tersor.Linear.from_linear, and leave adapters unmerged"
+        )
+
+    def _apply(self, fn, recurse=True):
+        # Dtype casts of the model change what `.weight` returns, never the stored tensors.
+        stored = {id(self._buffers[_buffer(name)]) for name in self._names}
+        probe = torch.empty(0, dtype=self.weight_dtype, device=next(iter(self._buffers.values())).device)
+
+        def keep(tensor):
+            result = fn(tensor)
+            return result if id(tensor) not in stored or result.dtype == tensor.dtype else tensor.to(result.device)
+
+        self.weight_dtype = fn(probe).dtype
+        return super()._apply(keep, recurse)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def _buffer(name: str) -> str:
+    return name.replace(".", "__")
+
+
+class Linear(_Compressed, nn.Linear):
+    """``y = post(pre(x) @ W.T + bias)`` with ``W [out_features, in_features]`` stored in a format.
+
+    A subclass of ``nn.Linear``, so adapters and model code treat it as one. ``x`` is ``[..., in_features]`` in
+    float32, bfloat16 or float16; ``y`` has its dtype. The gradient to ``x`` is exact; the weight has none.
+    """
+
+    def __init__(self, in_features: int, out_features: int, format: Format | str, bias: bool = False,
+                 dtype: torch.dtype = torch.bfloat16, device=None, pre: Sequence[Step] = (),
+                 post: Sequence[Step] = ()):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        if isinstance(format, str):
+            format = resolve_format(format)
+        self._hold(format, (out_features, in_features), dtype, device)
+        bias_values = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", nn.Parameter(bias_values, requires_grad=False) if bias else None)
+        self.pre = nn.ModuleList(pre) if pre else None
+        self.post = nn.ModuleList(post) if post else None
+        self.siblings: Siblings | None = None
+        self.method = ""
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, spec: str | Resolved, inputs: Tensor | None = None) -> "Linear":
+        """Compress one ``nn.Linear``.
+
+        ``spec``: such as ``rtn:W4A16``; ``inputs [..., in_features]``: samples of the layer's input, for methods that
+        need statistics. ValueError for weights that are not finite, missing inputs, and unknown specs.
+        """
+        from .methods import compress_weight  # methods sit above layers' formats and below this constructor's users
+
+        resolved = spec if isinstance(spec, Resolved) else resolve(spec)
+        choice = compress_weight(linear.weight.detach(), resolved, inputs)
+        layer = cls.holding(linear, resolved.format, pre=choice.pre)
+        layer.load_tensors(resolved.format.pack(choice.w_hat, choice.params))
+        layer.method = resolved.method_text
+        return layer
+
+    @classmethod
+    def holding(cls, linear: nn.Linear, format: Format, device=None, pre: Sequence[Step] = (),
+                post: Sequence[Step] = ()) -> "Linear":
+        """A layer of ``linear``'s shape, dtype and bias (shared) whose tensors wait for `load_tensors`."""
+        layer = cls(linear.in_features, linear.out_features, format, False, _dtype(linear),
+                    device if device is not None else _device(linear), pre, post)
+        bias = linear._parameters.get("bias")
+        if bias is not None:
+            layer.bias = bias
+        layer.train(linear.training)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.siblings is not None and self.siblings.usable(x):
+            return self.siblings(self, x)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input of a layer {self.in_features} -> {self.out_features}: found {list(x.shape)}, "
+                             f"accepted is [..., {self.in_features}]")
+        if self.pre is not None:
+            for step in self.pre:
+                x = step(x)
+        bias = self._parameters["bias"]
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.to(x.dtype)
+        if _is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
+            tensors = self.tensors()
+            y = _Multiply.apply(x, bias, self.format, self.shape, self._names, *tensors.values())
+        else:
+            y = self.format.linear(x, self.tensors() if self._dotted else self._buffers, bias, self.shape)
+        if self.post is not None:
+            for step in self.post:
+                y = step(y)
+        return y
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that runs here, or ``reference: why``."""
+        return self.format.kernel(self.shape, _device(self))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"
+
+
+class Siblings:
+    """Projections of one input (q/k/v, gate/up) that run as one kernel call.
+
+    The first one called multiplies for all; the others pick their result up when called with the very same,
+    unmodified tensor. When they are not called so (twice in a row), the group dissolves.
+    """
+
+    def __init__(self, layers: Sequence[Linear]):
+        self.layers = tuple(layers)
+        self._input: Tensor | None = None
+        self._version = 0
+        self._ready: dict[int, Tensor] = {}
+        self._misses = 0
+        for layer in self.layers:
+            layer.siblings = self
+
+    @staticmethod
+    def fit_together(layers: Sequence[nn.Module]) -> bool:
+        """Whether these layers can share a call: same integer format, input width and dtype, no online steps."""
+        first = layers[0]
+        return len(layers) > 1 and all(
+            type(layer) is Linear and isinstance(layer.format, Int) and layer.format == first.format
+            and layer.format.activation != 4 and layer.in_features == first.in_features
+            and layer._buffers["scales"].dtype == first._buffers["scales"].dtype
+            and layer.pre is None and layer.post is None
+            for layer in layers
+        )
+
+    def usable(self, x: Tensor) -> bool:
+        # Without a version counter (inference mode) a modified input could not be told from the same one.
+        return (type(x) is Tensor and not torch.compiler.is_compiling() and x.is_cpu and not x.is_inference()
+                and not (_is_grad_enabled() and x.requires_grad) and x.shape[-1] == self.layers[0].in_features
+                and not ops._listening())
+
+    def __call__(self, layer: Linear, x: Tensor) -> Tensor:
+        if self._input is x and self._version == x._version:
+            ready = self._ready.pop(id(layer), None)
+            if not self._ready:
+                self._input = None
+            if ready is not None:
+                self._misses = 0
+                return ready
+        elif self._ready:
+            self._misses += 1
+        self._ready, self._input = {}, None
+        if self._misses >= 2:
+            self.dissolve()
+            return layer(x)
+        held = [member._buffers for member in self.layers]
+        biases = [member._parameters["bias"] for member in self.layers]
+        if any(bias is not None and (bias.requires_grad and _is_grad_enabled()) for bias in biases):
+            self.dissolve()
+            return layer(x)
+        if all(bias is None for bias in biases):
+            biases = []
+        else:
+            biases = [x.new_zeros(member.out_features) if bias is None else bias.to(x.dtype)
+                      for bias, member in zip(biases, self.layers)]
+        format = layer.format
+        outputs = ops.int_linear_multi(
+            x, [t["qweight"] for t in held], [t["scales"] for t in held],
+            [] if format.symmetric else [t["zero_points"] for t in held], biases,
+            [member.out_features for member in self.layers], format.num_bits, format.group_size, format.activation,
+        )
+        self._ready = {id(member): y for member, y in zip(self.layers, outputs)}
+        mine = self._ready.pop(id(layer))
+        self._input, self._version = x, x._version
+        return mine
+
+    def dissolve(self) -> None:
+        """Let the layers run on their own again."""
+        self._ready, self._input = {}, None
+        for layer in self.layers:
+            layer.siblings = None
+
+    def __deepcopy__(self, memo):
+        import copy
+
+        twin = Siblings.__new__(Siblings)
+        memo[id(self)] = twin
+        twin.layers = tuple(copy.deepcopy(layer, memo) for layer in self.layers)
+        twin._input, twin._version, twin._ready, twin._misses = None, 0, {}, 0
+        return twin
+
+    def __reduce__(self):
+        return _no_siblings, ()
+
+
+def _no_siblings() -> None:
+    return None
+
+
+class Embedding(_Compressed, nn.Embedding):
+    """Token embedding whose rows are stored in an integer format; only the rows looked up are dequantized."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, format: Format | str, padding_idx: int | None = None,
+                 dtype: torch.dtype = torch.bfloat16, device=None):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        if isinstance(format, str):
+            format = resolve_format(format)
+        if not isinstance(format, Int):
+            raise ValueError(f"embedding: found format {format}, accepted are integer formats such as W8A16")
+        self._hold(format, (num_embeddings, embedding_dim), dtype, device)
+        self.method = ""
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, spec: str | Resolved) -> "Embedding":
+        """Compress an ``nn.Embedding`` with a data-free method. ValueError for weights that are not finite."""
+        from .methods import compress_weight
+
+        if embedding.max_norm is not None:
+            raise ValueError("embedding: found max_norm, accepted are embeddings that lookups do not rescale")
+        resolved = spec if isinstance(spec, Resolved) else resolve(spec)
+        choice = compress_weight(embedding.weight.detach(), resolved, None)
+        if choice.pre:
+            raise ValueError(f"embedding: found {resolved.text}, accepted are methods without online steps")
+        layer = cls(embedding.num_embeddings, embedding.embedding_dim, resolved.format, embedding.padding_idx,
+                    _dtype(embedding), _device(embedding))
+        layer.load_tensors(resolved.format.pack(choice.w_hat, choice.params))
+        layer.method = resolved.method_text
+        return layer
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows ``[..., embedding_dim]`` of integer ``ids [...]``, in the model's dtype."""
+        format, flat = self.format, ids.flatten().long()
+        tiles = flat // TILE_ROWS
+        rows = TILE_ROWS * flat.numel()
+        zero = self._buffers.get("zero_points")
+        w = ops.int_dequantize(
+            self._buffers["qweight"][tiles], self._buffers["scales"][tiles], None if zero is None else zero[tiles],
+            rows, self.embedding_dim, format.num_bits, format.group_size, self.weight_dtype,
+        )
+        index = torch.arange(flat.numel(), device=flat.device) * TILE_ROWS + flat % TILE_ROWS
+        return w.index_select(0, index).unflatten(0, ids.shape) if ids.dim() != 1 else w.index_select(0, index)
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that runs here, or ``reference: why``."""
+        return ops.int_dequantize.kernel(_device(self))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return module.weight_dtype if isinstance(module, _Compressed) else module.weight.dtype
+
+
+def _device(module: nn.Module) -> torch.device:
+    if isinstance(module, _Compressed):
+        return next(iter(module._buffers.values())).device
+    return module.weight.device

@@ -1,0 +1,327 @@
+"""One table of native operations: schema, fake, checks, CPU kernel, CUDA slot, pure-torch reference.
+
+Every check happens here, before a pointer leaves Python. Kernels never see a tensor whose dtype, device, shape or
+contiguity was not verified against the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _C
+
+_LIBRARY = torch.library.Library("tersor", "DEF")
+_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FLOATS = "float32, bfloat16, float16"
+
+OPS: dict[str, "Op"] = {}
+
+
+@dataclass
+class Op:
+    """One operation. Calling it goes through the dispatcher, or straight to the CPU kernel where nothing listens."""
+
+    name: str
+    schema: str
+    cpu: Callable
+    fake: Callable
+    reference: Callable
+    cuda: Callable | None = None
+
+    def __post_init__(self):
+        _LIBRARY.define(self.name + self.schema)
+        _LIBRARY.impl(self.name, self.cpu, "CPU")
+        if self.cuda is not None:
+            _LIBRARY.impl(self.name, self.cuda, "CUDA")
+        torch.library.register_fake(f"tersor::{self.name}", self.fake, lib=_LIBRARY)
+        self.dispatch = getattr(torch.ops.tersor, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, first, *rest):
+        # The dispatcher costs about 2.5 us a call; eager tensors with no mode active need nothing of it.
+        if type(first) is Tensor and first.is_cpu and not torch.compiler.is_compiling() and not _listening():
+            return self.cpu(first, *rest)
+        return self.dispatch(first, *rest)
+
+    def kernel(self, device: torch.device) -> str:
+        """Name of the kernel that serves this device, or ``reference: why``."""
+        if device.type == "cpu":
+            return f"{self.name} {_C.isa()}"
+        if device.type == "cuda" and self.cuda is not None:
+            return f"{self.name} cuda"
+        return f"reference: {self.name} has no kernel for device {device.type!r}"
+
+
+_listening = torch._C._len_torch_dispatch_stack
+
+
+def _fail(op: str, argument: str, found: object, accepted: str) -> None:
+    raise ValueError(f"tersor.{op}: {argument}: found {found}, accepted is {accepted}")
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+# -- checks -----------------------------------------------------------------------------------------------------
+
+
+def _check_weight(op, k, qweight, scales, zero_points, n, bits, group_size, device):
+    """Everything a kernel takes on trust about one stored weight."""
+    if not 2 <= bits <= 8:
+        _fail(op, "bits", bits, "2 to 8")
+    if group_size < 0 or group_size % 32:
+        _fail(op, "group_size", group_size, "a multiple of 32, or 0 for one scale per row")
+    rows, blocks = -(-n // 16), -(-k // 32)
+    groups = -(-k // group_size) if group_size else 1
+    if qweight.dtype is not torch.uint8 or qweight.shape != (rows, blocks, 64 * bits):
+        _fail(op, "qweight", f"{qweight.dtype} {list(qweight.shape)}",
+              f"torch.uint8 {[rows, blocks, 64 * bits]} for {n} x {k} weights of {bits} bits")
+    if scales.dtype not in _CODE or scales.shape != (rows, groups, 16):
+        _fail(op, "scales", f"{scales.dtype} {list(scales.shape)}", f"{_FLOATS} {[rows, groups, 16]}")
+    if zero_points is not None and (zero_points.dtype is not torch.uint8 or zero_points.shape != scales.shape):
+        _fail(op, "zero_points", f"{zero_points.dtype} {list(zero_points.shape)}",
+              f"torch.uint8 {list(scales.shape)}")
+    for name, tensor in (("qweight", qweight), ("scales", scales), ("zero_points", zero_points)):
+        if tensor is not None and (tensor.device != device or not tensor.is_contiguous()):
+            _fail(op, name, f"{tensor.device}, contiguous={tensor.is_contiguous()}", f"contiguous on {device}")
+
+
+def _check_input(op, x, act_bits):
+    if x.dtype not in _CODE:
+        _fail(op, "x", x.dtype, _FLOATS)
+    if x.dim() < 1:
+        _fail(op, "x", "a scalar", "a tensor [..., in_features]")
+    if act_bits not in (8, 16):
+        _fail(op, "act_bits", act_bits, "8 or 16")
+
+
+def _check_bias(op, x, bias, n):
+    if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.device != x.device
+                             or not bias.is_contiguous()):
+        _fail(op, "bias", f"{bias.dtype} {list(bias.shape)} on {bias.device}",
+              f"contiguous {x.dtype} {[n]} on {x.device}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` as ``[tokens, in]`` with unit stride along ``in``."""
+    if x.dim() != 2:
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if x.stride(1) != 1 and x.shape[1] > 1 or x.stride(0) < x.shape[1] and x.shape[0] > 1:
+        x = x.contiguous()
+    return x
+
+
+# -- int_linear -------------------------------------------------------------------------------------------------
+
+
+def _int_linear_cpu(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+    _check_input("int_linear", x, act_bits)
+    k = x.shape[-1]
+    _check_weight("int_linear", k, qweight, scales, zero_points, out_features, bits, group_size, x.device)
+    _check_bias("int_linear", x, bias, out_features)
+    rows = _rows(x)
+    m = rows.shape[0]
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    _C.int_linear(
+        rows.data_ptr(), _CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, qweight.data_ptr(), scales.data_ptr(),
+        _CODE[scales.dtype], 0 if zero_points is None else zero_points.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), out_features, out_features, bits, group_size, act_bits,
+        _threads(),
+    )
+    return y
+
+
+def _int_linear_fake(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _int_linear_reference(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+    from .formats.integer import quantize_activations
+
+    w = _int_dequantize_reference(qweight, scales, zero_points, out_features, x.shape[-1], bits, group_size,
+                                  torch.float64)
+    y = F.linear((quantize_activations(x, 8) if act_bits == 8 else x).double(), w,
+                 None if bias is None else bias.double())
+    return y.to(x.dtype)
+
+
+int_linear = Op(
+    "int_linear",
+    "(Tensor x, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int out_features, int bits, "
+    "int group_size, int act_bits) -> Tensor",
+    _int_linear_cpu, _int_linear_fake, _int_linear_reference,
+)
+
+
+# -- int_linear_multi: projections of one input in one call -------------------------------------------------------
+
+
+def _int_linear_multi_cpu(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits):
+    op = "int_linear_multi"
+    _check_input(op, x, act_bits)
+    count = len(qweights)
+    if not count or len(scales) != count or len(out_features) != count or len(zero_points) not in (0, count) \
+            or len(biases) not in (0, count):
+        _fail(op, "lists", [count, len(scales), len(zero_points), len(biases), len(out_features)],
+              "one entry per projection (zero_points and biases may be empty)")
+    k = x.shape[-1]
+    rows = _rows(x)
+    m = rows.shape[0]
+    outputs, projections = [], []
+    for i, n in enumerate(out_features):
+        zero = zero_points[i] if zero_points else None
+        bias = biases[i] if biases else None
+        _check_weight(op, k, qweights[i], scales[i], zero, n, bits, group_size, x.device)
+        if scales[i].dtype is not scales[0].dtype:
+            _fail(op, f"scales[{i}]", scales[i].dtype, f"the dtype of the first, {scales[0].dtype}")
+        _check_bias(op, x, bias, n)
+        y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+        outputs.append(y)
+        projections.append((qweights[i].data_ptr(), scales[i].data_ptr(), 0 if zero is None else zero.data_ptr(),
+                            0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n))
+    _C.int_linear_multi(rows.data_ptr(), _CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, projections,
+                        _CODE[scales[0].dtype], bits, group_size, act_bits, _threads())
+    return outputs
+
+
+def _int_linear_multi_fake(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits):
+    return [x.new_empty((*x.shape[:-1], n)) for n in out_features]
+
+
+def _int_linear_multi_reference(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits):
+    return [
+        _int_linear_reference(x, qweights[i], scales[i], zero_points[i] if zero_points else None,
+                              biases[i] if biases else None, n, bits, group_size, act_bits)
+        for i, n in enumerate(out_features)
+    ]
+
+
+int_linear_multi = Op(
+    "int_linear_multi",
+    "(Tensor x, Tensor[] qweights, Tensor[] scales, Tensor[] zero_points, Tensor[] biases, int[] out_features, "
+    "int bits, int group_size, int act_bits) -> Tensor[]",
+    _int_linear_multi_cpu, _int_linear_multi_fake, _int_linear_multi_reference,
+)
+
+
+# -- packing ----------------------------------------------------------------------------------------------------
+
+
+def _int_pack_cpu(codes, bits):
+    if not 2 <= bits <= 8:
+        _fail("int_pack", "bits", bits, "2 to 8")
+    if codes.dtype is not torch.uint8 or codes.dim() != 2 or not codes.is_contiguous():
+        _fail("int_pack", "codes", f"{codes.dtype} {list(codes.shape)}", "contiguous torch.uint8 [out, in]")
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        _fail("int_pack", "codes", int(codes.max()), f"0 to {2**bits - 1}")
+    n, k = codes.shape
+    qweight = torch.empty((-(-n // 16), -(-k // 32), 64 * bits), dtype=torch.uint8)
+    _C.int_pack(codes.data_ptr(), n, k, bits, qweight.data_ptr(), _threads())
+    return qweight
+
+
+def _int_pack_fake(codes, bits):
+    n, k = codes.shape
+    return codes.new_empty((-(-n // 16), -(-k // 32), 64 * bits))
+
+
+_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+
+def _vector_columns() -> Tensor:
+    """Column of a block that byte ``b`` of vector ``t`` holds, ``[8, 4]``."""
+    t, b = torch.meshgrid(torch.arange(8), torch.arange(4), indexing="ij")
+    return 8 * (t // 2) + torch.tensor([0, 4, 1, 5])[b] + 2 * (t % 2)
+
+
+def _int_pack_reference(codes, bits):
+    n, k = codes.shape
+    blocks = F.pad(codes, (0, -k % 32, 0, -n % 16)).unflatten(0, (-1, 16)).unflatten(2, (-1, 32)).transpose(1, 2)
+    vectors = blocks[..., _vector_columns()].permute(0, 1, 3, 2, 4).flatten(-2)  # [tiles, blocks, 8, 64]
+    planes, low = [], 0
+    for width in _PLANES[bits]:
+        fields = (vectors >> low & 2**width - 1).unflatten(2, (-1, 8 // width))
+        shifts = (torch.arange(8 // width, dtype=torch.uint8) * width).view(-1, 1)
+        planes.append((fields << shifts).sum(3, dtype=torch.int32).to(torch.uint8).flatten(2))
+        low += width
+    return torch.cat(planes, 2).contiguous()
+
+
+int_pack = Op("int_pack", "(Tensor codes, int bits) -> Tensor", _int_pack_cpu, _int_pack_fake, _int_pack_reference)
+
+
+def _check_packed(op, qweight, n, k, bits):
+    if not 2 <= bits <= 8:
+        _fail(op, "bits", bits, "2 to 8")
+    shape = (-(-n // 16), -(-k // 32), 64 * bits)
+    if n < 0 or k < 0 or qweight.dtype is not torch.uint8 or qweight.shape != shape or not qweight.is_contiguous():
+        _fail(op, "qweight", f"{qweight.dtype} {list(qweight.shape)}", f"contiguous torch.uint8 {list(shape)}")
+
+
+def _int_unpack_cpu(qweight, out_features, in_features, bits):
+    _check_packed("int_unpack", qweight, out_features, in_features, bits)
+    codes = torch.empty((out_features, in_features), dtype=torch.uint8)
+    _C.int_unpack(qweight.data_ptr(), out_features, in_features, bits, codes.data_ptr(), _threads())
+    return codes
+
+
+def _int_unpack_fake(qweight, out_features, in_features, bits):
+    return qweight.new_empty((out_features, in_features))
+
+
+def _int_unpack_reference(qweight, out_features, in_features, bits):
+    tiles, blocks, _ = qweight.shape
+    vectors = qweight.new_zeros(tiles, blocks, 8, 64)
+    low = at = 0
+    for width in _PLANES[bits]:
+        chunk = qweight[..., at : at + 64 * width].unflatten(2, (width, 1, 64))
+        shifts = (torch.arange(8 // width, dtype=torch.uint8) * width).view(-1, 1)
+        vectors |= (chunk >> shifts & 2**width - 1).flatten(2, 3) << low
+        low, at = low + width, at + 64 * width
+    codes = qweight.new_empty(tiles, blocks, 16, 32)
+    codes[..., _vector_columns()] = vectors.unflatten(3, (16, 4)).permute(0, 1, 3, 2, 4)
+    return codes.transpose(1, 2).flatten(2).flatten(0, 1)[:out_features, :in_features].contiguous()
+
+
+int_unpack = Op("int_unpack", "(Tensor qweight, int out_features, int in_features, int bits) -> Tensor",
+                _int_unpack_cpu, _int_unpack_fake, _int_unpack_reference)
+
+
+def _int_dequantize_cpu(qweight, scales, zero_points, out_features, in_features, bits, group_size, dtype):
+    _check_weight("int_dequantize", in_features, qweight, scales, zero_points, out_features, bits, group_size,
+                  qweight.device)
+    if dtype not in _CODE:
+        _fail("int_dequantize", "dtype", dtype, _FLOATS)
+    w = torch.empty((out_features, in_features), dtype=dtype)
+    _C.int_dequantize(qweight.data_ptr(), scales.data_ptr(), _CODE[scales.dtype],
+                      0 if zero_points is None else zero_points.data_ptr(), out_features, in_features, bits,
+                      group_size, w.data_ptr(), _CODE[dtype], _threads())
+    return w
+
+
+def _int_dequantize_fake(qweight, scales, zero_points, out_features, in_features, bits, group_size, dtype):
+    return qweight.new_empty((out_features, in_features), dtype=dtype)
+
+
+def _int_dequantize_reference(qweight, scales, zero_points, out_features, in_features, bits, group_size, dtype):
+    from .formats.integer import untile_rows
+
+    codes = _int_unpack_reference(qweight, out_features, in_features, bits).double()
+    index = torch.arange(in_features) // (group_size or max(in_features, 1))
+    zero = 2 ** (bits - 1) if zero_points is None else untile_rows(zero_points, out_features).double()[:, index]
+    return ((codes - zero) * untile_rows(scales, out_features).double()[:, index]).to(dtype)
+
+
+int_dequantize = Op(
+    "int_dequantize",
+    "(Tensor qweight, Tensor scales, Tensor? zero_points, int out_features, int in_features, int bits, "
+    "int group_size, ScalarType dtype) -> Tensor",
+    _int_dequantize_cpu, _int_dequantize_fake, _int_dequantize_reference,
+)
