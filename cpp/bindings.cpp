@@ -1,0 +1,179 @@
+// tersor._C: the C ABI as Python functions. Pointers are integers (0 = absent), sizes and strides count
+// elements, dtype codes are 0 float32, 1 bfloat16, 2 float16. No logic here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "tersor.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(int status) {
+  if (status == TERSOR_OK) return;
+  if (status == TERSOR_NO_MEMORY) throw std::bad_alloc();
+  throw py::value_error(tersor_last_error());
+}
+
+// Runs a call of the C ABI without the interpreter's lock.
+template <class Call>
+void run(const Call& call) {
+  int status;
+  {
+    py::gil_scoped_release release;
+    status = call();
+  }
+  check(status);
+}
+
+tersor_projection projection(Address qweight, Address scales, Address zero_points, Address bias, Address y, int64_t n,
+                             int64_t ldy) {
+  return {pointer<const uint8_t>(qweight), pointer<const void>(scales), pointer<const uint8_t>(zero_points),
+          pointer<const void>(bias),       pointer<void>(y),            n, ldy};
+}
+
+using ProjectionTuple = std::tuple<Address, Address, Address, Address, Address, int64_t, int64_t>;
+
+py::dict describe_device(int index) {
+  tersor_cuda_device_info info;
+  check(tersor_cuda_device(index, &info));
+  py::dict result;
+  result["name"] = info.name;
+  result["capability"] = py::make_tuple(info.major, info.minor);
+  result["multiprocessors"] = info.multiprocessors;
+  result["memory_bytes"] = info.memory_bytes;
+  result["shared_memory_per_block"] = info.shared_memory_per_block;
+  result["l2_bytes"] = info.l2_bytes;
+  return result;
+}
+
+}  // namespace
+
+#if !defined(TERSOR_HAVE_CUDA)
+extern "C" int tersor_cuda_device_count(void) { return 0; }
+extern "C" int tersor_cuda_device(int, tersor_cuda_device_info*) { return TERSOR_INVALID; }
+constexpr bool has_cuda_build = false;
+#else
+constexpr bool has_cuda_build = true;
+#endif
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "tersor's native core; see cpp/tersor.h";
+  module.attr("version") = TERSOR_VERSION;
+  module.attr("has_cuda_build") = has_cuda_build;
+
+  module.def(
+      "int_linear",
+      [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, Address qweight, Address scales, int scale_dtype,
+         Address zero_points, Address bias, Address y, int64_t n, int64_t ldy, int bits, int64_t group_size,
+         int act_bits, int threads) {
+        const tersor_projection p = projection(qweight, scales, zero_points, bias, y, n, ldy);
+        run([&] {
+          return tersor_int_linear(pointer(x), x_dtype, m, k, ldx, &p, 1, scale_dtype, bits, group_size, act_bits,
+                                   threads);
+        });
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("qweight"),
+      py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"), py::arg("bias"), py::arg("y"), py::arg("n"),
+      py::arg("ldy"), py::arg("bits"), py::arg("group_size"), py::arg("act_bits"), py::arg("threads"),
+      "y[m, n] = x[m, k] @ ((codes - zero_points) * scales)^T + bias");
+
+  module.def(
+      "int_linear_multi",
+      [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, const std::vector<ProjectionTuple>& projections,
+         int scale_dtype, int bits, int64_t group_size, int act_bits, int threads) {
+        std::vector<tersor_projection> list;
+        list.reserve(projections.size());
+        for (const ProjectionTuple& tuple : projections) list.push_back(std::apply(projection, tuple));
+        run([&] {
+          return tersor_int_linear(pointer(x), x_dtype, m, k, ldx, list.data(), static_cast<int>(list.size()),
+                                   scale_dtype, bits, group_size, act_bits, threads);
+        });
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("projections"),
+      py::arg("scale_dtype"), py::arg("bits"), py::arg("group_size"), py::arg("act_bits"), py::arg("threads"),
+      "int_linear for several weights of one input in one parallel region; each projection is a tuple "
+      "(qweight, scales, zero_points, bias, y, n, ldy)");
+
+  module.def(
+      "int_pack",
+      [](Address codes, int64_t n, int64_t k, int bits, Address qweight, int threads) {
+        run([&] { return tersor_int_pack(pointer<const uint8_t>(codes), n, k, bits, pointer<uint8_t>(qweight), threads); });
+      },
+      py::arg("codes"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("qweight"), py::arg("threads"),
+      "codes uint8 [n, k] -> qweight uint8 [ceil(n/16), ceil(k/32), 64*bits]");
+
+  module.def(
+      "int_unpack",
+      [](Address qweight, int64_t n, int64_t k, int bits, Address codes, int threads) {
+        run([&] {
+          return tersor_int_unpack(pointer<const uint8_t>(qweight), n, k, bits, pointer<uint8_t>(codes), threads);
+        });
+      },
+      py::arg("qweight"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("codes"), py::arg("threads"),
+      "the inverse of int_pack");
+
+  module.def(
+      "int_dequantize",
+      [](Address qweight, Address scales, int scale_dtype, Address zero_points, int64_t n, int64_t k, int bits,
+         int64_t group_size, Address out, int out_dtype, int threads) {
+        run([&] {
+          return tersor_int_dequantize(pointer<const uint8_t>(qweight), pointer<const void>(scales), scale_dtype,
+                                       pointer<const uint8_t>(zero_points), n, k, bits, group_size, pointer(out),
+                                       out_dtype, threads);
+        });
+      },
+      py::arg("qweight"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"), py::arg("n"),
+      py::arg("k"), py::arg("bits"), py::arg("group_size"), py::arg("out"), py::arg("out_dtype"), py::arg("threads"),
+      "out[n, k] = (codes - zero_points) * scales");
+
+  module.def("isa", [] { return std::string(tersor_current_isa()); }, "the instruction set in use");
+  module.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; const char* name = tersor_isa_name(i); ++i) names.push_back(name);
+        return names;
+      },
+      "the instruction sets that can run here, best first");
+  module.def(
+      "set_isa", [](const std::string& name) { check(tersor_set_isa(name.c_str())); }, py::arg("name"),
+      "use one of isas(); ValueError for any other name");
+  module.def("threading", [] { return std::string(tersor_threading()); },
+             "\"openmp\": the runtime already in the process; \"pool\": our own threads");
+  module.def(
+      "machine_floors",
+      [](int threads, double seconds) {
+        tersor_floors floors{};
+        run([&] { return tersor_machine_floors(threads, seconds, &floors); });
+        py::dict result;
+        result["read_gbs"] = floors.read_gbs;
+        result["fp32_gflops"] = floors.fp32_gflops;
+        result["int8_gops"] = floors.int8_gops;
+        result["bf16_gflops"] = floors.bf16_gflops;
+        return result;
+      },
+      py::arg("threads") = 1, py::arg("seconds") = 0.3,
+      "measured limits of this machine: GB/s read from memory and 1e9 operations/s; 0 where it has no such "
+      "instruction");
+  module.def(
+      "cuda_devices",
+      [] {
+        py::list devices;
+        const int count = tersor_cuda_device_count();
+        for (int i = 0; i < count; ++i) devices.append(describe_device(i));
+        return devices;
+      },
+      "one dict per GPU; empty without a GPU, a driver or the CUDA part");
+}

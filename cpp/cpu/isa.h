@@ -1,0 +1,56 @@
+// What one instruction set offers. Each family of kernels is compiled once per instruction set, into
+// the namespace tersor::<name>; isa.cpp gathers the entry points of one set in a table, and
+// dispatch.cpp picks the table.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "tersor.h"
+
+namespace tersor {
+
+// Arguments of tersor_int_linear after validation: m, k >= 1, each n >= 1.
+struct IntLinearArgs {
+  const void* x;
+  int x_dtype;
+  int64_t m, k, ldx;
+  const tersor_projection* projections;
+  int count, scale_dtype, bits;
+  int64_t group_size;
+  int threads;
+};
+using IntLinearFunction = int (*)(const IntLinearArgs&);
+
+struct IsaKernels {
+  const char* name;
+  IntLinearFunction exact;  // activations as they are
+  IntLinearFunction a8;     // activations quantized to int8; null when not built
+  // Loops that only do one thing, for machine.cpp to time: bytes read, and operations done in
+  // `rounds` rounds (0: the instruction set has no such instruction).
+  uint64_t (*read)(const void* data, size_t bytes);
+  double (*fp32)(long rounds);
+  double (*int8)(long rounds);
+  double (*bf16)(long rounds);
+};
+
+#define TERSOR_DECLARE_ISA(name)     \
+  namespace name {                   \
+  extern const IsaKernels kernels;   \
+  int int_linear_exact(const IntLinearArgs& arguments); \
+  int int_linear_a8(const IntLinearArgs& arguments);    \
+  uint64_t floor_read(const void* data, size_t bytes);  \
+  double floor_fp32(long rounds);    \
+  double floor_int8(long rounds);    \
+  double floor_bf16(long rounds);    \
+  }
+TERSOR_DECLARE_ISA(generic)
+TERSOR_DECLARE_ISA(avx2)
+TERSOR_DECLARE_ISA(avx512)
+TERSOR_DECLARE_ISA(avx512_emulated)
+#undef TERSOR_DECLARE_ISA
+
+// The instruction set in use.
+const IsaKernels& current_isa();
+
+}  // namespace tersor

@@ -1,0 +1,67 @@
+/* The C ABI of tersor's native core.
+ *
+ * Matrices are row-major; sizes and strides count elements; pointers may be host pointers only.
+ * Every function returns TERSOR_OK or an error code; tersor_last_error() then gives the sentence
+ * (per thread). Nothing here throws, allocates for the caller or keeps a pointer after returning.
+ */
+#ifndef TERSOR_H
+#define TERSOR_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum tersor_status { TERSOR_OK = 0, TERSOR_INVALID = 1, TERSOR_NO_MEMORY = 2 };
+enum tersor_dtype { TERSOR_FLOAT32 = 0, TERSOR_BFLOAT16 = 1, TERSOR_FLOAT16 = 2 };
+
+const char* tersor_last_error(void);
+
+/* One weight matrix w[n, k] = (code - zero_point) * scale, in the layout of cpp/cpu/int_layout.h. */
+typedef struct tersor_projection {
+  const uint8_t* qweight;     /* [ceil(n/16), ceil(k/32), 64*bits] */
+  const void* scales;         /* [ceil(n/16), groups, 16], scale_dtype */
+  const uint8_t* zero_points; /* [ceil(n/16), groups, 16], or NULL: 2^(bits-1) */
+  const void* bias;           /* [n], x's dtype, or NULL */
+  void* y;                    /* [m, n] with row stride ldy, x's dtype */
+  int64_t n;
+  int64_t ldy;
+} tersor_projection;
+
+/* y_i = x w_i^T + bias_i for `count` weights of equal k, bits and group size, in one parallel region.
+ * act_bits 16: activations as they are; 8: activations quantized to int8 per row and group. */
+int tersor_int_linear(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx,
+                      const tersor_projection* projections, int count, int scale_dtype, int bits,
+                      int64_t group_size, int act_bits, int threads);
+
+int tersor_int_pack(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t* qweight, int threads);
+int tersor_int_unpack(const uint8_t* qweight, int64_t n, int64_t k, int bits, uint8_t* codes, int threads);
+int tersor_int_dequantize(const uint8_t* qweight, const void* scales, int scale_dtype,
+                          const uint8_t* zero_points, int64_t n, int64_t k, int bits,
+                          int64_t group_size, void* out, int out_dtype, int threads);
+
+/* Instruction sets: the i-th that this machine can run (best first, NULL past the end). */
+const char* tersor_isa_name(int index);
+const char* tersor_current_isa(void);
+int tersor_set_isa(const char* name);
+const char* tersor_threading(void);
+
+/* What this machine can do at most, measured with `threads` threads; 0 where it cannot. */
+typedef struct tersor_floors {
+  double read_gbs, fp32_gflops, int8_gops, bf16_gflops;
+} tersor_floors;
+int tersor_machine_floors(int threads, double seconds, tersor_floors* floors);
+
+typedef struct tersor_cuda_device_info {
+  char name[256];
+  int major, minor, multiprocessors;
+  int64_t memory_bytes, shared_memory_per_block, l2_bytes;
+} tersor_cuda_device_info;
+int tersor_cuda_device_count(void);
+int tersor_cuda_device(int index, tersor_cuda_device_info* info);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
