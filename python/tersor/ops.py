@@ -243,7 +243,7 @@ def _vector_columns() -> Tensor:
 
 def _int_pack_reference(codes, bits):
     n, k = codes.shape
-    blocks = F.pad(codes, (0, -k % 32, 0, -n % 16)).unflatten(0, (-1, 16)).unflatten(2, (-1, 32)).transpose(1, 2)
+    blocks = F.pad(codes, (0, -k % 32, 0, -n % 16), value=2 ** (bits - 1)).unflatten(0, (-1, 16)).unflatten(2, (-1, 32)).transpose(1, 2)
     vectors = blocks[..., _vector_columns()].permute(0, 1, 3, 2, 4).flatten(-2)  # [tiles, blocks, 8, 64]
     planes, low = [], 0
     for width in _PLANES[bits]:

@@ -1,0 +1,156 @@
+"""compress and explain end to end on small models, and how they refuse."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import tersor
+from tersor.api import token_batches
+
+
+def llama(tie=False, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=128, tie_word_embeddings=tie)
+    return LlamaForCausalLM(config).eval().to(dtype)
+
+
+TOKENS = torch.randint(0, 128, (6, 32), generator=torch.Generator().manual_seed(1))
+LINEARS = 14
+
+
+@pytest.mark.parametrize("recipe", ["rtn:W4A16[group=32]", "gptq:W4A16[group=32]", "awq:W4A16[group=32,sym=false]",
+                                    "smoothquant:W8A8", "awq+gptq:W3A16[group=32]"])
+def test_compress_reports_every_layer_and_the_model_still_runs(recipe):
+    model = llama()
+    before = model(TOKENS).logits.float()
+    calls = []
+    report = tersor.compress(model, recipe, calibration=TOKENS, progress=lambda *a: calls.append(a))
+    assert len(report.rows) == LINEARS and calls and set(report.kept) == {"model.embed_tokens", "lm_head"}
+    assert all(row.bits > 3 and row.relative_error is not None and not row.kernel.startswith("reference")
+               for row in report.rows)
+    after = model(TOKENS).logits.float()
+    assert 0 < (after - before).norm() / before.norm() < 0.5
+    total = sum(t.nbytes for t in list(model.parameters()) + list(model.buffers()))
+    assert abs(report.bytes_after - total) < 0.02 * total
+    assert report.bytes_before == sum(p.nbytes for p in llama().parameters())
+    explained = tersor.explain(model)
+    assert [row.name for row in explained.rows] == [row.name for row in report.rows]
+    assert explained.rows[0].method == report.rows[0].method
+    assert "lm_head" in str(report)
+
+
+def test_layers_share_calls_and_generate():
+    model = llama()
+    tersor.compress(model, "rtn:W4A16[group=32]")
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.siblings is attention.v_proj.siblings is not None
+    out = model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False)
+    twin = copy.deepcopy(model)
+    for layer in twin.modules():
+        if isinstance(layer, tersor.Linear):
+            layer.siblings = None
+    assert torch.equal(out, twin.generate(TOKENS[:1], max_new_tokens=4, do_sample=False))
+
+
+def test_the_head_of_a_tied_model_can_be_named():
+    model = llama(tie=True)
+    report = tersor.compress(model, {"lm_head": "rtn:W8A16[group=32]", "*": "rtn:W4A16[group=32]"})
+    assert isinstance(model.lm_head, tersor.Linear) and isinstance(model.model.embed_tokens, nn.Embedding)
+    assert not model.config.tie_word_embeddings
+    assert report.rows[-1].name == "lm_head" and "model.embed_tokens" in report.kept
+    model.tie_weights()
+    assert isinstance(model.lm_head, tersor.Linear) and torch.isfinite(model(TOKENS).logits).all()
+
+
+def test_embeddings_can_be_named():
+    model = llama()
+    tersor.compress(model, {"embed_tokens": "rtn:W8A16[group=32]", "*": "rtn:W4A16[group=32]"})
+    assert isinstance(model.model.embed_tokens, tersor.Embedding)
+    assert torch.isfinite(model(TOKENS).logits).all()
+
+
+def test_conv1d():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64)).eval()
+    before = model(TOKENS).logits
+    report = tersor.compress(model, "gptq:W8A16[group=32]", calibration=TOKENS)
+    assert len(report.rows) == 8 and isinstance(model.transformer.h[0].attn.c_attn, tersor.Linear)
+    assert (model(TOKENS).logits - before).norm() / before.norm() < 0.02
+
+
+def test_strict_refuses_what_has_no_kernel():
+    model = llama()
+    with pytest.raises(ValueError, match="strict: layer 'model.layers.0.self_attn.q_proj'.*reference"):
+        tersor.compress(model, "rtn:W4A4[group=32]", strict=True)
+    assert isinstance(model.lm_head, nn.Linear) and not tersor.explain(model).rows
+    tersor.compress(model, "rtn:W4A16[group=32]", strict=True)
+
+
+def test_options_reach_methods_and_unknown_ones_are_refused():
+    tersor.compress(llama(), "gptq:W4A16[group=32]", calibration=TOKENS, damp=0.1, samples=2)
+    with pytest.raises(ValueError, match="option 'dampp'"):
+        tersor.compress(llama(), "gptq:W4A16[group=32]", calibration=TOKENS, dampp=0.1)
+
+
+@pytest.mark.parametrize("calibration,message", [
+    (None, "gptq looks at data and found none"),
+    ([], "found no tokens"),
+    (["text"], "without a tokenizer"),
+    ([torch.randn(4)], "found torch.float32"),
+    ([3], "found int"),
+    ([""], "without a tokenizer"),
+])
+def test_calibration_that_cannot_be_used(calibration, message):
+    model = llama()
+    with pytest.raises(ValueError, match=message):
+        tersor.compress(model, "gptq:W4A16", calibration=calibration)
+    assert not tersor.explain(model).rows
+
+
+@pytest.mark.parametrize("recipe", ["rtn:W4A16[group=32]", "gptq:W4A16[group=32]", "awq:W4A16[group=32]"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_name_the_layer(recipe, value):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[5, 7] = value
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        tersor.compress(model, recipe, calibration=TOKENS)
+
+
+def test_calibration_that_is_not_finite_names_the_layer():
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[int(TOKENS[0, 0])] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.0"):
+        tersor.compress(model, "gptq:W4A16[group=32]", calibration=TOKENS)
+
+
+def test_already_compressed_models_are_refused():
+    model = llama()
+    tersor.compress(model, "rtn:W4A16[group=32]")
+    with pytest.raises(ValueError, match="names no layer|already"):
+        tersor.compress(model, "rtn:W4A16[group=32]")
+
+
+def test_token_batches():
+    class Tokenizer:
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": list(range(len(text)))}
+
+    batches = token_batches(["a" * 5, "b" * 7], Tokenizer(), samples=8, length=4)
+    assert [batch.tolist() for batch in batches] == [[[0, 1, 2, 3]], [[4, 0, 1, 2]], [[3, 4, 5, 6]]]
+    assert len(token_batches(["a" * 100], Tokenizer(), samples=3, length=4)) == 3
+    assert token_batches("abc", Tokenizer(), length=8)[0].shape == (1, 3)
+    assert [b.shape for b in token_batches(TOKENS, None, samples=4)] == [(1, 32)] * 4
+
+
+def test_specs_lists_every_name_with_its_kernel():
+    infos = {info.name: info for info in tersor.specs()}
+    assert infos["W4A16"].kernel.startswith("int_linear") and infos["W4A8"].kernel.startswith("int_linear")
+    assert infos["NVFP4"].kernel.startswith("reference") and infos["W4A4"].kernel.startswith("reference")
+    assert {"rtn", "gptq", "awq", "smoothquant"} <= {name for name, info in infos.items() if info.kind == "method"}
+    assert all(info.help for info in infos.values())

@@ -1,0 +1,121 @@
+"""The op table: every op passes opcheck, equals its reference, and refuses bad input before a pointer leaves Python."""
+
+import pytest
+import torch
+
+from tersor import ops
+
+torch.manual_seed(0)
+
+
+def stored(n, k, bits, group_size, symmetric, dtype=torch.bfloat16):
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    groups = -(-k // group_size) if group_size else 1
+    shape = (-(-n // 16), groups, 16)
+    scales = (torch.rand(shape) * 0.1 + 0.01).to(dtype)
+    zeros = None if symmetric else torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    return codes, ops.int_pack(codes, bits), scales, zeros
+
+
+def samples():
+    """One or more argument lists for every op of the table."""
+    codes, q, s, z = stored(33, 97, 4, 32, False)
+    _, q2, s2, z2 = stored(17, 97, 4, 32, False)
+    x, bias = torch.randn(3, 97, dtype=torch.bfloat16), torch.randn(33, dtype=torch.bfloat16)
+    yield "int_linear", (x, q, s, z, bias, 33, 4, 32, 16)
+    yield "int_linear", (x.float(), q, s, z, None, 33, 4, 32, 8)
+    yield "int_linear_multi", (x, [q, q2], [s, s2], [z, z2], [], [33, 17], 4, 32, 16)
+    yield "int_pack", (codes, 4)
+    yield "int_unpack", (q, 33, 97, 4)
+    yield "int_dequantize", (q, s, z, 33, 97, 4, 32, torch.float32)
+
+
+@pytest.mark.parametrize("name,arguments", list(samples()), ids=lambda value: value if isinstance(value, str) else "")
+def test_opcheck(name, arguments):
+    result = torch.library.opcheck(ops.OPS[name].dispatch, arguments)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_every_op_is_sampled():
+    assert {name for name, _ in samples()} == set(ops.OPS)
+
+
+@pytest.mark.parametrize("name,arguments", list(samples()), ids=lambda value: value if isinstance(value, str) else "")
+def test_kernel_equals_reference(name, arguments):
+    op = ops.OPS[name]
+    got, expected = op(*arguments), op.reference(*arguments)
+    for a, b in zip(got if isinstance(got, list) else [got], expected if isinstance(expected, list) else [expected]):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert error < (5e-3 if a.dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packing_is_exact_and_is_the_documented_layout(bits):
+    codes = torch.randint(0, 2**bits, (50, 77), dtype=torch.uint8)
+    packed = ops.int_pack(codes, bits)
+    assert torch.equal(ops.int_unpack(packed, 50, 77, bits), codes)
+    assert torch.equal(ops.int_unpack.reference(packed, 50, 77, bits), codes)
+    assert torch.equal(ops.int_unpack(ops.int_pack.reference(codes, bits), 50, 77, bits), codes)
+
+
+def change(arguments, index, value):
+    arguments = list(arguments)
+    arguments[index] = value(arguments[index]) if callable(value) else value
+    return arguments
+
+
+BAD = {
+    "x dtype": (0, lambda x: x.double(), "float32, bfloat16, float16"),
+    "x width": (0, lambda x: x[:, :64], "qweight"),
+    "qweight dtype": (1, lambda q: q.to(torch.int32), "torch.uint8"),
+    "qweight cut": (1, lambda q: q[:-1], "qweight"),
+    "qweight strided": (1, lambda q: q.transpose(0, 1).contiguous().transpose(0, 1), "contiguous"),
+    "scales dtype": (2, lambda s: s.double(), "scales"),
+    "scales shape": (2, lambda s: s[:, :-1], "scales"),
+    "zero points dtype": (3, lambda z: z.float(), "zero_points"),
+    "zero points shape": (3, lambda z: z[:1], "zero_points"),
+    "bias shape": (4, lambda b: b[:-1], "bias"),
+    "bias dtype": (4, lambda b: b.float(), "bias"),
+    "out_features": (5, 1000, "qweight"),
+    "bits": (6, 9, "2 to 8"),
+    "group": (7, 48, "multiple of 32"),
+    "negative group": (7, -1, "multiple of 32"),
+    "act_bits": (8, 7, "8 or 16"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("way", ["direct", "dispatched"])
+def test_bad_arguments_are_named(case, way):
+    index, value, message = BAD[case]
+    arguments = change(next(samples())[1], index, value)
+    call = ops.int_linear if way == "direct" else ops.int_linear.dispatch
+    with pytest.raises(ValueError, match="found .* accepted") as error:
+        call(*arguments)
+    assert message in str(error.value)
+
+
+def test_codes_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="codes: found 16"):
+        ops.int_pack(torch.full((16, 32), 16, dtype=torch.uint8), 4)
+
+
+@pytest.mark.parametrize("shape", [(0, 97), (2, 0, 97)])
+def test_no_tokens_give_no_rows(shape):
+    arguments = change(next(samples())[1], 0, torch.empty(shape, dtype=torch.bfloat16))
+    assert ops.int_linear(*arguments).shape == (*shape[:-1], 33)
+
+
+def test_strided_and_batched_inputs():
+    arguments = next(samples())[1]
+    wide = torch.randn(2, 5, 200, dtype=torch.bfloat16)
+    for x in (wide[..., :97], wide[..., ::2][..., :97], wide[:, ::2, 3:100], wide[0, 0, :97]):
+        got = ops.int_linear(*change(arguments, 0, x))
+        assert torch.equal(got, ops.int_linear(*change(arguments, 0, x.contiguous())))
+        assert got.shape == (*x.shape[:-1], 33)
+
+
+def test_no_kernel_is_called_reference():
+    assert ops.int_linear.kernel(torch.device("cuda")).startswith("reference")
+    assert ops.int_linear.kernel(torch.device("cpu")).startswith("int_linear ")
