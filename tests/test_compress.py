@@ -136,6 +136,17 @@ def test_already_compressed_models_are_refused():
         tersor.compress(model, "rtn:W4A16[group=32]")
 
 
+def test_the_report_compares_with_an_original():
+    model = llama()
+    original = copy.deepcopy(model)
+    report = tersor.compress(model, "rtn:W4A16[group=32]", calibration=TOKENS, original=original)
+    assert report.quality.kl > 0 and 0 < report.quality.agreement <= 1 and "against the original" in str(report)
+    with pytest.raises(ValueError, match="the model itself"):
+        tersor.compress(original, "rtn:W4A16[group=32]", calibration=TOKENS, original=original)
+    with pytest.raises(ValueError, match="no calibration"):
+        tersor.compress(original, "rtn:W4A16[group=32]", original=llama())
+
+
 def test_token_batches():
     class Tokenizer:
         def __call__(self, text, add_special_tokens):

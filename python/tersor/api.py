@@ -20,6 +20,7 @@ Progress = Callable[[str, int, int], None]
 Calibration = Iterable[str] | Iterable[Tensor] | Tensor
 
 _SAMPLES, _LENGTH = 128, 512
+_COMPARED = 8  # batches on which a report compares with the original
 
 
 def _silent(task: str, done: int, total: int) -> None:
@@ -32,8 +33,9 @@ def compress(model: nn.Module, recipe: Recipe, calibration: Calibration | None =
 
     ``recipe``: a spec (``gptq:W4A16``), a mapping of name patterns to specs, or the path of a YAML file (see
     `tersor.recipe`). ``calibration``: texts (with ``tokenizer``) or token tensors ``[length]`` or ``[n, length]``, for
-    methods that look at data. ``original``: a model to measure output error against, where a method does; by default
-    the uncompressed outputs are recorded as they are computed. ``strict`` refuses formats that no kernel serves here.
+    methods that look at data. ``original``: an uncompressed twin; the report then says how far the compressed model's
+    next-token distributions are from its, on up to 8 calibration batches (`tersor.evaluate.compare`). ``strict`` refuses
+    formats that no kernel serves here.
 
     Options: ``samples`` (128) and ``length`` (512 tokens) bound the calibration data, ``progress(task, done, total)``
     is called along the way, ``tie=False`` lets fused projections differ; other options go to the methods that have a
@@ -46,24 +48,33 @@ def compress(model: nn.Module, recipe: Recipe, calibration: Calibration | None =
     from .calibration import compress_blocks, compress_weights
 
     started = time.perf_counter()
+    if original is model:
+        raise ValueError("original: found the model itself, which is compressed in place; accepted is a copy of it")
+    if original is not None and calibration is None:
+        raise ValueError("original: found no calibration to compare on; accepted are texts or token tensors")
     progress = options.pop("progress", None) or _silent
     samples, length = options.pop("samples", _SAMPLES), options.pop("length", _LENGTH)
     plan = _with_options(make_plan(model, recipe, options.pop("tie", True)), options)
     _check_strict(model, plan, strict)
     report = Report(kept=dict(plan.kept), kept_bytes=plan.kept_bytes)
+    batches = None if calibration is None else token_batches(calibration, tokenizer, samples, length)
     if plan.needs:
         needy = sorted({entry.method_text for entry in plan.entries.values()
                         if any(method.needs for method in entry.methods)})
-        if calibration is None:
+        if batches is None:
             raise ValueError(f"calibration: {', '.join(needy)} looks at data and found none; accepted are texts with a "
                              "tokenizer, or token tensors")
-        batches = token_batches(calibration, tokenizer, samples, length)
         compress_blocks(model, plan, batches, report, progress)
     else:
-        if calibration is not None:
+        if batches is not None and original is None:
             report.notes.append("calibration data was given and not used: no method of the recipe looks at data")
         compress_weights(model, plan, report, progress)
     link_siblings(model)
+    if original is not None:
+        from .evaluate import compare
+
+        rows = [row for row in batches if row.shape == batches[0].shape][:_COMPARED]
+        report.quality = compare(model, original, torch.cat(rows), progress)
     report.seconds = time.perf_counter() - started
     return report
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from .formats.base import reference_kernel
+
+if TYPE_CHECKING:
+    from .evaluate import Quality
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Report:
     kept_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    quality: Quality | None = None
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -78,6 +83,9 @@ class Report:
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
         text += [f"kept: {name} ({why})" for name, why in self.kept.items()]
         text += [f"note: {note}" for note in self.notes]
+        if self.quality is not None:
+            text.append(f"against the original: KL {self.quality.kl:.4f} nats per token, the same most likely token at "
+                        f"{self.quality.agreement:.1%} of positions")
         if self.bytes_before:
             text.append(f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB, "
                         f"{self.bits:.2f} bits per compressed weight")
