@@ -128,7 +128,7 @@ def _int_linear_cpu(x, qweight, scales, zero_points, bias, out_features, bits, g
     _check_bias("int_linear", x, bias, out_features)
     rows = _rows(x)
     m = rows.shape[0]
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    y = x.new_empty((m, out_features) if x.dim() == 2 else (*x.shape[:-1], out_features))
     _C.int_linear(
         rows.data_ptr(), _CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, qweight.data_ptr(), scales.data_ptr(),
         _CODE[scales.dtype], 0 if zero_points is None else zero_points.data_ptr(),
@@ -182,7 +182,7 @@ def _int_linear_multi_cpu(x, qweights, scales, zero_points, biases, out_features
         if scales[i].dtype is not scales[0].dtype:
             _fail(op, f"scales[{i}]", scales[i].dtype, f"the dtype of the first, {scales[0].dtype}")
         _check_bias(op, x, bias, n)
-        y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+        y = x.new_empty((*x.shape[:-1], n))
         outputs.append(y)
         projections.append((qweights[i].data_ptr(), scales[i].data_ptr(), 0 if zero is None else zero.data_ptr(),
                             0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n))
