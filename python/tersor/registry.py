@@ -73,25 +73,32 @@ def resolve(spec: str | Spec, default_method: str = "rtn") -> Resolved:
     """Methods and format of a spec. Unknown names and options raise SpecError with the nearest valid name."""
     from . import formats, methods  # noqa: F401  (fill the registry)
 
-    parsed = parse(spec) if isinstance(spec, str) else spec
+    parsed = parse(spec) if not isinstance(spec, Spec) else spec
     atoms = parsed.methods or (Atom(default_method),)
     made = tuple(_make_method(atom, parsed) for atom in atoms)
-    terms = [_make_term(term, parsed) for term in parsed.terms]
-    if len(terms) == 1:
-        format = terms[0]
-    else:
-        from .formats.combine import Sum
-
-        format = Sum(tuple(terms))
-    return Resolved(made, format, str(Spec(atoms, parsed.terms)))
+    return Resolved(made, _make_terms(parsed), str(Spec(atoms, parsed.terms)))
 
 
 def resolve_format(text: str) -> "Format":
     """The format of a spec without methods."""
+    from . import formats  # noqa: F401  (fill the registry)
+
     parsed = parse(text)
     if parsed.methods:
         raise SpecError(f"format {text!r}: found a method ({parsed.methods[0]}), accepted is a format alone")
-    return resolve(parsed).format
+    return _make_terms(parsed)
+
+
+def _make_terms(spec: Spec) -> "Format":
+    terms = tuple(_make_term(term, spec) for term in spec.terms)
+    if len(terms) == 1:
+        return terms[0]
+    from .formats.combine import Sum
+
+    try:
+        return Sum(terms)
+    except ValueError as error:
+        raise SpecError(f"spec {str(spec)!r}: {error}") from None
 
 
 def _make_method(atom: Atom, spec: Spec):

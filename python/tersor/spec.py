@@ -70,7 +70,7 @@ def parse(text: str) -> Spec:
     """Read a weight spec. Raises SpecError that points at the offending character."""
     reader = _Reader(text)
     methods: tuple[Atom, ...] = ()
-    end = _methods_end(text)
+    end = _methods_end(text)  # after the reader has seen that it is a string
     if end is not None:
         methods = tuple(reader.sequence("+", lambda: reader.atom(_METHOD, "a method name"), stop=end))
         reader.expect(":")
@@ -94,12 +94,15 @@ def parse_cache(text: str) -> CacheSpec:
 
 
 def _methods_end(text: str) -> int | None:
-    """Where the methods end: the first colon outside brackets, when a method name can precede it."""
-    depth = 0
+    """Where the methods end: the first colon outside brackets, unless it stands within a name such as 2:4."""
+    depth = start = 0
     for i, char in enumerate(text):
         depth += (char == "[") - (char == "]")
-        if char == ":" and depth == 0:
-            return i if i == 0 or _METHOD.match(text.lstrip()) else None
+        if depth > 0 or char == ":":
+            if char == ":" and depth <= 0 and not text[start:i].strip().isdigit():
+                return i
+        elif char in "+/]":
+            start = i + 1
     return None
 
 

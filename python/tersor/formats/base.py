@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,6 +44,7 @@ class Format:
     """
 
     block: ClassVar[int] = 1  # columns that are decided together: 1 scalars, 4 for 2:4, d for vectors along inputs
+    takes_first: ClassVar[bool] = False  # in a sum: taken out of the weight before the first term is fitted (outliers)
 
     @property
     def group_columns(self) -> int:
@@ -75,9 +76,18 @@ class Format:
         """The matrix ``[out, in]`` that the stored tensors stand for."""
         raise TypeError(f"{type(self).__name__} has no storage of its own")
 
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """What `linear` sees of ``x [..., in]``: ``x`` itself, or the values its low-bit copy stands for."""
+        return x
+
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
         """``x [..., in] @ W.T + bias``. This default is the reference; a format with a kernel makes one op call."""
-        return F.linear(x, self.unpack(tensors, shape, x.dtype), bias)
+        return F.linear(self.quantize_input(x), self.unpack(tensors, shape, x.dtype), bias)
+
+    def bind(self, tensors: Mapping[str, Tensor], shape: Shape) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """`linear` on these very tensors as a callable ``(x, bias) -> y`` for plain eager CPU inputs, checked once
+        instead of in every call; None where there is no such short cut."""
+        return None
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
         """Names, shapes and dtypes of the stored tensors of a weight of ``shape`` in a model of ``dtype``."""

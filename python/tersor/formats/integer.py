@@ -203,12 +203,20 @@ class Int(Format):
 
     # -- running ------------------------------------------------------------------------------------------------
 
+    def quantize_input(self, x: Tensor) -> Tensor:
+        return x if self.activation == 16 else quantize_activations(x, self.activation)
+
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
         if self.activation == 4:
-            x = quantize_activations(x, 4)
-            return torch.nn.functional.linear(x, self.unpack(tensors, shape, x.dtype), bias)
+            return super().linear(x, tensors, bias, shape)
         return ops.int_linear(x, tensors["qweight"], tensors["scales"], tensors.get("zero_points"), bias,
                               shape[0], self.num_bits, self.group_size, self.activation)
+
+    def bind(self, tensors: Mapping[str, Tensor], shape: Shape):
+        if self.activation == 4 or not tensors["qweight"].is_cpu:
+            return None
+        return ops.BoundIntLinear(tensors["qweight"], tensors["scales"], tensors.get("zero_points"), shape,
+                                  self.num_bits, self.group_size, self.activation)
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         if self.activation == 4:
