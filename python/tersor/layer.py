@@ -14,6 +14,7 @@ from .registry import Resolved, resolve, resolve_format
 from .transforms.steps import Step
 
 _is_grad_enabled = torch.is_grad_enabled
+_UNBOUND = (None, (("", None),))  # holds nothing that a layer could hold
 
 
 class _Multiply(torch.autograd.Function):
@@ -47,7 +48,6 @@ class _Compressed:
         self.format, self.shape, self.weight_dtype = format, shape, dtype
         spec = format.spec(shape, dtype)
         self._names = tuple(spec)
-        self._dotted = any("." in name for name in spec)
         for name, tensor in spec.items():
             self.register_buffer(_buffer(name), torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
@@ -123,6 +123,7 @@ class Linear(_Compressed, nn.Linear):
         self.pre = nn.ModuleList(pre) if pre else None
         self.post = nn.ModuleList(post) if post else None
         self.siblings: Siblings | None = None
+        self._bound = _UNBOUND
         self.method = ""
 
     @classmethod
@@ -168,17 +169,36 @@ class Linear(_Compressed, nn.Linear):
         if _is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
             tensors = self.tensors()
             y = _Multiply.apply(x, bias, self.format, self.shape, self._names, *tensors.values())
+        elif ops.plain(x) and (bound := self._bind()) is not None:
+            y = bound(x, bias)
         else:
-            y = self.format.linear(x, self.tensors() if self._dotted else self._buffers, bias, self.shape)
+            y = self.format.linear(x, self.tensors(), bias, self.shape)
         if self.post is not None:
             for step in self.post:
                 y = step(y)
         return y
 
+    def _bind(self):
+        """The format's short cut for the tensors that the buffers hold now."""
+        bound, held = self._bound
+        buffers = self._buffers
+        for name, tensor in held:
+            if buffers.get(name) is not tensor or tensor is None:
+                break
+        else:
+            return bound
+        tensors = self.tensors()
+        bound = self.format.bind(tensors, self.shape)
+        self._bound = bound, tuple((_buffer(name), tensor) for name, tensor in tensors.items())
+        return bound
+
     @property
     def kernel(self) -> str:
         """The kernel that runs here, or ``reference: why``."""
         return self.format.kernel(self.shape, _device(self))
+
+    def __getstate__(self):
+        return {**self.__dict__, "_bound": _UNBOUND}
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"
@@ -214,9 +234,8 @@ class Siblings:
 
     def usable(self, x: Tensor) -> bool:
         # Without a version counter (inference mode) a modified input could not be told from the same one.
-        return (type(x) is Tensor and not torch.compiler.is_compiling() and x.is_cpu and not x.is_inference()
-                and not (_is_grad_enabled() and x.requires_grad) and x.shape[-1] == self.layers[0].in_features
-                and not ops._listening())
+        return (ops.plain(x) and not x.is_inference() and not (_is_grad_enabled() and x.requires_grad)
+                and x.shape[-1] == self.layers[0].in_features)
 
     def __call__(self, layer: Linear, x: Tensor) -> Tensor:
         if self._input is x and self._version == x._version:

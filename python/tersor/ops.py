@@ -44,10 +44,7 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, first, *rest):
-        # The dispatcher costs about 2.5 us a call; eager tensors with no mode active need nothing of it.
-        if type(first) is Tensor and first.is_cpu and not torch.compiler.is_compiling() and not _listening():
-            return self.cpu(first, *rest)
-        return self.dispatch(first, *rest)
+        return (self.cpu if plain(first) else self.dispatch)(first, *rest)
 
     def kernel(self, device: torch.device) -> str:
         """Name of the kernel that serves this device, or ``reference: why``."""
@@ -59,14 +56,21 @@ class Op:
 
 
 _listening = torch._C._len_torch_dispatch_stack
+_is_compiling = torch.compiler.is_compiling
+
+
+def plain(x: Tensor) -> bool:
+    """Whether ``x`` is an eager CPU tensor that no mode watches: such calls need nothing of the dispatcher, which
+    costs about 2.5 us each."""
+    return type(x) is Tensor and x.is_cpu and not _is_compiling() and not _listening()
 
 
 def _fail(op: str, argument: str, found: object, accepted: str) -> None:
     raise ValueError(f"tersor.{op}: {argument}: found {found}, accepted is {accepted}")
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+_threads = torch.get_num_threads
+_CPU = torch.device("cpu")
 
 
 # -- checks -----------------------------------------------------------------------------------------------------
@@ -136,6 +140,60 @@ def _int_linear_cpu(x, qweight, scales, zero_points, bias, out_features, bits, g
         _threads(),
     )
     return y
+
+
+class BoundIntLinear:
+    """`int_linear` on one weight that was checked once: what a layer calls again and again on plain tensors.
+
+    It keeps the tensors alive and looks at their addresses in every call, so storage that was freed or moved under
+    it is noticed and checked anew before a pointer is used.
+    """
+
+    __slots__ = ("tensors", "shape", "bits", "group_size", "act_bits", "pointers", "scale_code")
+
+    def __init__(self, qweight, scales, zero_points, shape, bits, group_size, act_bits):
+        self.tensors = (qweight, scales, zero_points)
+        self.shape, self.bits, self.group_size, self.act_bits = shape, bits, group_size, act_bits
+        self._check()
+
+    def _check(self) -> None:
+        qweight, scales, zero_points = self.tensors
+        n, k = self.shape
+        _check_weight("int_linear", k, qweight, scales, zero_points, n, self.bits, self.group_size, _CPU)
+        self.pointers = (qweight.data_ptr(), scales.data_ptr(), 0 if zero_points is None else zero_points.data_ptr())
+        self.scale_code = _CODE[scales.dtype]
+        if n and k and not (self.pointers[0] and self.pointers[1] and (zero_points is None or self.pointers[2])):
+            _fail("int_linear", "qweight, scales and zero_points", "freed storage", "tensors with storage")
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        qweight, scales, zero_points = self.tensors
+        q, s, z = self.pointers
+        if qweight.data_ptr() != q or scales.data_ptr() != s or z and zero_points.data_ptr() != z:
+            self._check()
+            q, s, z = self.pointers
+        code = _CODE.get(x.dtype)
+        n, k = self.shape
+        size = x.shape
+        if code is None or size[-1] != k:
+            _check_input("int_linear", x, self.act_bits)
+            _fail("int_linear", "x", list(size), f"[..., {k}]")
+        if bias is not None:
+            _check_bias("int_linear", x, bias, n)
+        if len(size) == 2:
+            rows, m = x, size[0]
+            y = x.new_empty((m, n))
+        else:
+            m = math.prod(size[:-1])
+            rows = x.reshape(m, k)
+            y = x.new_empty((*size[:-1], n))
+        stride, unit = rows.stride()
+        if unit != 1 or stride < k:
+            rows = rows.contiguous()
+            stride = k
+        _C.int_linear(rows.data_ptr(), code, m, k, stride, q, s, self.scale_code, z,
+                      0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n, self.bits, self.group_size,
+                      self.act_bits, _threads())
+        return y
 
 
 def _int_linear_fake(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
