@@ -154,10 +154,13 @@ def test_standard_library_text_leaves_out_what_is_held_out(tmp_path):
     kept, held_out = split_standard_library(tmp_path)
     assert [file.name for file in held_out] == ["module_00.py", "module_20.py", "module_40.py"]
     assert HELD_OUT_EVERY == 20 and len(kept) == 57 and not set(kept) & set(held_out)
-    texts = standard_library_texts(root=tmp_path)
+    texts = list(standard_library_texts(excerpt=None, root=tmp_path))
     assert sorted(texts) == sorted(file.read_text() for file in kept)
-    assert texts == standard_library_texts(root=tmp_path) != standard_library_texts(seed=1, root=tmp_path)
-    without = standard_library_texts(exclude="before\n" + kept[4].read_text() + "after\n", root=tmp_path)
+    assert texts == list(standard_library_texts(excerpt=None, root=tmp_path))
+    assert texts != list(standard_library_texts(excerpt=None, seed=1, root=tmp_path))
+    without = standard_library_texts("before\n" + kept[4].read_text() + "after\n", excerpt=None, root=tmp_path)
     assert set(texts) - set(without) == {kept[4].read_text()}
+    for excerpt in standard_library_texts(excerpt=500, root=tmp_path):
+        assert len(excerpt) == 500 and any(excerpt in text and "\n" + excerpt in "\n" + text for text in texts)
     with pytest.raises(ValueError, match="no Python source"):
         split_standard_library(tmp_path / "site-packages" / "nothing")

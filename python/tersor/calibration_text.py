@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 HELD_OUT_EVERY = 20  # every 20th file of the sorted list is held out
@@ -39,16 +40,23 @@ def split_standard_library(root: Path | None = None) -> tuple[list[Path], list[P
     return kept, held_out
 
 
-def standard_library_texts(exclude: str = "", seed: int = 0, root: Path | None = None) -> list[str]:
-    """Texts of the files that are not held out, in an order that depends on ``seed`` alone.
+def standard_library_texts(exclude: str = "", seed: int = 0, excerpt: int | None = 2000,
+                           root: Path | None = None) -> Iterator[str]:
+    """Excerpts of ``excerpt`` characters (None: whole files), one of each file that is not held out.
 
-    Files that are part of ``exclude`` are dropped as well: another version of Python holds out other files, and a
-    text that a model is judged on must not be calibrated on.
+    Order and excerpts depend on ``seed`` alone. Files that are part of ``exclude`` are dropped as well: another version
+    of Python holds out other files, and a text that a model is judged on must not be calibrated on.
     """
-    kept, _ = split_standard_library(root)
-    texts = [text for text in map(read, kept) if len(text) > 2 * _PROBE and not _overlaps(text, exclude)]
-    random.Random(seed).shuffle(texts)
-    return texts
+    files, _ = split_standard_library(root)
+    chance = random.Random(seed)
+    chance.shuffle(files)
+    for text in map(read, files):
+        if len(text) <= 2 * _PROBE or _overlaps(text, exclude):
+            continue
+        if excerpt is not None and len(text) > excerpt:
+            start = text.rfind("\n", 0, chance.randrange(len(text) - excerpt) + 1) + 1  # at the beginning of a line
+            text = text[start : start + excerpt]
+        yield text
 
 
 def _overlaps(text: str, other: str) -> bool:
