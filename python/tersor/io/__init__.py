@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: compressed-tensors, GPTQ, AWQ, and our own container."""
