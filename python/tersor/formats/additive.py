@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..registry import register_format
 from .base import Format, Params, Shape, Tensors, TensorSpec
-from .bits import half, kmeans, nearest, pack_bits, packed_bytes, rounded, unpack_bits
+from .bits import agrees, half, kmeans, nearest, pack_bits, packed_bytes, rounded, unpack_bits
 
 _CHUNK = 1 << 22  # entries of a score table held at a time
 _POINTS = 64  # vectors per centroid that k-means looks at
@@ -108,9 +108,10 @@ class AdditiveCodebook(Format):
     def project(self, w: Tensor, params: Params, lo: int = 0, *, importance: Tensor | None = None) -> Tensor:
         first, count = lo // self.group, self.groups(w.shape[1])
         noted = params["codes"][:, first : first + count]
-        same = self.decode(noted, params, w.shape[1]) == w
+        value = self.decode(noted, params, w.shape[1])
+        same = agrees(value, w)
         if same.all():
-            return w.clone()
+            return value
         keep = F.pad(same, (0, -w.shape[1] % self.group), value=True).unflatten(1, (-1, self.group)).all(-1)[..., None]
         codes = torch.where(keep, noted, self.encode(w, params, importance=importance))
         params["codes"][:, first : first + count] = codes

@@ -57,6 +57,11 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.clamp(-limit, limit).to(dtype).to(values.dtype)
 
 
+def agrees(noted: Tensor, w: Tensor) -> Tensor:
+    """Where ``w`` is the value noted for it, up to the rounding of a method that took differences with it."""
+    return (noted - w).abs() <= 64 * torch.finfo(w.dtype).eps * w.abs().amax()
+
+
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """Index ``[n]`` of the nearest of ``centroids [k, d]`` for each of ``points [n, d]``, in squared distance."""
     half_norm = centroids.square().sum(1) / 2

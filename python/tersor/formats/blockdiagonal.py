@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..registry import register_format
 from .base import Format, Params, Shape, Tensors, TensorSpec, prefixed, under
-from .bits import half, rounded
+from .bits import agrees, half, rounded
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class BlockDiagonal(Format):
     def project(self, w: Tensor, params: Params, lo: int = 0, *, importance: Tensor | None = None) -> Tensor:
         columns = slice(lo, lo + w.shape[1])
         noted = self.wrap(params["noted"][:, columns], params, lo)
-        if torch.equal(noted, w):
+        if agrees(noted, w).all():
             return noted
         core = self.core.project(self.unwrap(w, params, lo), params["core"], lo, importance=importance)
         params["noted"][:, columns] = core

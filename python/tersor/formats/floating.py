@@ -54,7 +54,7 @@ def _magnitudes(element: str) -> Tensor:
 def to_codes(values: Tensor, element: str) -> Tensor:
     """Representable values to codes (sign bit on top), int64."""
     table = _magnitudes(element).to(values.device, values.dtype)
-    return torch.searchsorted(table, values.abs()) | torch.signbit(values).long() << element_bits(element) - 1
+    return torch.searchsorted(table, values.abs().contiguous()) | torch.signbit(values).long() << element_bits(element) - 1
 
 
 def from_codes(codes: Tensor, element: str, dtype: torch.dtype) -> Tensor:

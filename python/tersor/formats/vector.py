@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..registry import register_format
 from .base import Format, Params, Shape, Tensors, TensorSpec
-from .bits import half, kmeans, nearest, pack_bits, packed_bytes, rounded, unpack_bits
+from .bits import agrees, half, kmeans, nearest, pack_bits, packed_bytes, rounded, unpack_bits
 
 _POINTS = 64  # vectors per centroid that k-means looks at
 
@@ -79,7 +79,7 @@ class OutputVectors(Format):
         codes, residual_codes = params["codes"][columns], None
         if self.residual:
             residual_codes = params["residual_codes"][columns]
-        same = (self._decode(codes, residual_codes, params, scales, out) == w).all(0)[:, None]
+        same = agrees(self._decode(codes, residual_codes, params, scales, out), w).all(0)[:, None]
         points = self.vectors(w / scales)
         found = nearest(points.flatten(0, 1), params["codebook"]).view(points.shape[:2])
         codes = params["codes"][columns] = torch.where(same, codes, found.int())
