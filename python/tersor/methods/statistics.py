@@ -1,0 +1,132 @@
+"""Collecting statistics of a layer's inputs in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .base import NEEDS, Statistics
+
+PANEL = 512  # columns of one strip of the Hessian
+BUFFER_BYTES = 32 << 20  # inputs gathered before they are multiplied
+SAMPLE = 512  # tokens kept as `Statistics.inputs`
+
+
+class Collector:
+    """Sees the inputs of one group of layers, batch by batch; `finish` gives the `Statistics`.
+
+    Only what ``needs`` names is kept. Memory: the Hessian ``[in, in]`` in float32, a buffer of 32 MiB and ``sample``
+    tokens, however much is shown.
+    """
+
+    def __init__(self, in_features: int, needs=NEEDS, sample: int = SAMPLE, device=None):
+        self.in_features, self.needs, self.sample = in_features, needs, sample
+        self.tokens = 0
+        self._hessian = None
+        if "hessian" in needs:
+            self._hessian = torch.zeros(in_features, in_features, device=device)
+        self._sum = torch.zeros(in_features, dtype=torch.float64, device=device) if "abs_mean" in needs else None
+        self._max = torch.zeros(in_features, device=device) if "abs_max" in needs else None
+        self._waiting: list[Tensor] = []
+        self._waiting_bytes = 0
+        self._kept: list[Tensor] = []
+        self._kept_rows, self._stride, self._next = 0, 1, 0
+
+    def add(self, x: Tensor) -> None:
+        """Inputs ``[..., in]``. ValueError for a wrong width and for NaN or Inf."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"inputs: found {list(x.shape)}, accepted is [..., {self.in_features}]")
+        rows = x.detach().reshape(-1, self.in_features)
+        if not rows.shape[0]:
+            return
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("inputs: found NaN or Inf, accepted are finite values")
+        if self._sum is not None or self._max is not None:
+            magnitude = rows.abs()
+            if self._sum is not None:
+                self._sum += magnitude.sum(0, dtype=torch.float64)
+            if self._max is not None:
+                self._max = torch.maximum(self._max, magnitude.amax(0).float())
+        if "inputs" in self.needs:
+            self._keep(rows)
+        if self._hessian is not None:
+            self._waiting.append(rows)
+            self._waiting_bytes += rows.nbytes
+            if self._waiting_bytes >= BUFFER_BYTES:
+                self._flush()
+        self.tokens += rows.shape[0]
+
+    def _keep(self, rows: Tensor) -> None:
+        # Every stride-th token of all; the stride doubles when the sample is full, so it stays spread evenly.
+        first = self._next - self.tokens
+        picked = rows[first :: self._stride]
+        self._next += self._stride * picked.shape[0]
+        if picked.shape[0]:
+            self._kept.append(picked.clone())
+            self._kept_rows += picked.shape[0]
+        while self._kept_rows > self.sample:
+            halved = torch.cat(self._kept)
+            self._next += self._stride * (halved.shape[0] % 2)
+            halved = halved[::2].clone()
+            self._kept, self._kept_rows, self._stride = [halved], halved.shape[0], 2 * self._stride
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+        self._waiting, self._waiting_bytes = [], 0
+        accumulate_gram(self._hessian, rows)
+
+    def finish(self) -> Statistics:
+        """The statistics. ValueError when no token was seen."""
+        if not self.tokens:
+            raise ValueError("inputs: found no token, accepted is at least one")
+        self._flush()
+        hessian = None
+        if self._hessian is not None:
+            hessian, self._hessian = self._hessian, None
+            mirror(hessian).mul_(2 / self.tokens)
+        return Statistics(
+            self.tokens, hessian,
+            None if self._sum is None else (self._sum / self.tokens).float(),
+            self._max,
+            torch.cat(self._kept) if self._kept else None,
+        )
+
+
+def accumulate_gram(gram: Tensor, rows: Tensor) -> None:
+    """Add ``rows^T rows`` to the block-upper triangle of ``gram [in, in]`` (float32); `mirror` fills the rest.
+
+    Half the multiplications of the full product. bfloat16 rows are multiplied as bfloat16 with float32 sums where
+    the CPU has such instructions: products of bfloat16 values are exact in float32, so nothing is lost against
+    widening them first.
+    """
+    with _narrow_products() if rows.dtype is torch.bfloat16 and not rows.is_cuda else contextlib.nullcontext():
+        x = rows.to(gram.dtype)
+        for i in range(0, gram.shape[0], PANEL):
+            gram[i : i + PANEL, i:].addmm_(x[:, i : i + PANEL].t(), x[:, i:])
+
+
+def mirror(gram: Tensor) -> Tensor:
+    """Copy the block-upper triangle below the diagonal, in place."""
+    for i in range(PANEL, gram.shape[0], PANEL):
+        gram[i : i + PANEL, :i] = gram[:i, i : i + PANEL].t()
+    return gram
+
+
+@contextlib.contextmanager
+def _narrow_products() -> Iterator[None]:
+    settings = torch.backends.mkldnn.matmul if hasattr(torch.backends.mkldnn, "matmul") else None
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if settings is None or not supported():
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
