@@ -19,7 +19,7 @@ from .evaluate import comparison
 from .generate import sampling
 
 REFERENCE = Path("examples") / "models" / "stdlib-llama"
-PROMPT = 'def read_config(path):\n    """'
+PROMPT = "def copy_file(source, target):\n    with open("
 
 
 def demo(
@@ -68,7 +68,7 @@ def demo(
         console.print(f"{windows} windows of 512 tokens, {torch.get_num_threads()} threads. A model this small is "
                       "mostly overhead outside its matrices: see 4 for speed.", style="dim")
 
-        heading("3", "The same prompt, most likely tokens")
+        heading("3", "Text of both, from the same prompt and seed")
         sides = Table.grid(expand=True, padding=(0, 1))
         sides.add_row(*(Panel(Text(continuation(one, tokenizer, prompt)), title=title, title_align="left")
                         for one, title in ((original, "original"), (compressed, recipe))))
@@ -101,11 +101,14 @@ def large_decode(new_tokens: int = 24):
     return made
 
 
-def continuation(model, tokenizer, prompt: str, new_tokens: int = 64) -> str:
-    """The prompt and its greedy continuation."""
+def continuation(model, tokenizer, prompt: str, new_tokens: int = 80) -> str:
+    """The prompt and a continuation, sampled from the same seed at every call."""
+    import torch
+
     inputs = tokenizer(prompt, return_tensors="pt")
+    torch.manual_seed(0)
     ids = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=new_tokens,
-                         **sampling(model, tokenizer))
+                         **sampling(model, tokenizer, temperature=0.7, top_p=0.95))
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 

@@ -1,0 +1,48 @@
+# make demo   a language model from 16 bits to 4 and back to text
+# make test   the tests, against the installed wheel
+#
+# Each makes .venv, installs and runs. Needed beforehand: Python 3.10 or later (with venv), g++, make.
+# CMake and Ninja come with pip; nvcc and ccache are used where they are found.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+PYTEST_ARGS ?=
+
+# The CPU wheel of torch: that of PyPI brings gigabytes of CUDA libraries on Linux. TORCH=torch==2.13.0 takes PyPI's.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ifeq ($(shell uname -s),Linux)
+TORCH ?= torch==2.13.0+cpu
+else
+TORCH ?= torch==2.13.0
+endif
+
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
+  $(shell find cpp cuda third_party python -type f -not -path '*/__pycache__/*' -not -name '*.so')
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/tersor demo
+
+test: $(VENV)/.tested
+	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) tests
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/tersor bench
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --no-deps --retries 2 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet --constraint constraints.txt .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet --constraint constraints.txt '.[test]'
+	touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV) build dist
