@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import re
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,7 +37,7 @@ def register_format(pattern: str, example: str, help: str):
 
     def register(make):
         FORMATS.append(FormatName(re.compile(pattern), make, example, help))
-        resolve.cache_clear()
+        _resolve.cache_clear()
         return make
 
     return register
@@ -49,7 +51,7 @@ def register_method(name: str):
             raise ValueError(f"method {name!r} is already registered by {METHODS[name].__module__}")
         METHODS[name] = method
         method.name = name
-        resolve.cache_clear()
+        _resolve.cache_clear()
         return method
 
     return register
@@ -68,12 +70,15 @@ class Resolved:
         return "+".join(method.name for method in self.methods)
 
 
-@functools.lru_cache(maxsize=None)
 def resolve(spec: str | Spec, default_method: str = "rtn") -> Resolved:
     """Methods and format of a spec. Unknown names and options raise SpecError with the nearest valid name."""
+    return _resolve(spec if isinstance(spec, Spec) else parse(spec), default_method)
+
+
+@functools.lru_cache(maxsize=None)
+def _resolve(parsed: Spec, default_method: str) -> Resolved:
     from . import formats, methods  # noqa: F401  (fill the registry)
 
-    parsed = parse(spec) if not isinstance(spec, Spec) else spec
     atoms = parsed.methods or (Atom(default_method),)
     made = tuple(_make_method(atom, parsed) for atom in atoms)
     return Resolved(made, _make_terms(parsed), str(Spec(atoms, parsed.terms)))
@@ -105,25 +110,12 @@ def _make_method(atom: Atom, spec: Spec):
     kind = METHODS.get(atom.name)
     if kind is None:
         raise SpecError(f"spec {str(spec)!r}: unknown method {atom.name!r}{_nearest(atom.name, METHODS)}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key, value in atom.options:
-        if key not in fields:
-            raise SpecError(f"spec {str(spec)!r}: method {atom.name!r} has no option {key!r}{_nearest(key, fields)}")
-        _check_option(spec, atom.name, key, value, fields[key].default)
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    _check_options(spec, f"method {atom.name!r}", atom, defaults, _hints(kind))
     try:
         return kind(**dict(atom.options))
     except (TypeError, ValueError) as error:
         raise SpecError(f"spec {str(spec)!r}: method {atom.name!r}: {error}") from None
-
-
-def _check_option(spec: Spec, name: str, key: str, value, default) -> None:
-    kind = type(default)
-    accepted = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(kind)
-    if accepted and (not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool))):
-        raise SpecError(
-            f"spec {str(spec)!r}: option {key!r} of {name!r}: found {value!r}, accepted is a {kind.__name__} "
-            f"(default {default!r})"
-        )
 
 
 def _make_term(term: tuple[Atom, ...], spec: Spec) -> "Format":
@@ -137,20 +129,44 @@ def _make_format(atom: Atom, inner: "Format | None", spec: Spec) -> "Format":
     for entry in FORMATS:
         match = entry.pattern.fullmatch(atom.name)
         if match:
+            parameters = inspect.signature(entry.make).parameters.values()
+            defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+            _check_options(spec, f"format {atom.name!r}", atom, defaults, _hints(entry.make))
             try:
                 return entry.make(match, inner, **dict(atom.options))
-            except TypeError as error:
-                wanted = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-                if not wanted:
-                    raise
-                options = [name for name in entry.make.__code__.co_varnames[2 : entry.make.__code__.co_argcount
-                           + entry.make.__code__.co_kwonlyargcount]]
-                raise SpecError(f"spec {str(spec)!r}: format {atom.name!r} has no option {wanted[1]!r}"
-                                f"{_nearest(wanted[1], options)}") from None
             except ValueError as error:
                 raise SpecError(f"spec {str(spec)!r}: format {atom.name!r}: {error}") from None
     raise SpecError(f"spec {str(spec)!r}: unknown format {atom.name!r}"
                     f"{_nearest(atom.name, [entry.example for entry in FORMATS] + preset_names())}")
+
+
+def _check_options(spec: Spec, what: str, atom: Atom, defaults: dict, hints: dict) -> None:
+    """Names and types of an atom's options, against the defaults and annotations of what takes them."""
+    for key, value in atom.options:
+        if key not in defaults:
+            raise SpecError(f"spec {str(spec)!r}: {what} has no option {key!r}{_nearest(key, defaults)}")
+        hint = hints.get(key)
+        kinds = set(typing.get_args(hint) or (hint,)) & {bool, int, float, str}
+        if not kinds:
+            continue
+        if float in kinds:
+            kinds.add(int)
+        if type(value) not in kinds:
+            accepted = " or ".join(sorted(_KINDS[kind] for kind in kinds - ({int} if float in kinds else set())))
+            shown = "" if defaults[key] is None else f" (default {defaults[key]!r})"
+            raise SpecError(f"spec {str(spec)!r}: option {key!r} of {what}: found {value!r}, accepted is {accepted}"
+                            f"{shown}")
+
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}
+
+
+def _hints(target) -> dict:
+    """Annotations as types; none where they name something that cannot be imported."""
+    try:
+        return typing.get_type_hints(target)
+    except NameError:
+        return {}
 
 
 def preset_names() -> list[str]:

@@ -22,6 +22,8 @@ _METHOD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ATOM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:]*")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]+")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _CACHE = re.compile(r"K(\d+)V(\d+)")
 
 
@@ -113,12 +115,9 @@ def _show(value: Value) -> str:
 def _value(word: str) -> Value:
     if word in ("true", "false"):
         return word == "true"
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return word
+    if _INTEGER.fullmatch(word):
+        return int(word)
+    return float(word) if _NUMBER.fullmatch(word) else word
 
 
 class _Reader:

@@ -269,9 +269,5 @@ def _integer(match, inner, *, group: int | None = None, sym: bool | None = None,
         group = default_group(bits, activation)
     if group == -1:
         group = 0
-    if isinstance(group, bool) or not isinstance(group, int):
-        raise ValueError(f"option 'group': found {group!r}, accepted is an integer")
-    if sym is not None and not isinstance(sym, bool):
-        raise ValueError(f"option 'sym': found {sym!r}, accepted are true and false")
     symmetric = match[3] is None if sym is None else sym
     return Int(bits, group, symmetric, activation, scale)

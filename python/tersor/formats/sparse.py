@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +186,7 @@ class Outliers(Format):
         return "reference: no kernel for sparse outliers"
 
     def text(self) -> str:
-        return f"outliers{self.ratio!r}"
+        return f"outliers{Decimal(repr(self.ratio)):f}"  # no exponent: the grammar has no signs in names
 
 
 def _column_dtype(shape: Shape) -> torch.dtype:
@@ -197,7 +198,7 @@ def _sparse(match, inner):
     return Sparse24(inner or Dense())
 
 
-@register_format(r"outliers(\d*\.?\d+(?:e-\d+)?)", "outliers0.01", "few weights in 16 bits; add it to another format")
+@register_format(r"outliers(\d*\.?\d+)", "outliers0.01", "few weights in 16 bits; add it to another format")
 def _outliers(match, inner):
     if inner is not None:
         raise ValueError(f"outliers are 16-bit values and nothing nests in them, found {inner}")
