@@ -11,7 +11,6 @@ hits them alike; a figure is the median over rounds of ``tersor.evaluate.decode_
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import statistics
@@ -19,10 +18,10 @@ import sys
 from pathlib import Path
 
 import torch
+from common import RESULTS, header, integers
 
 import tersor
 from tersor.cli.common import load_model
-from tersor.cli.doctor import examine
 from tersor.cli.shapes import qwen3_0_6b
 from tersor.evaluate import decode_speed, model_bytes, prefill_speed
 
@@ -83,21 +82,19 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--prefill", type=int, default=0, help="also time a prompt of this many tokens")
     parser.add_argument("--fp32", action="store_true", help="also time torch in fp32")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "generate.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "generate.json")
     args = parser.parse_args()
     unknown = [name for name in args.models.split(",") if name not in MODELS]
     if unknown:
         sys.exit(f"--models: found {unknown[0]!r}, accepted are {', '.join(MODELS)}")
-    threads = [int(count) for count in args.threads.split(",")]
+    threads = integers(args.threads)
     records = []
     for name in args.models.split(","):
         records += measure(name, threads, args.rounds, args.new_tokens, args.prefill, args.fp32)
         gc.collect()
-    facts = examine()
-    machine = {key: facts[key] for key in ("cpu", "threads", "versions")}
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    result = dict(bench="generate", date=datetime.date.today().isoformat(), machine=machine,
-                  new_tokens=args.new_tokens, records=records)
+    result = header("generate", settings) | {"records": records}
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written: {args.out}")
 

@@ -15,6 +15,7 @@ import typer
 from .common import Threads, console, progress_bar, set_threads, table
 
 _SWEPT = 1 << 28  # bytes of weights in rotation: far past any last-level cache
+_MOST_COPIES = 512  # reaches that for layers from half a megabyte
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def measure(specs: list[str], shape: tuple[int, int], m: int, seconds: float) ->
 
 
 def _copies(nbytes: int) -> int:
-    return max(2, -(-_SWEPT // nbytes))
+    return min(_MOST_COPIES, max(2, -(-_SWEPT // nbytes)))
 
 
 def _rotating(weights: list, call: Callable) -> Callable[[], object]:
