@@ -68,7 +68,7 @@ def compress(
         report = tersor.compress(loaded, recipe, calibration=texts, tokenizer=tokenizer, strict=strict,
                                  progress=progress, **({"samples": samples, "length": length} if texts else {}))
         after = _quality(loaded, tokenizer, windows_text, progress, "perplexity after")
-    _save(loaded, tokenizer, out, container, overwrite)
+    tersor.save(loaded, out, as_=container.value, tokenizer=tokenizer)
 
     console.print(report_table(report))
     for line in report.notes:
@@ -120,8 +120,12 @@ def _check_out(model: str, out: Path, overwrite: bool) -> None:
         raise ValueError(f"out {out}: found the model itself, accepted is another folder")
     if out.is_file():
         raise ValueError(f"out {out}: found a file, accepted is a new folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"out {out}: the folder is not empty; accepted is a new one, or --overwrite to replace a model")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise ValueError(f"out {out}: the folder is not empty; accepted is a new one, or --overwrite to replace a "
+                             "model")
+        if not (out / "config.json").is_file():
+            raise ValueError(f"out {out}: --overwrite replaces models, and the folder holds something else")
 
 
 def _quality(model, tokenizer, text: str | None, progress, task: str):
@@ -133,8 +137,3 @@ def _quality(model, tokenizer, text: str | None, progress, task: str):
     with evaluate.computing_in(model, evaluate.arithmetic_dtype(model)):
         return evaluate.compare(model, None, windows, lambda _, done, total: progress(task, done, total))
 
-
-def _save(model, tokenizer, out: Path, container: Container, overwrite: bool) -> None:
-    import tersor
-
-    tersor.save(model, out, as_=container.value, tokenizer=tokenizer, overwrite=overwrite)
