@@ -1,0 +1,148 @@
+"""The benchmarks' arithmetic and their handling of contenders that fail; nothing here is timed."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+if not BENCH.is_dir():
+    pytest.skip("the checkout's bench/ is not here", allow_module_level=True)
+sys.path.insert(0, str(BENCH))
+
+import common  # noqa: E402
+import contenders  # noqa: E402
+import figures  # noqa: E402
+import linear  # noqa: E402
+import roofline  # noqa: E402
+import table  # noqa: E402
+from peers.base import Options  # noqa: E402
+
+
+def record(contender, ms, error, nbytes=1000, rounds=None, **cell):
+    return {"K": 128, "N": 64, "M": 1, "threads": 2, **cell, "contender": contender, "ms": ms,
+            "rounds_ms": rounds or [ms], "nbytes": nbytes, "itemsize": 2, "error": error, "other_cpu": 0.0}
+
+
+@pytest.fixture
+def result():
+    entries = [("torch bf16", "baseline", "exact"), ("torch fp32", "baseline", "exact"),
+               ("tersor W4A16", "tersor", "exact"), ("tersor W4A8", "tersor", "int8"), ("a", "peer", "exact"),
+               ("b", "peer", "int8"), ("c", "peer", "exact"), ("d", "peer", "int8"), ("gone", "peer", "exact")]
+    return {
+        "bench": "linear", "date": "2026-01-02T00:00:00", "complete": True,
+        "machine": {"cpu": "a CPU", "cores": 2, "flags": ["avx2"]}, "versions": {"torch": "1"},
+        "settings": {"shapes_KxN": ["128x64"], "m": [1], "threads": [2]},
+        "floors": {"2": {"read_gbs": 1e-3, "fp32_gflops": 1e-3, "bf16_gflops": 2e-3, "int8_gops": 8e-3, "by": "x"}},
+        "contenders": [{"name": name, "role": role, "activations": kind, "status": "measured"}
+                       for name, role, kind in entries],
+        "records": [
+            record("torch bf16", 80.0, 1e-3, rounds=[80.0, 90.0]), record("torch fp32", 40.0, 1e-7),
+            record("tersor W4A16", 10.0, 1e-3, rounds=[10.0, 9.0]), record("tersor W4A8", 5.0, 4e-3),
+            record("a", 20.0, 1e-3), record("b", 8.0, 7e-3), record("c", 6.0, 8e-3), record("d", 1.0, 0.5),
+            {"K": 128, "N": 64, "M": 1, "threads": 2, "contender": "gone", "skipped": "it is not installed"},
+        ],
+    }
+
+
+def rows_of(result):
+    return {row["contender"]: row for row in figures.derive(result)["records"]}
+
+
+def test_ratios_are_other_over_own(result):
+    row = rows_of(result)["tersor W4A16"]
+    assert row["x_bf16"] == 8 and row["x_fp32"] == 4
+    assert row["x_bf16_range"] == [8, 10]  # round by round, not of medians
+    assert row["gflops"] == pytest.approx(2 * 128 * 64 / 0.01 / 1e9)
+
+
+def test_peers_are_classed_by_what_they_did(result):
+    rows = rows_of(result)
+    assert rows["c"]["activations"] == "int8"  # said exact, but its error is that of int8 activations
+    assert rows["tersor W4A8"]["activations"] == "int8"  # ours are what the spec says
+    assert rows["tersor W4A16"]["best_exact_peer"] == "a" and rows["tersor W4A16"]["x_best_exact_peer"] == 2
+    assert rows["tersor W4A8"]["best_int8_peer"] == "c"  # not d, which is faster and wrong
+    assert not rows["d"]["usable"] and "x_best_exact_peer" not in rows["a"]
+
+
+def test_fraction_of_the_floor(result):
+    rows = rows_of(result)
+    moved = 1000 + 2 * (128 + 64)
+    exact = max(moved / 1e6, 2 * 128 * 64 / 2e6)  # bf16 is the faster float peak
+    assert rows["tersor W4A16"]["of_floor"] == pytest.approx(exact / 0.01)
+    assert rows["tersor W4A16"]["bound"] == "arithmetic"
+    assert rows["tersor W4A8"]["of_floor"] == pytest.approx(max(moved / 1e6, 2 * 128 * 64 / 8e6) / 0.005)
+    result["floors"] = {}
+    result["records"] = [record("tersor W4A16", 10.0, 1e-3)]
+    assert "of_floor" not in rows_of(result)["tersor W4A16"]
+
+
+def test_tables_say_what_is_missing(result):
+    result["contenders"][-1]["status"] = "it is not installed"
+    text = table.linear_table(figures.derive(result))
+    assert "gone (it is not installed)" in text and "| W4A16 | 2 | 1 | 8.00 | 4.00 | 2.00 | 0.60 | a | c |" in text
+    assert "tersor W4A16" in table.linear_cells(result)
+    result["complete"] = False
+    assert "not completed" in table.linear_table(result)
+
+
+def test_picture(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    written = roofline.draw(figures.derive(result), tmp_path / "linear.json")
+    assert [path.name for path in written] == ["linear.svg", "linear.png"]
+    assert "<svg" in written[0].read_text()
+    empty = copy.deepcopy(result)
+    empty["floors"] = {}
+    assert roofline.draw(empty, tmp_path / "none.json") == []
+
+
+def test_figures_go_between_the_markers():
+    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    assert table.insert(text, "new") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    assert table.insert(table.insert(f"{table.BEGIN}\nafter", "one"), "two") == f"{table.BEGIN}\ntwo\n{table.END}\nafter"
+    with pytest.raises(ValueError, match="which says where the figures go"):
+        table.insert("no marker", "new")
+
+
+def test_any_result_renders(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    common.write_json(path, {**common.header("other", {}), "records": [{"speed": 1.25, "name": "x", "rounds": [1]}]})
+    assert table.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "| 1.25 | x |" in out and "rounds" not in out
+    assert json.loads(path.read_text())["machine"]["cores"] == common.cores()
+    path.write_text("{")
+    assert table.main([str(path)]) == 2
+
+
+def test_arguments():
+    assert common.shapes("256x64, 128x32") == [(256, 64), (128, 32)]
+    for wrong in ("100x64", "128", "128x0", ""):
+        with pytest.raises(ValueError, match="accepted is KxN"):
+            common.shapes(wrong)
+    assert common.names("W4A16[group=64,sym=false], W4A8") == ["W4A16[group=64,sym=false]", "W4A8"]
+    with pytest.raises(ValueError, match="accepted are positive"):
+        common.integers("1,0")
+    with pytest.raises(ValueError, match="accepted are auto, none"):
+        contenders.gather(Options(), "nothing", sys.executable, sys.executable)
+    assert linear.main(["--shapes", "100x100", "--peers", "none"]) == 2
+
+
+def test_contenders_that_fail_keep_their_reason():
+    proxy = contenders.Proxy("floors", "floors", "floors", sys.executable, Options())
+    proxy.start()
+    with pytest.raises(contenders.Gone, match="AttributeError"):
+        proxy.ask("nonsense", limit=60)
+    assert not proxy.alive and "do_nonsense" in proxy.reason and proxy.pid == 0
+
+    dead = contenders.Proxy("no_such_file", "x", "peer", sys.executable, Options())
+    dead.start()
+    assert contenders.together([dead], "hello", 1, 60) == {}
+    assert "ended (exit status 1)" in dead.reason and "no_such_file" in dead.reason
+
+    slow = contenders.Proxy("floors", "floors", "floors", sys.executable, Options())
+    slow.start()
+    with pytest.raises(contenders.Gone, match="no answer within 0 s"):
+        slow.ask("hello", limit=0)
