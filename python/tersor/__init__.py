@@ -8,6 +8,7 @@ Importing the package registers its operations with torch and its own ``quant_me
 else; ``import tersor.auto`` additionally keeps compressed-tensors, GPTQ and AWQ checkpoints packed.
 """
 
+from . import integrations
 from ._version import __version__
 from .api import compress, explain, specs
 from .formats import Format, Int
@@ -15,6 +16,8 @@ from .layer import Embedding, Linear
 from .patch import LayerSpec, patch
 from .report import Report
 from .spec import SpecError, parse, parse_cache
+
+integrations.register()
 
 _LAZY = {"save": "io", "load": "io", "accelerate": "io", "Cache": "kv"}  # these import transformers
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .formats.base import reference_kernel
+from .integrations import attach
 from .layer import Embedding, Linear
 from .patch import link_siblings
 from .recipe import Plan, Recipe, make_plan
@@ -70,6 +71,7 @@ def compress(model: nn.Module, recipe: Recipe, calibration: Calibration | None =
             report.notes.append("calibration data was given and not used: no method of the recipe looks at data")
         compress_weights(model, plan, report, progress)
     link_siblings(model)
+    attach(model)
     if original is not None:
         from .evaluate import compare
 
