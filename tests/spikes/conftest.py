@@ -1,0 +1,6 @@
+"""The spikes share `problem`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
