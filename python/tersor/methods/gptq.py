@@ -120,7 +120,7 @@ def descending(diagonal: Tensor, unit: int, inner: int) -> Tensor:
     full = n - n % unit
     blocks = diagonal[:full].view(-1, unit // inner, inner).amax(-1)  # [units, blocks of a unit]
     units = blocks.amax(-1).argsort(descending=True, stable=True)
-    inside = blocks.argsort(-1, descending=True, stable=True)[units]
+    inside = blocks.argsort(dim=-1, descending=True, stable=True)[units]
     start = units[:, None, None] * unit + inside[..., None] * inner
     order = (start + torch.arange(inner, device=diagonal.device)).flatten()
     return torch.cat([order, torch.arange(full, n, device=diagonal.device)])
