@@ -1,8 +1,11 @@
 """Methods: ways to choose a point of a format. Importing this package fills the registry."""
 
 from .base import Choice, Method, Statistics
+from .awq import AWQ
 from .gptq import GPTQ
 from .rtn import RTN
 from .statistics import Collector
+from .single import compress_weight  # isort: skip
+from ..transforms import smoothquant as _smoothquant  # noqa: F401  isort: skip (registers itself)
 
-__all__ = ["GPTQ", "RTN", "Choice", "Collector", "Method", "Statistics"]
+__all__ = ["AWQ", "GPTQ", "RTN", "Choice", "Collector", "Method", "Statistics", "compress_weight"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..formats.base import Format, Params
 
 if TYPE_CHECKING:
-    from ..transforms.graph import Group
+    from ..transforms.group import Group
     from ..transforms.steps import Step
 
 NEEDS = frozenset({"hessian", "abs_mean", "abs_max", "inputs", "block"})
@@ -74,6 +74,10 @@ class Method:
         """Rewrite a group's weights so that the model computes the same; returns a note for the report, or ''."""
         return ""
 
+    def for_layer(self, name: str) -> "Method":
+        """The method as it applies to the layer of this name."""
+        return self
+
     def choose(self, w: Tensor, fmt: Format, stats: Statistics | None, previous: Choice | None = None, *,
                dtype: torch.dtype | None = None) -> Choice:
         """Choose for ``w [out, in]`` (float32 or float64). ``dtype`` is the model's, in which scales are stored;
@@ -104,9 +108,9 @@ def transforms(methods: Sequence[Method]) -> tuple[Method, ...]:
 
 
 def choose(methods: Sequence[Method], w: Tensor, fmt: Format, stats: Statistics | None,
-           dtype: torch.dtype | None = None) -> Choice:
+           dtype: torch.dtype | None = None, name: str = "") -> Choice:
     """Run a chain's choosers in order on ``w [out, in]``; each is given what the one before chose."""
     choice = None
     for method in choosers(methods):
-        choice = method.choose(w, fmt, stats, choice, dtype=dtype)
+        choice = method.for_layer(name).choose(w, fmt, stats, choice, dtype=dtype)
     return choice

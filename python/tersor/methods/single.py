@@ -1,0 +1,50 @@
+"""Compressing one weight outside a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import Resolved
+from ..transforms.group import Lone
+from .base import Choice, choose, transforms
+from .statistics import Collector
+
+_SAMPLE = 4096
+
+
+def check_finite(w: Tensor, what: str) -> None:
+    """ValueError naming ``what`` when a weight holds NaN or Inf."""
+    if not bool(torch.isfinite(w).all()):
+        count = int((~torch.isfinite(w)).sum())
+        raise ValueError(f"{what}: found {count} values that are NaN or Inf, accepted are finite weights")
+
+
+def compress_weight(weight: Tensor, resolved: Resolved, inputs: Tensor | None = None) -> Choice:
+    """Choose for one weight ``[out, in]`` in its model's dtype; ``inputs [..., in]`` serve methods that look at data.
+
+    What a transform would fold into the operation before becomes a `ChannelScale` in ``pre``. ValueError: weights or
+    inputs that are not finite, inputs missing or of another width.
+    """
+    check_finite(weight, "weight")
+    resolved.format.check(tuple(weight.shape))
+    w = weight if weight.dtype is torch.float64 else weight.float()
+    needs = frozenset().union(*(method.needs for method in resolved.methods))
+    stats = None
+    if needs:
+        if inputs is None:
+            raise ValueError(f"inputs: {resolved.method_text} looks at data and found none; accepted are samples "
+                             f"[..., {weight.shape[1]}] of the layer's input")
+        collector = Collector(weight.shape[1], needs, _SAMPLE, weight.device)
+        collector.add(inputs.to(weight.device))
+        stats = collector.finish()
+    pre = ()
+    steps = transforms(resolved.methods)
+    if steps:
+        group = Lone(w, resolved.format, stats, weight.dtype)
+        for method in steps:
+            method.transform(group)
+        w, stats, pre = group.weight("weight"), group.stats, group.steps
+    choice = choose(resolved.methods, w, resolved.format, stats, weight.dtype)
+    choice.pre = pre
+    return choice

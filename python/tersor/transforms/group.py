@@ -1,0 +1,174 @@
+"""A group of linear layers that share an input, as transforms see it: weights, statistics, a scale to fold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .graph import Producer, divide, matrix, output_tensor, per_row
+from .steps import ChannelScale
+
+if TYPE_CHECKING:
+    from ..formats.base import Format
+    from ..methods.base import Statistics
+
+
+class Weights:
+    """Weights ``[out, in]`` of a block's layers while they are rewritten, in float32 (float64 for such models).
+
+    The modules hold them rounded to the model's dtype; what is compressed later is the unrounded value.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+        self._held: dict[str, Tensor] = {}
+
+    def get(self, name: str) -> Tensor:
+        if name in self._held:
+            return self._held[name]
+        w = matrix(self.block.get_submodule(name)).detach()
+        return w if w.dtype is torch.float64 else w.float()
+
+    def put(self, name: str, w: Tensor) -> None:
+        self._held[name] = w
+        matrix(self.block.get_submodule(name)).copy_(w)
+
+    def drop(self, name: str) -> None:
+        """Forget a layer that was compressed."""
+        self._held.pop(name, None)
+
+
+class Group:
+    """Layers of a block with one input of ``in_features`` channels.
+
+    ``formats``: of the layers that will be compressed; ``names`` has the others too, which a fold must rewrite as
+    well. `fold` keeps the block's function. ``producer`` is None where no earlier operation can take a scale over,
+    and ``why`` says why.
+    """
+
+    def __init__(self, names: Sequence[str], formats: Mapping[str, Format], stats: Statistics, weights: Weights,
+                 producer: Producer | None = None, why: str = "", dtype: torch.dtype | None = None,
+                 runs: Sequence[Callable[[], Tensor]] = ()):
+        self.names, self.formats, self.stats, self.weights = tuple(names), dict(formats), stats, weights
+        self.producer, self.why, self.dtype = producer, why, dtype
+        self.runs = list(runs)
+        self._expected: list[Tensor] | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight(self.names[0]).shape[1]
+
+    def weight(self, name: str) -> Tensor:
+        """Current weight ``[out, in]`` in float32 or float64."""
+        return self.weights.get(name)
+
+    def set_weight(self, name: str, w: Tensor) -> None:
+        self.weights.put(name, w)
+
+    def tie(self, values: Tensor) -> Tensor:
+        """``values [in]`` averaged over channels that come from one output of the producer (as in grouped-query
+        attention), since they can only be scaled together."""
+        if self.producer is None or self.producer.rows is None:
+            return values
+        rows = self.producer.rows.to(values.device)
+        size = int(rows.max()) + 1
+        total = values.new_zeros(size).index_add_(0, rows, values)
+        return (total / torch.bincount(rows, minlength=size).clamp(min=1))[rows]
+
+    def fold(self, s: Tensor) -> None:
+        """Multiply the columns of all weights by ``s [in] > 0`` and divide the producer's channels.
+
+        A norm's gain is stored in the model's dtype, so the factors used are the ones that its rounded gain really
+        takes over: the function is kept up to the rounding of the weights.
+        """
+        if self.producer is None:
+            raise ValueError(f"layers {', '.join(self.names)}: a scale cannot be folded: {self.why}")
+        if not bool((torch.isfinite(s) & (s > 0)).all()):
+            raise ValueError(f"layers {', '.join(self.names)}: found a scale that is not finite and positive")
+        s = self._take_over(s)
+        for name in self.names:
+            self.weights.put(name, self.weight(name) * s)
+        self.stats = self.stats.scaled(s)
+        self.runs, self._expected = [], None  # they were captured for the input before
+
+    def _take_over(self, s: Tensor) -> Tensor:
+        source = self.weights.block.get_submodule(self.producer.name)
+        wide = torch.float64 if next(source.parameters()).dtype is torch.float64 else torch.float32
+        s = s.to(wide)
+        if self.producer.kind == "norm":
+            before = source.weight.data.to(wide) + self.producer.offset
+            after = ((before / s) - self.producer.offset).to(source.weight.dtype).to(wide) + self.producer.offset
+            s = torch.where((before != 0) & (after != 0) & ((before > 0) == (after > 0)), before / after, 1.0)
+            divide(source, self.producer, s)
+            return s
+        name = self.producer.name
+        divisor = per_row(self.producer, s, self.weight(name).shape[0])
+        self.weights.put(name, self.weight(name) / divisor[:, None])
+        bias = source._parameters.get("bias")
+        if bias is not None:
+            bias.data = (bias.data / divisor).to(bias.dtype)
+        return s
+
+    def loss(self, trial: Mapping[str, Tensor]) -> float:
+        """Mean squared change of the output when the layers hold the ``trial`` weights ``[out, in]``: the output of
+        the module around them where it can be run on captured inputs, otherwise of the layers themselves."""
+        if not self.runs:
+            x = self.stats.inputs
+            total = sum(float(F.linear(x.to(w), self.weight(name) - w).square().sum(dtype=torch.float64))
+                        for name, w in trial.items())
+            return total / (x.shape[0] * sum(w.shape[0] for w in trial.values()))
+        if self._expected is None:
+            self._expected = [run() for run in self.runs]
+        modules = {name: self.weights.block.get_submodule(name) for name in trial}
+        saved = {name: module.weight.data for name, module in modules.items()}
+        total, count = 0.0, 0
+        try:
+            for name, module in modules.items():
+                module.weight.data = torch.empty_like(saved[name])
+                matrix(module).copy_(trial[name])
+            for run, expected in zip(self.runs, self._expected):
+                total += float((run().float() - expected.float()).square().sum(dtype=torch.float64))
+                count += expected.numel()
+        finally:
+            for name, module in modules.items():
+                module.weight.data = saved[name]
+        return total / count
+
+
+class _Held:
+    """`Weights` of a single layer outside any model."""
+
+    def __init__(self, name: str, w: Tensor):
+        self.held = {name: w}
+
+    def get(self, name: str) -> Tensor:
+        return self.held[name]
+
+    def put(self, name: str, w: Tensor) -> None:
+        self.held[name] = w
+
+
+class Lone(Group):
+    """A single layer: what would be folded becomes an online step before it (``steps``)."""
+
+    def __init__(self, w: Tensor, fmt: Format, stats: Statistics, dtype: torch.dtype | None = None):
+        super().__init__(("weight",), {"weight": fmt}, stats, _Held("weight", w), Producer("step", "step"), dtype=dtype)
+        self._scale: Tensor | None = None
+
+    def _take_over(self, s: Tensor) -> Tensor:
+        inverse = (1 / s).float()
+        self._scale = inverse if self._scale is None else self._scale * inverse
+        return (1 / inverse).to(self.weight("weight"))
+
+    @property
+    def steps(self) -> tuple[ChannelScale, ...]:
+        return () if self._scale is None else (ChannelScale(self._scale),)
+
+
+def run_on(module: nn.Module, args: Sequence, kwargs: Mapping) -> Callable[[], Tensor]:
+    """A call of ``module`` on captured arguments that returns its output tensor."""
+    return lambda: output_tensor(module(*args, **kwargs))
