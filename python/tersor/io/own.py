@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..experts import Experts
-from ..formats.base import Format, Tensors, TensorSpec
+from ..formats.base import Format, Tensors, TensorSpec, under
 from ..formats.integer import Int
 from ..registry import resolve_format
 from ..spec import SpecError
@@ -102,7 +102,7 @@ class Native(OwnLayout):
 
     def _weight(self, site: Site, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         first = None
-        for dtype in dict.fromkeys((site.dtype, torch.bfloat16, torch.float16, torch.float32)):
+        for dtype in dtypes(site):
             specs = {stored(name): spec for name, spec in self.specs(site, dtype).items()}
             if all(found.get(name) == spec for name, spec in specs.items()):
                 return specs
@@ -128,24 +128,36 @@ class Native(OwnLayout):
             if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
                 raise CheckpointError(f"{stored(name)}: found NaN or infinite values, accepted are finite ones")
         if site.kind != "experts":
-            self._verify(held, site)
+            self._verify(held, site, tuple(site.shape))
+        elif not isinstance(self.format, Int):  # any bytes are sound integer codes
+            for projection, shape in Experts.holding(site.module, self.format, "meta").projections.items():
+                for expert in range(site.shape[0]):
+                    self._verify({name: tensor[expert] for name, tensor in under(held, projection).items()}, site, shape)
         pre, post = self._steps(tensors, site)
         return Decoded(self.format, held, pre, post)
 
-    def _verify(self, held: Tensors, site: Site) -> None:
+    def _verify(self, held: Tensors, site: Site, shape: tuple[int, int]) -> None:
         # Codes may be indices into other tensors: unpacking once finds those that point outside.
         try:
-            w = self.format.unpack(held, site.shape, torch.float32)
+            w = self.format.unpack(held, shape, torch.float32)
         except (ValueError, RuntimeError, IndexError) as error:
             raise CheckpointError(f"the tensors of {self.format} do not make a weight ({error})") from None
-        if tuple(w.shape) != tuple(site.shape) or not bool(w.isfinite().all()):
+        if tuple(w.shape) != shape or not bool(w.isfinite().all()):
             raise CheckpointError(f"the tensors of {self.format} make a weight that is not finite")
+
+
+def dtypes(site: Site) -> tuple[torch.dtype, ...]:
+    """Model dtypes for which a weight may have been stored, the loaded model's own first."""
+    return tuple(dict.fromkeys((site.dtype, torch.bfloat16, torch.float16, torch.float32)))
 
 
 def stored(name: str) -> str:
     """The local name, in a checkpoint, of a format's tensor. Fused experts' names lose ``_proj``: transformers would
     split tensors that are named like the parameters."""
-    return name.replace(".", "__").replace("gate_up_proj", "gate_up").replace("down_proj", "down")
+    projection, dot, rest = name.partition(".")
+    if dot and projection in ("gate_up_proj", "up_proj", "down_proj"):
+        name = f"{projection.removesuffix('_proj')}.{rest}"
+    return name.replace(".", "__")
 
 
 # -- the configuration ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..experts import Experts, is_experts
+from ..experts import Experts, is_experts, matrices
 from ..formats.base import TensorSpec
 from ..layer import Embedding, Linear
 from ..patch import is_conv1d, replace
@@ -18,11 +18,10 @@ from .compressed_tensors import CompressedTensors
 from .errors import CheckpointError, Unsupported
 from .gptq import GPTQ
 from .layout import Decoded, Layout, Manifest, Site, check_specs, module_specs
-from .own import Own
+from .own import Native, Own, dtypes
 from .shards import Checkpoint
 
 MANIFESTS: dict[str, type[Manifest]] = {kind.container: kind for kind in (CompressedTensors, GPTQ, AWQ, Own)}
-_KEPT = ("weight", "bias")
 
 
 def read_manifest(raw: object, where: str = "quantization_config") -> Manifest:
@@ -62,7 +61,7 @@ class Slot:
         """The layer of ours that holds a decoded weight, on ``device`` (default: where the tensors are)."""
         site, format = self.site, decoded.format
         tensors = {name: tensor if device is None else tensor.to(device) for name, tensor in decoded.tensors.items()}
-        dtype = self._tensor_dtype(decoded)
+        dtype = self._stored_dtype(decoded)
         if site.kind == "experts":
             layer = Experts.holding(site.module, format, "meta", dtype)
         elif site.kind == "embedding":
@@ -78,13 +77,12 @@ class Slot:
         layer.train(False)
         return layer
 
-    def _tensor_dtype(self, decoded: Decoded) -> torch.dtype:
+    def _stored_dtype(self, decoded: Decoded) -> torch.dtype:
         """The model dtype for which the format lists exactly these tensors."""
-        if self.site.kind != "experts":
-            for dtype in (self.site.dtype, torch.bfloat16, torch.float16, torch.float32):
-                specs = decoded.format.spec(self.site.shape, dtype)
-                if all(decoded.tensors[name].dtype == spec.dtype for name, spec in specs.items()):
-                    return dtype
+        for dtype in dtypes(self.site):
+            specs = Native(decoded.format).specs(self.site, dtype)
+            if all(decoded.tensors[name].dtype == spec.dtype for name, spec in specs.items()):
+                return dtype
         return self.site.dtype
 
 
@@ -178,7 +176,8 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest) -> L
             raise type(error)(f"{checkpoint.directory}: {error}") from None
         check_specs(where, expected, found)
         bias = _bias(where, site, found)
-        extra = [local for local in found if local not in expected and local != "bias"]
+        own = site.module._parameters if site.kind == "experts" else ("bias",)
+        extra = [local for local in found if local not in expected and local not in own]
         if extra:
             raise Unsupported(f"{where}: tensor {extra[0]!r}: no part of the layout that the configuration names")
         slots[name] = Slot(site, layout, expected, bias, where)
@@ -187,6 +186,8 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest) -> L
 
 def _bias(where: str, site: Site, found: Mapping[str, TensorSpec]) -> TensorSpec | None:
     spec = found.get("bias")
+    if site.kind == "experts":
+        return None
     if spec is None:
         if site.bias:
             raise CheckpointError(f"{where}: tensor 'bias': not in the checkpoint, and the model has one")
@@ -215,10 +216,12 @@ def _check_dense(model: nn.Module, names: Names, checkpoint: Checkpoint, slots: 
     merged = [pattern for converter in names.converters for pattern in converter.target_patterns]
     tied = getattr(model, "all_tied_weights_keys", {})
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    replaced = {f"{name}.{projection}" for name, slot in slots.items() if slot.site.kind == "experts"
+                for projection in matrices(slot.site.module)}
     missing = []
     for name in names.state:
         module = name.rpartition(".")[0]
-        if name in given or module in slots or any(name.startswith(slot + ".") for slot in slots):
+        if name in given or module in slots and (slots[module].site.kind != "experts" or name in replaced):
             continue
         if name in tied and tied[name] in given:
             continue
@@ -242,6 +245,17 @@ class Loading(nn.Module):
         self._is_hf_initialized = True  # complete by `plan_load`: nothing here is ever initialised at random
         for name, spec in slot.specs.items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
+        if "weight" not in slot.specs:  # models' own initialisers look at it, and leave what is flagged alone
+            weight = torch.empty(slot.site.shape, dtype=slot.site.dtype, device="meta")
+            weight._is_hf_initialized = True
+            self.__dict__["weight"] = weight
+        if slot.site.kind == "experts":  # biases and the like load beside the matrices
+            kept = slot.site.module
+            for name, parameter in kept._parameters.items():
+                if name not in matrices(kept):
+                    self.register_parameter(name, parameter)
+            for name, child in kept._modules.items():
+                self.add_module(name, child)
         if slot.bias is not None:
             bias = torch.empty(slot.bias.shape, dtype=slot.site.dtype, device="meta")
             self.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
@@ -260,6 +274,8 @@ class Loading(nn.Module):
                 raise CheckpointError(f"{self.slot.where}: bias: found NaN or infinite values, accepted are finite ones")
             if not self.slot.site.bias and not bool(bias.any()):
                 bias = None  # some writers give every layer a bias of zeros
+        if self.slot.site.kind == "experts":
+            self.slot.site.module._parameters.update(self._parameters)
         layer = self.slot.build(self.slot.decode(tensors), bias, device)
         layer._is_hf_initialized = True
         return layer

@@ -379,18 +379,18 @@ _WRITERS = {
 def state_dict(model: nn.Module, written: Written) -> dict[str, Tensor]:
     """A model's state dict with each compressed layer's tensors under their stored names."""
     layers = compressed_layers(model)
-    made: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        owner = next((owner for owner in _parents(name) if owner in layers), None)
-        if owner is None or name == f"{owner}.bias":
-            made[name] = tensor
+    inner = {f"{owner}.{local}" for owner, layer in layers.items() for local in _inner(layer)}
+    made: dict[str, Tensor] = {name: tensor for name, tensor in model.state_dict().items() if name not in inner}
     for name, layer in layers.items():
         for local, tensor in written.encode(layer).items():
             made[f"{name}.{local}"] = tensor.detach()
     return made
 
 
-def _parents(name: str):
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
+def _inner(layer: Layer):
+    """Names, in the layer's own state, of what is stored in another way."""
+    yield from (name.replace(".", "__") for name in layer.tensors())
+    for side in ("pre", "post"):
+        steps = getattr(layer, side, None)
+        if isinstance(steps, nn.ModuleList):
+            yield from (f"{side}.{name}" for name in steps.state_dict())
