@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tersor.formats import (
     NVFP4, PRESETS, AdditiveCodebook, BilevelInt, BlockDiagonal, Dense, Float, Inputs, Int, LowRank, Microscaling,
@@ -13,6 +14,8 @@ from tersor.formats import (
 from tersor.formats.base import reference_kernel
 from tersor.formats.bits import kmeans, nearest, pack_bits, unpack_bits
 from tersor.formats.floating import ELEMENTS, from_codes, round_to, to_codes
+from tersor.formats.lowrank import leading_vectors
+from tersor.layer import Linear
 from tersor.registry import resolve_format
 
 FORMATS = [
@@ -122,6 +125,23 @@ def test_the_error_shrinks_with_search_or_stays(fmt):
     assert (plain - w).norm() < w.norm(), "closer than nothing"
 
 
+def test_a_layer_holds_it(fmt):
+    torch.manual_seed(2)
+    linear = nn.Linear(160, 64, bias=True, dtype=torch.bfloat16)
+    layer = Linear.from_linear(linear, f"rtn:{fmt}")
+    x = torch.randn(5, 160, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    wanted = F.linear(fmt.quantize_input(x.detach()).double(), layer.weight.double(), linear.bias.double())
+    # W = A S B is multiplied factor by factor in bfloat16, other formats round once or twice
+    assert y.dtype == torch.bfloat16 and (y - wanted).norm() < 1e-2 * wanted.norm()
+    y.sum().backward()
+    assert (x.grad.double() - layer.weight.double().sum(0)).norm() < 1e-2 * x.grad.double().norm()
+    again = Linear(160, 64, fmt, bias=True)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x), y) and torch.equal(again.weight, layer.weight)
+    assert 8 * layer.nbytes / layer.weight.numel() == pytest.approx(fmt.bits((64, 160)))
+
+
 def test_kernel_is_named_or_reference(fmt):
     name = fmt.kernel(EVEN)
     expected = isinstance(fmt, (Int, Dense, LowRank)) or isinstance(fmt, Sum) and all(
@@ -227,6 +247,15 @@ def test_low_rank_recovers_a_low_rank_matrix_and_corrects_a_quantized_one():
     plain, fixed = Int(3, 32), Sum((Int(3, 32), LowRank(8)))
     error = [(f.project(w, f.fit(w)) - w).norm() for f in (plain, fixed)]
     assert error[1] < 0.97 * error[0]
+
+
+def test_leading_vectors_by_iteration_are_as_good_as_the_decomposition():
+    w = torch.randn(120, 200, generator=torch.Generator().manual_seed(3)) * torch.linspace(3, 0.5, 200)
+    u = leading_vectors(w, 8)
+    exact = torch.linalg.svdvals(w)[:8].square().sum()
+    assert torch.allclose(u.T @ u, torch.eye(8), atol=1e-5)
+    assert (u.T @ w).square().sum() > 0.985 * exact
+    assert torch.equal(u, leading_vectors(w, 8))
 
 
 def test_outliers_free_the_range_of_the_rest():

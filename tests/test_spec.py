@@ -256,3 +256,22 @@ def test_float_presets_store_what_compressed_tensors_reads(name):
     theirs = compressor.decompress(tensors, preset_name_to_scheme(name, ["Linear"]))["weight"]
     ours = fmt.unpack(fmt.pack(fmt.project(w, params), params), (256, 384))
     assert torch.allclose(theirs.float(), ours, rtol=2**-7 if theirs.dtype is torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16"])
+def test_scales_of_the_float_presets_are_compressed_tensors_own(name):
+    quantization = pytest.importorskip("compressed_tensors.quantization.utils.helpers")
+    import torch
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+
+    torch.manual_seed(0)
+    w = torch.randn(32, 128) * (torch.rand(32, 1) ** 4 + 1e-2)
+    fmt = PRESETS[name]
+    groups = w.unflatten(1, (-1, fmt.group))
+    low, high = groups.amin(-1), groups.amax(-1)
+    one = quantization.generate_gparam(low.min(), high.max()) if name == "NVFP4A16" else None
+    theirs, _ = quantization.calculate_qparams(low, high, preset_name_to_scheme(name, ["Linear"]).weights, one)
+    ours = fmt.fit(w)["scales"]
+    if one is not None:
+        theirs = theirs / one
+    assert torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-6)

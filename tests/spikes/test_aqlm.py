@@ -20,8 +20,8 @@ from tersor.registry import register_method, resolve
 class AQLM(Method):
     """Additive codebooks fitted to the layer's output: Adam on codebooks and scales, beam search over codes, in turn."""
 
-    rounds: int = 4
-    steps: int = 50
+    rounds: int = 3
+    steps: int = 40
     lr: float = 3e-3
     beam: int = 4
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..registry import register_format
 from .base import Format, Params, Shape, Tensors, TensorSpec
-from .bits import agrees, half, kmeans, nearest, pack_bits, packed_bytes, rounded, unpack_bits
+from .bits import agrees, half, kmeans, nearest, pack_bits, packed_bytes, rounded, sample, unpack_bits
 
 _CHUNK = 1 << 22  # entries of a score table held at a time
-_POINTS = 64  # vectors per centroid that k-means looks at
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,12 @@ class AdditiveCodebook(Format):
         store = half(dtype or w.dtype)
         scales = w.square().mean(1, keepdim=True).mul(self.group).sqrt().clamp_min(torch.finfo(store).smallest_normal)
         scales = rounded(scales, store)
-        left = self.vectors(w / scales).flatten(0, 1)
-        limit = _POINTS << self.nbits
-        sample = left if len(left) <= limit else left[torch.randperm(
-            len(left), generator=torch.Generator().manual_seed(0))[:limit].to(left.device)]
+        left, _ = sample(self.vectors(w / scales).flatten(0, 1), None, 2**self.nbits)
         codebooks = []
         for _ in range(self.num_codebooks):
-            book = rounded(kmeans(sample, 2**self.nbits), store)
+            book = rounded(kmeans(left, 2**self.nbits), store)
             codebooks.append(book)
-            sample = sample - book[nearest(sample, book)]
+            left = left - book[nearest(left, book)]
         params = Params(dtype=store, scales=scales, codebooks=torch.stack(codebooks))
         params["codes"] = torch.zeros(w.shape[0], self.groups(w.shape[1]), self.num_codebooks, dtype=torch.int32)
         return params

@@ -62,6 +62,15 @@ def agrees(noted: Tensor, w: Tensor) -> Tensor:
     return (noted - w).abs() <= 64 * torch.finfo(w.dtype).eps * w.abs().amax()
 
 
+def sample(points: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
+    """At most about 64 of ``points [n, d]`` for each of ``k`` centroids (4 of very many), the same for the same sizes."""
+    limit = max(4 * k, min(64 * k, 1 << 17))
+    if len(points) <= limit:
+        return points, weight
+    chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:limit].to(points.device)
+    return points[chosen], None if weight is None else weight[chosen]
+
+
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """Index ``[n]`` of the nearest of ``centroids [k, d]`` for each of ``points [n, d]``, in squared distance."""
     half_norm = centroids.square().sum(1) / 2

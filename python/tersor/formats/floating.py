@@ -17,6 +17,7 @@ from .bits import pack_bits, packed_bytes, unpack_bits
 
 # element: (exponent bits, mantissa bits, lowest exponent of a normal number, largest value)
 ELEMENTS = {"e2m1": (2, 1, 0, 6.0), "e2m3": (2, 3, 0, 7.5), "e4m3": (4, 3, -6, 448.0)}
+_ROUNDS_UP = {"e2m1": 1.75, "e2m3": 1.9375, "e4m3": 1.75}  # mantissas from which the next power of two serves better
 _BLOCK = 128  # rows and columns of a block that shares an FP8 scale
 
 
@@ -67,12 +68,11 @@ def from_codes(codes: Tensor, element: str, dtype: torch.dtype) -> Tensor:
 
 
 def power_of_two_scale(top: Tensor, element: str) -> Tensor:
-    """Exponent of the E8M0 scale (int32) for groups whose largest magnitude is ``top``: OCP MX v1.0, rounding up
-    where the mantissa would round beyond the element's last binade, as compressed-tensors does."""
-    _, mantissa, _, largest = ELEMENTS[element]
+    """Exponent of the E8M0 scale (int32) for groups whose largest magnitude is ``top``: OCP MX v1.0, but one higher
+    where the largest weight would round beyond the element's last binade, as compressed-tensors does."""
     fraction, exponent = torch.frexp(top)
-    exponent = exponent - 1 + (fraction >= 1 - 2.0 ** -(mantissa + 2)).int()
-    return (exponent - math.floor(math.log2(largest))).clamp(-126, 127).where(top > 0, -126)
+    exponent = exponent - 1 + (2 * fraction >= _ROUNDS_UP[element]).int()
+    return (exponent - math.floor(math.log2(ELEMENTS[element][3]))).clamp(-126, 127).where(top > 0, -126)
 
 
 def fit_columns(index: Tensor, lo: int, count: int, size: int) -> Tensor:

@@ -32,7 +32,7 @@ class LowRank(Format):
             dtype: torch.dtype | None = None) -> Params:
         store = half(dtype or w.dtype)
         root = None if importance is None else importance.to(w).clamp_min(1e-12).sqrt()
-        u = torch.linalg.svd(w if root is None else w * root, full_matrices=False)[0][:, : self.rank]
+        u = leading_vectors(w if root is None else w * root, self.rank)
         if u.shape[1] < self.rank:
             u = F.pad(u, (0, self.rank - u.shape[1]))
         u = rounded(u, store).double()
@@ -68,6 +68,18 @@ class LowRank(Format):
 
     def text(self) -> str:
         return f"lr{self.rank}"
+
+
+def leading_vectors(w: Tensor, rank: int, passes: int = 4) -> Tensor:
+    """The ``rank`` leading left singular vectors of ``w [out, in]``, by subspace iteration from a fixed start where
+    the rank is small (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), else by the full decomposition."""
+    if 8 * rank >= min(w.shape):
+        return torch.linalg.svd(w, full_matrices=False)[0][:, :rank]
+    start = torch.randn(w.shape[1], rank + 8, generator=torch.Generator().manual_seed(0)).to(w)
+    q = torch.linalg.qr(w @ start)[0]
+    for _ in range(passes):
+        q = torch.linalg.qr(w @ torch.linalg.qr(w.T @ q)[0])[0]
+    return q @ torch.linalg.svd(q.T @ w, full_matrices=False)[0][:, :rank]
 
 
 @register_format(r"lr(\d+)", "lr32", "low rank: two 16-bit factors; add it to another format as a correction")

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ..registry import register_format
 from .base import Format, Params, Shape, Tensors, TensorSpec
-from .bits import agrees, half, kmeans, nearest, pack_bits, packed_bytes, rounded, unpack_bits
-
-_POINTS = 64  # vectors per centroid that k-means looks at
+from .bits import agrees, half, kmeans, nearest, pack_bits, packed_bytes, rounded, sample, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,7 @@ class OutputVectors(Format):
     def cluster(self, points: Tensor, k: int, params: Params) -> Tensor:
         """Centroids ``[k, length]`` of normalised vectors ``[columns, vectors, length]``, rounded to 16 bits."""
         weight = params["weight"][:, None].expand(points.shape[:2]).flatten()
-        points, limit = points.flatten(0, 1), _POINTS * k
-        if len(points) > limit:
-            chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:limit].to(points.device)
-            points, weight = points[chosen], weight[chosen]
+        points, weight = sample(points.flatten(0, 1), weight, k)
         return rounded(kmeans(points, k, weight), params["dtype"])
 
     def _decode(self, codes, residual_codes, params, scales, out):
