@@ -27,6 +27,8 @@ def samples():
     yield "int_linear_multi", (x, [q, q2], [s, s2], [z, z2], [], [33, 17], 4, 32, 16)
     yield "int_pack", (codes, 4)
     yield "int_unpack", (q, 33, 97, 4)
+    yield "int_fit", (torch.randn(17, 97), torch.rand(97), 4, 32, False, 80, torch.float16)
+    yield "int_fit", (torch.randn(5, 97), None, 3, 0, True, 1, torch.bfloat16)
     yield "int_dequantize", (q, s, z, 33, 97, 4, 32, torch.float32)
 
 
@@ -44,10 +46,30 @@ def test_every_op_is_sampled():
 def test_kernel_equals_reference(name, arguments):
     op = ops.OPS[name]
     got, expected = op(*arguments), op.reference(*arguments)
-    for a, b in zip(got if isinstance(got, list) else [got], expected if isinstance(expected, list) else [expected]):
+    for a, b in zip(got if isinstance(got, (list, tuple)) else [got], expected if isinstance(expected, (list, tuple)) else [expected]):
         assert a.dtype == b.dtype and a.shape == b.shape
         error = (a.double() - b.double()).norm() / b.double().norm()
         assert error < (5e-3 if a.dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size,k", [(32, 97), (128, 256), (0, 77)])
+def test_fit_finds_the_least_error_of_the_grid(symmetric, group_size, k):
+    w, importance = torch.randn(24, k) ** 3, torch.rand(k)
+    for bits in (2, 4, 8):
+        got = ops.int_fit(w, importance, bits, group_size, symmetric, 80, torch.float16)
+        best = ops.int_fit.reference(w, importance, bits, group_size, symmetric, 80, torch.float16)
+        plain = ops.int_fit(w, None, bits, group_size, symmetric, 1, torch.float16)
+        index = torch.arange(k) // (group_size or k)
+
+        def error(fitted):
+            s, z = (t.double()[:, index] for t in fitted)
+            q = ((w.double() / s).round() + z).clamp(0, 2**bits - 1)
+            return ((((q - z) * s - w.double()) ** 2) * importance).sum()
+
+        assert error(got) <= error(best) * (1 + 1e-4)
+        assert error(got) <= error(plain) and (bits > 2 or error(got) < 0.95 * error(plain))
+        assert torch.equal(got[0], got[0].half().float())
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -328,17 +328,18 @@ class Embedding(_Compressed, nn.Embedding):
         return layer
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows ``[..., embedding_dim]`` of integer ``ids [...]``, in the model's dtype."""
+        """Rows ``[..., embedding_dim]`` of integer ``ids [...]``, in the model's dtype. IndexError out of range."""
         format, flat = self.format, ids.flatten().long()
+        # Rows of the last tile's padding exist in storage: a lookup of the right height refuses them.
+        nn.functional.embedding(flat, self._buffers["scales"].new_zeros(1, 1).expand(self.num_embeddings, 1))
         tiles = flat // TILE_ROWS
-        rows = TILE_ROWS * flat.numel()
         zero = self._buffers.get("zero_points")
         w = ops.int_dequantize(
             self._buffers["qweight"][tiles], self._buffers["scales"][tiles], None if zero is None else zero[tiles],
-            rows, self.embedding_dim, format.num_bits, format.group_size, self.weight_dtype,
+            TILE_ROWS * flat.numel(), self.embedding_dim, format.num_bits, format.group_size, self.weight_dtype,
         )
         index = torch.arange(flat.numel(), device=flat.device) * TILE_ROWS + flat % TILE_ROWS
-        return w.index_select(0, index).unflatten(0, ids.shape) if ids.dim() != 1 else w.index_select(0, index)
+        return w.index_select(0, index).reshape(*ids.shape, self.embedding_dim)
 
     @property
     def kernel(self) -> str:

@@ -383,3 +383,50 @@ int_dequantize = Op(
     "int group_size, ScalarType dtype) -> Tensor",
     _int_dequantize_cpu, _int_dequantize_fake, _int_dequantize_reference,
 )
+
+
+# -- fitting ----------------------------------------------------------------------------------------------------
+
+
+def _int_fit_cpu(w, importance, bits, group_size, symmetric, steps, dtype):
+    op = "int_fit"
+    if not 2 <= bits <= 8:
+        _fail(op, "bits", bits, "2 to 8")
+    if group_size < 0 or group_size % 32:
+        _fail(op, "group_size", group_size, "a multiple of 32, or 0 for one scale per row")
+    if w.dtype is not torch.float32 or w.dim() != 2 or not w.shape[1]:
+        _fail(op, "w", f"{w.dtype} {list(w.shape)}", "torch.float32 [out, in] with in >= 1")
+    if not 1 <= steps <= 100:
+        _fail(op, "steps", steps, "1 to 100")
+    if dtype not in _CODE:
+        _fail(op, "dtype", dtype, _FLOATS)
+    n, k = w.shape
+    if importance is not None and (importance.dtype is not torch.float32 or importance.shape != (k,)
+                                   or not importance.is_contiguous() or importance.device != w.device):
+        _fail(op, "importance", f"{importance.dtype} {list(importance.shape)}", f"contiguous torch.float32 {[k]}")
+    w = _rows(w)
+    groups = -(-k // group_size) if group_size else 1
+    scales, zero_points = w.new_empty((n, groups)), w.new_empty((n, groups))
+    _C.int_fit(w.data_ptr(), n, k, w.stride(0) if n > 1 else k, 0 if importance is None else importance.data_ptr(),
+               bits, group_size, symmetric, steps, _CODE[dtype], scales.data_ptr(), zero_points.data_ptr(), _threads())
+    return scales, zero_points
+
+
+def _int_fit_fake(w, importance, bits, group_size, symmetric, steps, dtype):
+    groups = -(-w.shape[1] // group_size) if group_size else 1
+    return w.new_empty((w.shape[0], groups)), w.new_empty((w.shape[0], groups))
+
+
+def _int_fit_reference(w, importance, bits, group_size, symmetric, steps, dtype):
+    from .formats.integer import fit_groups
+
+    scales, zero_points = fit_groups(w.double(), bits, group_size, symmetric, steps, dtype, importance)
+    return scales.float(), zero_points.float()
+
+
+int_fit = Op(
+    "int_fit",
+    "(Tensor w, Tensor? importance, int bits, int group_size, bool symmetric, int steps, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
+    _int_fit_cpu, _int_fit_fake, _int_fit_reference,
+)
