@@ -11,6 +11,7 @@ from . import ops
 from .formats.base import Format, Shape
 from .formats.integer import TILE_ROWS, Int
 from .registry import Resolved, resolve, resolve_format
+from .stored_weight import StoredWeight
 from .transforms.steps import Step
 
 _is_grad_enabled = torch.is_grad_enabled
@@ -71,7 +72,12 @@ class _Compressed:
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the stored tensors stand for, ``[out, in]`` in the model's dtype, computed at each access."""
+        """The weight that the stored tensors stand for, ``[out, in]`` in the model's dtype. Its values are computed
+        each time they are used; writing to it raises AttributeError."""
+        return self.dequantize() if torch.compiler.is_compiling() else StoredWeight(self)
+
+    def dequantize(self) -> Tensor:
+        """The weight as a new plain tensor, ``[out, in]`` in the model's dtype."""
         return self.format.unpack(self.tensors(), self.shape, self.weight_dtype)
 
     @weight.setter
