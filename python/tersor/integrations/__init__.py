@@ -24,7 +24,9 @@ def register() -> None:
 def _register() -> None:
     from . import transformers
 
-    transformers.register()
+    # Where that module is the first to import the registry it is half-executed now, and registers at its own end.
+    if hasattr(transformers, "register"):
+        transformers.register()
 
 
 def attach(model) -> None:

@@ -128,3 +128,6 @@ def attach(model: nn.Module, as_: str = "auto") -> None:
     model.quantization_method = METHOD
     model.is_quantized = True
     planning.untie(model, write.compressed_layers(model))
+
+
+register()
