@@ -29,10 +29,10 @@ METHOD = "gptq"
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
 
-# What v1 subtracted from each word of the stored zero points. GPTQModel's words of 3 bits differ from everyone else's
-# (they subtract one from other bits); its files say so in `meta.quantizer`.
-_ONES = {2: (0x55555555,), 3: (0x49249249, 0x92492492, 0x24924924), 4: (0x11111111,), 8: (0x01010101,)}
-_ONES_GPTQMODEL = {**_ONES, 3: (0x24924924, 0x92492492, 0x49249249)}
+# What v1 subtracted from the words of the stored zero points: one from each code. With 3 bits codes cross words, so it
+# is done code by code; but GPTQModel subtracts these words, and its files say so in `meta.quantizer`.
+_ONES = {2: (0x55555555,), 4: (0x11111111,), 8: (0x01010101,)}
+_GPTQMODEL_3 = (0x24924924, 0x92492492, 0x49249249)
 
 
 def pack(codes: Tensor, scales: Tensor, zero_points: Tensor | None, num_bits: int, group_size: int,
@@ -48,10 +48,12 @@ def pack(codes: Tensor, scales: Tensor, zero_points: Tensor | None, num_bits: in
     group = torch.arange(width, device=codes.device) // (group_size or width)
     if order is not None:
         group = torch.empty_like(group).index_copy_(0, order, group)
+    if not v2 and num_bits == 3:
+        zero_points = zero_points - 1 & 7
     zeros = pack_words(zero_points.t().contiguous(), num_bits)
     return {
         "qweight": pack_words(codes, num_bits).t().contiguous(),
-        "qzeros": zeros if v2 else _add(zeros, num_bits, -1, _ONES),
+        "qzeros": zeros if v2 or num_bits == 3 else _add(zeros, -1, _ONES[num_bits]),
         "scales": scales.t().contiguous().view(groups, -1),
         "g_idx": group.to(torch.int32),
     }
@@ -67,22 +69,23 @@ def unpack(tensors: Mapping[str, Tensor], num_bits: int, v2: bool, symmetric: bo
     out = scales.shape[0]
     codes = unpack_words(tensors["qweight"].t().contiguous(), num_bits, tensors["qweight"].shape[0] * 32 // num_bits)
 
-    def zeros(ones=None) -> Tensor:
-        stored = tensors["qzeros"] if ones is None else _add(tensors["qzeros"], num_bits, 1, ones)
+    def zeros(stored: Tensor) -> Tensor:
         return unpack_words(stored, num_bits, out).t().contiguous()
 
+    stored = tensors["qzeros"]
     if v2:
-        return codes, scales, zeros()
-    zero = zeros(_ONES_GPTQMODEL if gptqmodel else _ONES)
-    if num_bits == 3 and symmetric and not bool((zero == 4).all()):
-        other = zeros(_ONES if gptqmodel else _ONES_GPTQMODEL)
-        zero = other if bool((other == 4).all()) else zero
-    return codes, scales, zero
+        return codes, scales, zeros(stored)
+    if num_bits != 3:
+        return codes, scales, zeros(_add(stored, 1, _ONES[num_bits]))
+    by_code, by_word = zeros(stored) + 1 & 7, zeros(_add(stored, 1, _GPTQMODEL_3))
+    if symmetric:  # whichever gives what a symmetric file must hold
+        gptqmodel = bool((by_word == 4).all())
+    return codes, scales, by_word if gptqmodel else by_code
 
 
-def _add(packed: Tensor, num_bits: int, sign: int, ones: Mapping[int, tuple[int, ...]]) -> Tensor:
+def _add(packed: Tensor, sign: int, ones: tuple[int, ...]) -> Tensor:
     """Whole words at a time and modulo 2^32, as v1 files are written and read: borrows are paid back exactly."""
-    addend = torch.tensor(ones[num_bits], dtype=torch.int64, device=packed.device)
+    addend = torch.tensor(ones, dtype=torch.int64, device=packed.device)
     total = packed.long() + sign * addend.repeat(-(-packed.shape[1] // len(addend)))[: packed.shape[1]]
     return ((total + 2**31 & 0xFFFFFFFF) - 2**31).to(torch.int32)
 
