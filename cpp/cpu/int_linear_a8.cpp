@@ -1,0 +1,246 @@
+// Integer weights times int8 activations (act_bits 8), compiled once per instruction set.
+//
+//   y[m, n] = sum over groups g of scale[n, g] * sum over blocks b in g of
+//             x_scale[m, b] * sum over k in b of (code - zero_point[n, g]) * q[m, k]   + bias[n]
+//
+// The sums over a block of 32 k are exact integers with the centre 2^(bits-1) for the zero point; what an
+// asymmetric zero point differs from it is applied once per segment in fp32. Lanes are the 16 output rows
+// of a tile, so nothing is ever added across lanes; an activation dword is broadcast to all of them.
+//
+//   x --quantize--> strips of rows --+
+//                                    |  microkernel: strip x tiles, 16 blocks of k, integer sums in registers
+//   packed codes --------------------+--> few rows: decoded in registers, once per strip, as the stream passes
+//   packed codes --unpack--> bytes --+--> more rows: decoded once into 8 KiB per tile that stay in L1
+//
+// Every path does the same operations on one row in the same order: a row's result depends neither on the
+// other rows nor on the threads.
+#include "common/scratch.h"
+#include "common/status.h"
+#include "cpu/int_linear_a8_micro.h"
+#include "cpu/isa.h"
+
+namespace tersor::TERSOR_ISA {
+namespace {
+
+constexpr int64_t kWorkPerThread = 1 << 19;   // weights x rows below which another thread costs more
+constexpr int64_t kQuantizeSerial = 1 << 15;  // activations that one thread quantizes alone
+constexpr int64_t kPanelBytes = 1 << 20;      // activations that stay in the last-level cache
+constexpr int64_t kUnpackedTile = kChunkBlocks * 512;
+
+// Tiles next to each other in one projection, which one microkernel takes.
+struct TileGroup {
+  const tersor_projection* projection;
+  int64_t first;
+  int count;
+};
+
+// The tile groups of all projections, numbered through.
+struct TileGroups {
+  const IntLinearArgs& args;
+  int size;
+  int64_t total = 0;
+  TileGroups(const IntLinearArgs& a, int group_size) : args(a), size(group_size) {
+    for (int i = 0; i < a.count; ++i) total += of(a.projections[i]);
+  }
+  int64_t of(const tersor_projection& p) const { return div_up(div_up(p.n, kTileRows), size); }
+  TileGroup operator[](int64_t index) const {
+    const tersor_projection* p = args.projections;
+    while (index >= of(*p)) index -= of(*p++);
+    const int64_t left = div_up(p->n, kTileRows) - index * size;
+    return {p, index * size, static_cast<int>(left < size ? left : size)};
+  }
+};
+
+// y = result + bias for `rows` rows of a tile group; result is [rows][tiles][16].
+void finish(const IntLinearArgs& args, const TileGroup& tiles, int64_t row, int64_t rows, const float* result) {
+  const tersor_projection& p = *tiles.projection;
+  const int64_t size = dtype_size(args.x_dtype);
+  for (int n = 0; n < tiles.count; ++n) {
+    const int64_t column = (tiles.first + n) * kTileRows, left = p.n - column;
+    const int count = left < kTileRows ? static_cast<int>(left) : kTileRows;
+    f32 bias = zero();
+    if (p.bias) {
+      alignas(64) char padded[kTileRows * 4] = {};
+      std::memcpy(padded, static_cast<const char*>(p.bias) + column * size, count * size);
+      bias = load_as(padded, args.x_dtype);
+    }
+    char* y = static_cast<char*>(p.y) + (row * p.ldy + column) * size;
+    for (int64_t r = 0; r < rows; ++r, y += p.ldy * size) {
+      store_as(y, args.x_dtype, add(load(result + (r * tiles.count + n) * kTileRows), bias), count);
+    }
+  }
+}
+
+// The microkernel for each height of a strip, from `least` to `rows`; null where there is none.
+template <int kind, int stored, int tiles, bool stream, int least, int rows>
+void fill_kernels(Micro* kernels) {
+  kernels[rows] = micro<kind, stored, rows, tiles, stream>;
+  if constexpr (rows > least) fill_kernels<kind, stored, tiles, stream, least, rows - 1>(kernels);
+}
+
+enum class Path {
+  kFewRows,  // one strip and one tile at a time: one sequential stream, decoded in registers
+  kDecode,   // strips x kA8PanelTiles, decoded in registers for each strip
+  kPanel,    // strips x kA8PanelTiles over unpacked bytes
+};
+
+// The lowest strip that the last two paths can meet.
+constexpr int least_height() {
+  int least = kA8PanelRows;
+  for (int m = kA8DecodeRows + 1; m <= kA8PanelRows * kA8PanelRows; ++m) {
+    const int height = m / ((m + kA8PanelRows - 1) / kA8PanelRows);
+    if (height < least) least = height;
+  }
+  return least;
+}
+constexpr int kLeastHeight = least_height();
+
+inline Path path_for(int64_t m) {
+  if (m <= kA8DecodeRows) return Path::kFewRows;
+  return m <= kA8PanelRows * kA8DecodeStrips ? Path::kDecode : Path::kPanel;
+}
+
+template <int bits>
+struct Job {
+  static constexpr int kind = dot_kind(bits);
+  using Dot = Int8Dot<kind>;
+  static constexpr bool unpacked = bits == 8;  // its codes are bytes as they lie
+
+  const IntLinearArgs& args;
+  const QuantizedRows<Dot>& x;
+  const TileGroups& groups;
+  Path path;
+  int64_t row_parts;  // the strips are cut into this many parts; a part x a tile group is one item of work
+  // By strip height: codes in memory, unpacked codes, unpacked codes of a tile group that is not full.
+  Micro stream[kA8PanelRows + 1] = {}, panel[kA8PanelRows + 1] = {}, tail[kA8PanelRows + 1] = {};
+
+  Job(const IntLinearArgs& a, const QuantizedRows<Dot>& q, const TileGroups& g, Path p, int64_t parts)
+      : args(a), x(q), groups(g), path(p), row_parts(parts) {
+    if (path == Path::kFewRows) {
+      fill_kernels<kind, bits, 1, true, 1, kA8DecodeRows>(stream);
+      return;
+    }
+    fill_kernels<kind, 8, kA8PanelTiles, false, kLeastHeight, kA8PanelRows>(panel);
+    fill_kernels<kind, 8, 1, false, kLeastHeight, kA8PanelRows>(tail);
+    if constexpr (kA8DecodeStrips > 0 || unpacked) {
+      fill_kernels<kind, bits, kA8PanelTiles, true, kLeastHeight, kA8PanelRows>(stream);
+    }
+  }
+
+  Range part_strips(int64_t part) const { return split(x.strips, row_parts, part); }
+  Range part_rows(int64_t part) const {
+    const Range strips = part_strips(part);
+    return {x.strip(strips.begin).begin, x.strip(strips.end - 1).end};
+  }
+  int64_t most_rows() const {
+    int64_t most = 0;
+    for (int64_t part = 0; part < row_parts; ++part) {
+      const Range rows = part_rows(part);
+      if (rows.end - rows.begin > most) most = rows.end - rows.begin;
+    }
+    return most;
+  }
+  size_t result_floats() const { return size_t(most_rows()) * groups.size * kTileRows; }
+
+  // Items [first, last), ordered by part, then by tile group.
+  void run(int64_t first, int64_t last, float* result, uint8_t* bytes) const {
+    for (int64_t item = first; item < last; ++item) {
+      const TileGroup tiles = groups[item % groups.total];
+      const Range strips = part_strips(item / groups.total), rows = part_rows(item / groups.total);
+      std::memset(result, 0, sizeof(float) * (rows.end - rows.begin) * tiles.count * kTileRows);
+      multiply(tiles, strips, rows.begin, result, bytes);
+      finish(args, tiles, rows.begin, rows.end - rows.begin, result);
+    }
+  }
+
+  void multiply(const TileGroup& tiles, Range strips, int64_t first_row, float* result, uint8_t* bytes) const {
+    const IntShape& shape = x.shape;
+    const tersor_projection& p = *tiles.projection;
+    const int64_t group = tiles.first * shape.groups * kTileRows;
+    const bool whole = tiles.count == groups.size;
+    const uint8_t* weights = p.qweight + tiles.first * shape.tile_bytes();
+    const bool unpacks = !unpacked && (path == Path::kPanel || (path == Path::kDecode && !whole));
+    const int64_t step = path == Path::kFewRows ? shape.blocks : kChunkBlocks;
+    for (int64_t begin = 0; begin < shape.blocks; begin += step) {
+      const int64_t end = begin + step < shape.blocks ? begin + step : shape.blocks;
+      const uint8_t* codes = weights + begin * 64 * bits;
+      if (unpacks) {
+        for (int n = 0; n < tiles.count; ++n) {
+          unpack<bits>(codes + n * shape.tile_bytes(), end - begin, bytes + n * kUnpackedTile);
+        }
+      }
+      for (int64_t index = strips.begin; index < strips.end; ++index) {
+        const Range strip = x.strip(index);
+        const int64_t height = strip.end - strip.begin, segment = segments_before(shape, begin);
+        const bool streams = !unpacks && whole && (path != Path::kPanel || index == strips.begin);
+        const Micro kernel = (streams ? stream : whole ? panel : tail)[height];
+        kernel({shape, begin, end, segment, unpacks ? bytes : codes, unpacks ? kUnpackedTile : shape.tile_bytes(),
+                x.strip_records(strip, begin), x.strip_sums(strip, 0),
+                static_cast<const char*>(p.scales) + group * dtype_size(args.scale_dtype),
+                p.zero_points ? p.zero_points + group : nullptr, args.scale_dtype,
+                result + (strip.begin - first_row) * tiles.count * kTileRows});
+      }
+    }
+  }
+};
+
+template <int bits>
+int run(const IntLinearArgs& args) {
+  const IntShape shape = int_shape(0, args.k, bits, args.group_size);
+  const Path path = path_for(args.m);
+  const TileGroups groups(args, path == Path::kFewRows ? 1 : kA8PanelTiles);
+  QuantizedRows<Int8Dot<dot_kind(bits)>> x(shape, args.m, path == Path::kFewRows ? kA8DecodeRows : kA8PanelRows);
+
+  int64_t weights = 0;
+  for (int i = 0; i < args.count; ++i) weights += args.projections[i].n * args.k;
+  const int64_t useful = 1 + weights * args.m / kWorkPerThread;
+  int threads = useful < args.threads ? static_cast<int>(useful) : args.threads;
+
+  // Rows are cut so that a part's activations stay in cache, and that there is work for every thread.
+  int64_t parts = div_up(args.m * shape.blocks * int64_t(sizeof(uint32_t)) * x.record, kPanelBytes);
+  if (threads > 1 && parts * groups.total < 8 * threads) parts = div_up(8 * threads, groups.total);
+  if (parts > x.strips) parts = x.strips;
+
+  const Job<bits> job(args, x, groups, path, parts);
+  const int64_t items = parts * groups.total;
+  if (items < threads) threads = static_cast<int>(items);
+  Scratch scratch;
+  scratch.reserve<uint32_t>(x.record_count());
+  scratch.reserve<float>(x.sum_count());
+  const size_t result_floats = job.result_floats(), panel_bytes = path == Path::kFewRows ? 0 : groups.size * kUnpackedTile;
+  scratch.reserve<float>(threads * result_floats);
+  scratch.reserve<uint8_t>(threads * panel_bytes);
+  if (!scratch.allocate()) return fail(TERSOR_NO_MEMORY, "no memory for the quantized activations");
+  x.records = scratch.take<uint32_t>(x.record_count());
+  x.sums = scratch.take<float>(x.sum_count());
+
+  const int64_t chunks = div_up(shape.blocks, kChunkBlocks);
+  const int quantizers = args.m * args.k < kQuantizeSerial ? 1 : threads;
+  parallel_for(quantizers, [&](int index) {
+    const Range range = split(args.m * chunks, quantizers, index);
+    for (int64_t i = range.begin; i < range.end; ++i) x.quantize(args.x, args.x_dtype, args.ldx, i / chunks, i % chunks);
+  });
+  float* const results = scratch.take<float>(threads * result_floats);
+  uint8_t* const bytes = scratch.take<uint8_t>(threads * panel_bytes);
+  parallel_for(threads, [&](int index) {
+    const Range range = split(items, threads, index);
+    job.run(range.begin, range.end, results + index * result_floats, bytes + index * panel_bytes);
+  });
+  return TERSOR_OK;
+}
+
+}  // namespace
+
+int int_linear_a8(const IntLinearArgs& args) {
+  switch (args.bits) {
+    case 2: return run<2>(args);
+    case 3: return run<3>(args);
+    case 4: return run<4>(args);
+    case 5: return run<5>(args);
+    case 6: return run<6>(args);
+    case 7: return run<7>(args);
+    default: return run<8>(args);
+  }
+}
+
+}  // namespace tersor::TERSOR_ISA

@@ -1,0 +1,121 @@
+// Dynamic int8 activations: per token and per block of 32 channels, scale = max|x| / 127 and
+// q = round_to_nearest_even(x / scale) in fp32, which is formats/integer.py:quantize_activations bit for bit.
+// A block of zeros, or one so small that its scale is 0, gives zeros; a block with NaN or Inf gives NaN.
+//
+// Rows come in strips of nearly equal height, at most `most_rows`: what a microkernel takes at once. In a
+// strip everything lies in the order in which the kernel reads it:
+//   records [blocks][rows][words + parts + 1] dwords: the codes, the corrections (simd_int8.h), the scale
+//   sums    [segments][rows] floats: sum of scale * sum(q) over a segment, what a zero point multiplies
+//
+// A segment is the part of a weight group inside one chunk of kChunkBlocks blocks; sums over a segment are
+// scaled once. It depends on k and the group size alone: not on the rows, the threads or the kernel, so
+// that a row gives the same result in every batch.
+#pragma once
+
+#include "common/parallel.h"
+#include "cpu/int_layout.h"
+#include "cpu/simd_int8.h"
+
+namespace tersor::TERSOR_ISA {
+namespace {
+
+constexpr int64_t kChunkBlocks = 16;
+
+// The end of the segment that begins at `block`.
+inline int64_t segment_end(const IntShape& shape, int64_t block) {
+  const int64_t group = (block / shape.group_blocks + 1) * shape.group_blocks;
+  const int64_t chunk = (block / kChunkBlocks + 1) * kChunkBlocks;
+  const int64_t end = group < chunk ? group : chunk;
+  return end < shape.blocks ? end : shape.blocks;
+}
+
+// The number of segments before `block`, which begins one.
+inline int64_t segments_before(const IntShape& shape, int64_t block) {
+  // Every multiple of either length begins a segment; common multiples count once.
+  int64_t a = shape.group_blocks, b = kChunkBlocks;
+  while (b) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  const int64_t common = shape.group_blocks / a * kChunkBlocks;
+  return div_up(block, shape.group_blocks) + div_up(block, kChunkBlocks) - div_up(block, common);
+}
+
+template <class Dot>
+struct QuantizedRows {
+  static constexpr int record = Dot::words + Dot::parts + 1;
+
+  IntShape shape;  // of the weights; `bits` gives the centre
+  int64_t rows, strips, segments;
+  uint32_t* records;
+  float* sums;
+
+  QuantizedRows(const IntShape& s, int64_t m, int64_t most_rows)
+      : shape(s), rows(m), strips(div_up(m, most_rows)), segments(segments_before(s, s.blocks)) {}
+  size_t record_count() const { return size_t(rows) * shape.blocks * record; }
+  size_t sum_count() const { return size_t(rows) * segments; }
+
+  Range strip(int64_t index) const { return split(rows, strips, index); }
+  const uint32_t* strip_records(Range strip, int64_t block) const {
+    return records + (strip.begin * shape.blocks + block * (strip.end - strip.begin)) * record;
+  }
+  const float* strip_sums(Range strip, int64_t segment) const {
+    return sums + strip.begin * segments + segment * (strip.end - strip.begin);
+  }
+
+  // One chunk of one row of x.
+  void quantize(const void* x, int dtype, int64_t ldx, int64_t row, int64_t chunk) const {
+    const Range strip = strip_of(row);
+    const int64_t height = strip.end - strip.begin, lane = row - strip.begin;
+    const char* values = static_cast<const char*>(x) + row * ldx * dtype_size(dtype);
+    const int64_t first = chunk * kChunkBlocks;
+    const int64_t last = first + kChunkBlocks < shape.blocks ? first + kChunkBlocks : shape.blocks;
+    int64_t segment = segments_before(shape, first);
+    for (int64_t block = first; block < last; ++segment) {
+      const int64_t end = segment_end(shape, block);
+      float sum = 0;
+      for (; block < end; ++block) {
+        uint32_t* to = records + (strip.begin * shape.blocks + block * height + lane) * record;
+        sum += quantize_block(values, dtype, block * kBlockK, to);
+      }
+      sums[strip.begin * segments + segment * height + lane] = sum;
+    }
+  }
+
+ private:
+  Range strip_of(int64_t row) const {
+    int64_t index = row * strips / rows;  // at most one too low
+    if (strip(index).end <= row) ++index;
+    return strip(index);
+  }
+
+  // Writes one record; returns scale * sum(q).
+  float quantize_block(const char* values, int dtype, int64_t k, uint32_t* to) const {
+    f32 low, high;
+    if (k + kBlockK <= shape.k) {
+      low = load_as(values + k * dtype_size(dtype), dtype);
+      high = load_as(values + (k + 16) * dtype_size(dtype), dtype);
+    } else {
+      float padded[kBlockK] = {};
+      for (int64_t i = k; i < shape.k; ++i) padded[i - k] = load_as_float(values, dtype, i);
+      low = load(padded);
+      high = load(padded + 16);
+    }
+    const uint32_t top = reduce_max(max_i32(magnitude(low), magnitude(high)));
+    float scale = bits_to_float(top) / 127.0f;
+    int sum;
+    if (scale > 0 && top < 0x7f800000u) {
+      const f32 divisor = splat(scale);
+      sum = Dot::pack(round_to_codes(div(low, divisor)), round_to_codes(div(high, divisor)), 1 << (shape.bits - 1), to);
+    } else {
+      if (top >= 0x7f800000u) scale = bits_to_float(0x7fc00000u);
+      sum = Dot::pack(splat_i32(0), splat_i32(0), 0, to);
+    }
+    to[record - 1] = float_to_bits(scale);
+    return scale * static_cast<float>(sum);
+  }
+};
+
+}  // namespace
+}  // namespace tersor::TERSOR_ISA

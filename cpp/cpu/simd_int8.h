@@ -1,0 +1,56 @@
+// Dot products of unsigned weight codes with signed int8 activations, for the instruction set of simd.h.
+//
+// Int8Dot<kind> multiplies vectors of 16 dwords, four codes of one output row in each dword, by the four
+// activations of one dword, the same for every row. dot_kind(bits) is the most bits that are multiplied in the
+// same way:
+//   words, parts   an activation block of 32 values takes `words` dwords; its eight vectors are summed
+//                  in `parts` runs of 8/parts vectors, each starting from a correction of its own
+//   pack(low, high, centre, block)   32 quantized values -> `words` dwords and `parts` corrections; their sum
+//   Weights weights(bytes)               16 dwords of codes, ready to be multiplied
+//   Activation activation(block, t)      what belongs to vector t, in every lane
+//   step(acc, w, x)                      acc + the four products
+//   widen(acc)                           the sum of a run as a 32-bit integer per lane
+// The corrections take centre = 2^(bits-1) times the activations off, so that a run is
+// sum((code - centre) * x) exactly. Where lanes accumulate in 16 bits, additions wrap around; as each complete run stays below 2^15
+// in size (centre * 127 * terms <= 32512) the wrapped sum is the true one. That is twice the depth that
+// sums of plain codes would allow.
+//
+// For the quantization:
+//   magnitude(v)           the bits of |v|: ordered as integers, with NaN above infinity
+//   max_i32, reduce_max    of such bits
+//   div(a, b)              rounded correctly
+//   round_to_codes(v)      to the nearest even integer, limited to -127..127
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace tersor::TERSOR_ISA {
+
+// How many vectors of a block one run of 16-bit sums may take.
+constexpr int run_length_16(int bits) { return bits <= 5 ? 8 : bits == 6 ? 4 : bits == 7 ? 2 : 1; }
+static_assert((1 << (5 - 1)) * 127 * 2 * run_length_16(5) < 32768, "5 bits: two products per vector and lane");
+static_assert((1 << (7 - 1)) * 127 * 2 * run_length_16(7) < 32768, "7 bits");
+static_assert((1 << (8 - 1)) * 127 * 2 * run_length_16(8) < 32768, "8 bits");
+
+// Two 16-bit numbers in one dword; each may wrap around.
+static inline uint32_t pack_pair(int low, int high) {
+  return (static_cast<uint32_t>(low) & 0xffff) | (static_cast<uint32_t>(high) << 16);
+}
+
+}  // namespace tersor::TERSOR_ISA
+
+// Operations that the microkernels unroll: inlined, but for the emulation, whose code would grow too large.
+#if defined(TERSOR_EMULATED)
+#define TERSOR_A8_INLINE static __attribute__((noinline))
+#else
+#define TERSOR_A8_INLINE TERSOR_INLINE
+#endif
+
+// Each header of simd.h is known by a name that only it defines.
+#if defined(TERSOR_SIMD_BF16)
+#include "cpu/simd_int8_avx512.h"
+#elif defined(TERSOR_LANES)
+#include "cpu/simd_int8_generic.h"
+#else
+#include "cpu/simd_int8_avx2.h"
+#endif
