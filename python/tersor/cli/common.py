@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(highlight=False)
+# Into a pipe or a file, tables are not squeezed into a terminal that is not there.
+console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 console_err = Console(stderr=True, highlight=False)
 
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's own choice).")]
 HELD_OUT = "heldout.txt"
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def set_threads(threads: int | None) -> None:
@@ -49,7 +51,8 @@ def model_folder(model: str) -> Path | None:
         return path
     if path.exists():
         raise ValueError(f"model {model}: found a file, accepted is a model folder or a name on the hub")
-    if path.is_absolute() or model.startswith((".", "~")) or not _HUB_NAME.fullmatch(model) or _offline():
+    # A name on the hub is owner/model; where the owner is a folder here, a path was meant.
+    if not _HUB_NAME.fullmatch(model) or Path(model).parts[0] in (".", "..", "~") or path.parent.is_dir() or _offline():
         raise ValueError(f"model {model}: no such folder")
     return None
 
@@ -157,10 +160,17 @@ def report_table(report) -> Table:
 
     from ..formats.base import reference_kernel
 
-    made = table("layer", "format", "method", ">bits", ">error", ">seconds", "kernel", "note")
+    columns = {
+        "layer": lambda row: row.name, "format": lambda row: row.format, "method": lambda row: row.method,
+        ">bits": lambda row: f"{row.bits:.2f}",
+        ">error": lambda row: "" if row.relative_error is None else f"{row.relative_error:.4f}",
+        ">seconds": lambda row: "" if row.seconds is None else f"{row.seconds:.2f}",
+        "kernel": lambda row: row.kernel, "note": lambda row: row.note,
+    }
+    shown = {name: value for name, value in columns.items() if any(map(value, report.rows))}
+    made = table(*shown)
+    made.columns[0].no_wrap = True
     for row in report.rows:
-        cells = (row.name, row.format, row.method, f"{row.bits:.2f}",
-                 "" if row.relative_error is None else f"{row.relative_error:.4f}",
-                 "" if row.seconds is None else f"{row.seconds:.2f}", row.kernel, row.note)
-        made.add_row(*map(Text, cells), style="yellow" if reference_kernel(row.kernel) else None)
+        made.add_row(*(Text(value(row)) for value in shown.values()),
+                     style="yellow" if reference_kernel(row.kernel) else None)
     return made

@@ -25,11 +25,11 @@ def specs(as_json: AsJson = False) -> None:
     for kind, title in (("method", "Methods: before the colon, chained with +"),
                         ("format", "Formats: after the colon, nested with /, added with +"),
                         ("preset", "compressed-tensors' presets, formats as well")):
-        made = table("name", "what it is", *(() if kind == "method" else ("kernel on this CPU",)), title=title)
+        made = table("name", "what it is", "options" if kind == "method" else "kernel on this CPU", title=title)
         for info in infos:
             if info.kind == kind:
-                cells = [info.name, info.help] + ([] if kind == "method" else [kernel_text(info.kernel)])
-                made.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+                last = Text(options_text(info.name)) if kind == "method" else kernel_text(info.kernel)
+                made.add_row(Text(info.name), Text(info.help), last)
         console.print(made)
         console.print()
     console.print("example: awq+gptq:W4A16[group=64,sym=false]", markup=False)
@@ -45,7 +45,8 @@ def explain(model: Annotated[str, typer.Argument(help="A model folder, or a name
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1))
         return
-    console.print(report_table(report))
+    if report.rows:
+        console.print(report_table(report))
     for name, what in report.kept.items():
         console.print(f"not compressed: {name} ({what})", markup=False)
     line = f"{megabytes(report.bytes_after)} in all"
@@ -53,6 +54,14 @@ def explain(model: Annotated[str, typer.Argument(help="A model folder, or a name
         line = (f"{len(report.rows)} compressed layers, {report.bits:.2f} bits per weight, {len(report.fallbacks)} "
                 f"without a kernel; {line}, {megabytes(report.bytes_before)} uncompressed")
     console.print(line)
+
+
+def options_text(method: str) -> str:
+    """A method's options with their defaults, as a spec spells them."""
+    from ..registry import METHODS
+
+    return ", ".join(f"{field.name}={str(field.default).lower() if isinstance(field.default, bool) else field.default}"
+                     for field in dataclasses.fields(METHODS[method]))
 
 
 def kernel_text(kernel: str) -> Text:
