@@ -63,7 +63,7 @@ def demo(
         content, _ = held_out_text(None, folder)
         ids = measure.windows(measure.token_ids(tokenizer, content), 512, windows)
         with progress_bar() as progress:
-            result = measure.evaluate(compressed, ids, original, progress=progress)
+            result = measure.evaluate(compressed, ids, original, prefill=256, new_tokens=32, progress=progress)
         console.print(comparison(result))
         console.print(f"{windows} windows of 512 tokens, {torch.get_num_threads()} threads. A model this small is "
                       "mostly overhead outside its matrices: see 4 for speed.", style="dim")
