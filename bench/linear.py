@@ -163,10 +163,10 @@ class Run:
         if proxy.role != "peer" or not proxy.alive or proxy.last is None:
             return ""
         expected = proxy.last[1] * m / proxy.last[0]
-        if expected <= self.call_limit:
+        if expected <= 2 * self.call_limit:  # many tokens usually cost less than in proportion
             return ""
-        return (f"a product would take up to {expected:.1f} s (from {proxy.last[1]:.2f} s at M={proxy.last[0]}); the "
-                f"limit is {self.call_limit:g} s (--call-limit)")
+        return (f"a product would take about {expected:.0f} s (from {proxy.last[1]:.2f} s at M={proxy.last[0]}), more "
+                f"than the limit of {self.call_limit:g} s (--call-limit) twice over")
 
     def _turn(self, proxy: Proxy, turn: Turn, index: int, seconds: float) -> None:
         if turn.over:
@@ -249,8 +249,8 @@ class Run:
                 open_cells -= near[kept[-1]]
             for name, proxy in by_name.items():
                 if kept and name not in kept:
-                    proxy.retire(f"measured on the first shape only, where {' or '.join(kept)} was as fast or faster "
-                                 "in every cell (--all-variants measures it everywhere)")
+                    proxy.retire("measured on the first shape only, where other variants of this peer were as fast or "
+                                 "faster in every cell (--all-variants measures it everywhere)")
 
     def _save(self) -> None:
         self.result["contenders"] = [proxy.described() for proxy in self.proxies]
@@ -277,7 +277,8 @@ def arguments_of(argv) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="turns of each contender in a cell")
     parser.add_argument("--megabytes", type=float, help="of all copies of a weight together "
                         "(default 260, or eight times the last-level cache where that is more)")
-    parser.add_argument("--call-limit", type=float, default=5.0, help="seconds that a peer's product may take")
+    parser.add_argument("--call-limit", type=float, default=5.0, help="seconds that a peer's product may take; "
+                        "a peer is left out of a cell where, in proportion to its last M, it would take twice as long")
     parser.add_argument("--all-variants", action="store_true", help="run every variant of a peer on every shape")
     parser.add_argument("--out", help="JSON file; the picture goes beside it (default bench/results/linear.json, "
                         "with --quick linear-quick.json)")

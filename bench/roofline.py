@@ -33,7 +33,7 @@ def draw(result: dict, json_path: str | Path) -> list[Path]:
     if not threads:
         print("no roofline picture: there is no measured limit to draw it under")
         return []
-    # Times such as 3 ms of a run depend on ids that matplotlib draws at random; a fixed salt keeps the file the same.
+    # A fixed salt for element ids: the same result gives the same file.
     pyplot.rcParams.update({"svg.hashsalt": "tersor", "svg.fonttype": "path", "font.size": 9})
     figure, axes = pyplot.subplots(1, len(threads), figsize=(6.4 * len(threads), 5.2), sharey=True, squeeze=False)
     for axis, count in zip(axes[0], threads):

@@ -44,7 +44,10 @@ class Layer(TorchContender):
         return weight(x)
 
     def rows(self, count):
-        return self.weights[0].weight[:count]
+        import torch
+
+        layer = self.weights[0]  # in fp32: `.weight` would round to the model's dtype, which the kernel does not
+        return layer.format.unpack(layer.tensors(), layer.shape, torch.float32)[:count]
 
 
 def make(variant, k, n, options):

@@ -11,6 +11,8 @@ import os
 import sys
 import time
 
+import common
+
 from . import base
 from .floors import floors
 
@@ -33,7 +35,9 @@ class Server:
 
     def do_make(self, k, n):
         self.contender, self._bound, self._calls = None, None, ()
+        common.release_memory()
         self.contender = self.module.make(self.variant, k, n, self.options)
+        common.release_memory()
         return {"nbytes": self.contender.nbytes, "copies": self.contender.copies,
                 "activations": self.contender.activations, "itemsize": self.contender.itemsize}
 
@@ -46,6 +50,7 @@ class Server:
             self._bound, self._calls = None, ()
             self._calls, self._products = self.contender.calls(m, threads)
             self._bound, self._next = (m, threads), 0
+            common.release_memory()  # what building a graph left behind
         return {"products": self._products}
 
     def do_probe(self):
