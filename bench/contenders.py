@@ -44,8 +44,8 @@ class Proxy:
     def start(self) -> None:
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [self.python, "-m", "peers.worker", self.file, self.name, json.dumps(asdict(self.options))], cwd=common.BENCH,
-            bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+            [self.python, "-m", "peers.worker", self.file, self.name, json.dumps(asdict(self.options))],
+            cwd=common.BENCH, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
 
     def send(self, do: str, **arguments) -> None:
         try:

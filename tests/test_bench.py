@@ -101,7 +101,8 @@ def test_picture(result, tmp_path):
 def test_figures_go_between_the_markers():
     text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
     assert table.insert(text, "new") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
-    assert table.insert(table.insert(f"{table.BEGIN}\nafter", "one"), "two") == f"{table.BEGIN}\ntwo\n{table.END}\nafter"
+    twice = table.insert(table.insert(f"{table.BEGIN}\nafter", "one"), "two")
+    assert twice == f"{table.BEGIN}\ntwo\n{table.END}\nafter"
     with pytest.raises(ValueError, match="which says where the figures go"):
         table.insert("no marker", "new")
 
