@@ -13,7 +13,8 @@ from tersor.methods import GPTQ, RTN, Statistics
 CASES = [
     (Int(4, 32), 1.15), (Int(3, 32), 1.15), (Int(2, 32, False), 1.15), (Int(4, 0), 1.15), (Float("e4m3"), 1.1),
     (Microscaling("e2m1"), 1.15), (Microscaling("e2m3"), 1.15), (NVFP4(), 1.15), (BilevelInt(3), 1.15),
-    (Sparse24(), 1.15), (Sparse24(Int(4, 32)), 1.15), (AdditiveCodebook(2, 6, 4), 1.15), (AdditiveCodebook(1, 6, 2), 1.15),
+    (Sparse24(), 1.15), (Sparse24(Int(4, 32)), 1.15), (AdditiveCodebook(2, 6, 4), 1.15),
+    (AdditiveCodebook(1, 6, 2), 1.15),
     (OutputVectors(4, 6), 1.15), (OutputVectors(4, 6, 4), 1.15), (Sum((Int(3, 32), LowRank(8))), 1.15),
     (Sum((Int(3, 32), Outliers(0.01))), 1.15), (Sum((Sparse24(Int(4, 32)), LowRank(8))), 1.15),
     (Sum((Int(2, 32), Int(2, 32))), 1.1), (BlockDiagonal(Sparse24(), 32), 1.15),

@@ -294,7 +294,8 @@ def test_beam_search_with_room_for_all_equals_brute_force():
 
 
 def test_nesting_that_makes_no_sense_is_refused():
-    for text, message in [("2:4/2x8", "together"), ("W4A16/W4A16", "nests"), ("AFP8/W4A8", "twice"), ("AFP8", "another"),
+    for text, message in [("2:4/2x8", "together"), ("W4A16/W4A16", "nests"), ("AFP8/W4A8", "twice"),
+                          ("AFP8", "another"),
                           ("bd30/2:4", "multiples"), ("W4A16+2x8", "together"), ("FP8A16[scale=row]", "scale"),
                           ("UNQUANTIZED", "keep"), ("lr0", "rank"), ("outliers2", "ratio"), ("bd32", "another")]:
         with pytest.raises(ValueError, match=message):

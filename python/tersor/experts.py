@@ -149,7 +149,8 @@ class Experts(nn.Module):
         """Take the stored tensors over (no copy). ValueError where a name, shape or dtype is not the format's."""
         held = self.tensors()
         if set(tensors) != set(held):
-            raise ValueError(f"tensors of experts in {self.format}: found {sorted(tensors)}, accepted are {sorted(held)}")
+            raise ValueError(f"tensors of experts in {self.format}: found {sorted(tensors)}, accepted are "
+                             f"{sorted(held)}")
         for name, tensor in tensors.items():
             if tensor.shape != held[name].shape or tensor.dtype != held[name].dtype:
                 raise ValueError(f"tensor {name!r} of experts in {self.format}: found {tensor.dtype} "
@@ -161,7 +162,8 @@ class Experts(nn.Module):
         """Copy what ``format.pack`` gave for one matrix of one expert into its place."""
         names = self._names[projection]
         if set(tensors) != set(names):
-            raise ValueError(f"tensors of {projection}[{expert}]: found {sorted(tensors)}, accepted are {sorted(names)}")
+            raise ValueError(f"tensors of {projection}[{expert}]: found {sorted(tensors)}, accepted are "
+                             f"{sorted(names)}")
         for name in names:
             slot = self._buffers[_buffer(projection, name)][expert]
             if tensors[name].shape != slot.shape or tensors[name].dtype != slot.dtype:

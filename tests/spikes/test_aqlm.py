@@ -1,4 +1,4 @@
-"""Spike: AQLM (Egiazarian et al. 2024, arXiv 2401.06118) as a method on `AdditiveCodebook`, through the public interface."""
+"""Spike: AQLM (Egiazarian et al. 2024, arXiv 2401.06118) as a method on `AdditiveCodebook`, by the public interface."""
 
 import itertools
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tersor.registry import register_method, resolve
 @register_method("aqlm")
 @dataclass(frozen=True)
 class AQLM(Method):
-    """Additive codebooks fitted to the layer's output: Adam on codebooks and scales, beam search over codes, in turn."""
+    """Additive codebooks fitted to the layer's output: by turns Adam on codebooks and scales, and beam search."""
 
     rounds: int = 3
     steps: int = 40

@@ -1,4 +1,4 @@
-"""Spike: ARMOR (Liu et al. 2025, arXiv 2510.05528) as a method on `BlockDiagonal(Sparse24())`, through the public interface."""
+"""Spike: ARMOR (Liu et al. 2025, arXiv 2510.05528) on `BlockDiagonal(Sparse24())`, by the public interface."""
 
 import itertools
 from dataclasses import dataclass
@@ -98,8 +98,8 @@ class Task:
 
 
 def best_of_masks(left: Tensor, side: Tensor, lines: Tensor):
-    """For each of n: values ``[n, 2]`` and positions ``[n, 2]`` that minimise ``|side v^T lines_m + left|^2``, and by how
-    much ``[n, 6]`` each mask would. ``left [n, s, s]``, ``side [n, s]``, ``lines [n, 4, s]``."""
+    """For each of n: what each mask would change of ``|side v^T lines_m + left|^2``, ``[n, 6]``, and the best mask's
+    values ``[n, 2]`` and positions ``[n, 2]``. ``left [n, s, s]``, ``side [n, s]``, ``lines [n, 4, s]``."""
     gram = lines @ lines.transpose(1, 2)
     g = (lines @ left.transpose(1, 2) @ side[..., None])[..., 0]  # [n, 4]
     square = side.square().sum(-1).clamp_min(1e-30)

@@ -1,4 +1,4 @@
-"""Spike: SpQR (Dettmers et al. 2023, arXiv 2306.03078) on two-level integers plus outliers, through the public interface."""
+"""Spike: SpQR (Dettmers et al. 2023, arXiv 2306.03078) on two-level integers plus outliers, by the public interface."""
 
 import math
 from dataclasses import dataclass, replace
@@ -78,8 +78,8 @@ def decide(w: Tensor, fmt: Sum, params: Params, u: Tensor, threshold: float) -> 
 
 
 def leave_one_out(w: Tensor, diagonal: Tensor, levels: int) -> Tensor:
-    """How much the group's cost ``sum (w_hat - w)^2 / U_ii^2`` falls when the range is fitted without weight j, and j is
-    not counted: ``[out, group]`` for ``w [out, group]``."""
+    """How much the group's cost ``sum (w_hat - w)^2 / U_ii^2`` falls when the range is fitted without weight j, and j
+    is not counted: ``[out, group]`` for ``w [out, group]``."""
     price = diagonal.square().reciprocal()
 
     def cost(low, high):

@@ -98,7 +98,8 @@ def test_the_loop_and_the_residual_lower_the_loss_and_codes_decode():
         losses[fmt, "kmeans"] = proxy(fmt.project(w, params), w, stats.hessian)
         choice = resolve("vptq:v4x6").methods[0].choose(w, fmt, stats, dtype=torch.bfloat16)
         losses[fmt, "vptq"] = proxy(choice.w_hat, w, stats.hessian)
-        assert torch.allclose(fmt.unpack(fmt.pack(choice.w_hat, choice.params), tuple(w.shape)), choice.w_hat, atol=1e-7)
+        stored = fmt.unpack(fmt.pack(choice.w_hat, choice.params), tuple(w.shape))
+        assert torch.allclose(stored, choice.w_hat, atol=1e-7)
         assert losses[fmt, "vptq"] < 0.8 * min(losses[fmt, "kmeans"], losses[fmt, "rtn"])
     assert losses[OutputVectors(4, 6, 5), "vptq"] < 0.5 * losses[OutputVectors(4, 6), "vptq"]
 

@@ -18,7 +18,7 @@ from .floating import fit_columns
 
 @dataclass(frozen=True)
 class BilevelInt(Format):
-    """``w = (q - zero) * scale`` with ``q`` of ``num_bits``, one ``scale`` and ``zero`` per row and ``group_size`` inputs.
+    """``w = (q - zero) * scale``: ``q`` of ``num_bits``, a ``scale`` and a ``zero`` per row and ``group_size`` inputs.
 
     Scales and zeros are integers of ``scale_bits`` themselves, ``(code + origin) * step`` with a 16-bit ``step`` and
     ``origin`` for every ``rows`` rows of a group: SpQR's two levels (arXiv 2306.03078), 3.625 bits for 3-bit weights

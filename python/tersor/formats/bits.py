@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22  # entries of a distance table held at a time
+_CHUNK = 1 << 20  # entries of a distance table held at a time
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -63,8 +63,8 @@ def agrees(noted: Tensor, w: Tensor) -> Tensor:
 
 
 def sample(points: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
-    """At most about 64 of ``points [n, d]`` for each of ``k`` centroids (4 of very many), the same for the same sizes."""
-    limit = max(4 * k, min(64 * k, 1 << 17))
+    """At most 64 of ``points [n, d]`` for each of ``k`` centroids (4 where those are many), always the same ones."""
+    limit = max(4 * k, min(64 * k, 1 << 16))
     if len(points) <= limit:
         return points, weight
     chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:limit].to(points.device)
@@ -78,7 +78,7 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     return torch.cat([(half_norm - part @ centroids.T).argmin(1) for part in points.split(rows)])
 
 
-def kmeans(points: Tensor, k: int, weight: Tensor | None = None, iterations: int = 25, seed: int = 0) -> Tensor:
+def kmeans(points: Tensor, k: int, weight: Tensor | None = None, iterations: int = 20, seed: int = 0) -> Tensor:
     """Centroids ``[k, d]`` of ``points [n, d]`` by Lloyd's algorithm, optionally with a ``weight [n]`` per point.
 
     Deterministic for a seed. Clusters that run empty are moved onto the points that are worst served. With no more

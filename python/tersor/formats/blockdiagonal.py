@@ -15,7 +15,7 @@ from .bits import agrees, half, rounded
 
 @dataclass(frozen=True)
 class BlockDiagonal(Format):
-    """``W = diag(r) A S B diag(c)`` with ``S`` in the format ``core``, and ``A``, ``B`` block-diagonal with blocks of ``size``.
+    """``W = diag(r) A S B diag(c)``: ``S`` in the format ``core``, ``A``, ``B`` block-diagonal with blocks of ``size``.
 
     ARMOR (arXiv 2510.05528) with a 2:4 core: rotating within blocks moves what pruning would lose into what it keeps.
     `fit` starts at identity blocks and normalises columns, then rows, to unit length (NoWag); a method improves

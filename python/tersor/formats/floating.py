@@ -55,7 +55,8 @@ def _magnitudes(element: str) -> Tensor:
 def to_codes(values: Tensor, element: str) -> Tensor:
     """Representable values to codes (sign bit on top), int64."""
     table = _magnitudes(element).to(values.device, values.dtype)
-    return torch.searchsorted(table, values.abs().contiguous()) | torch.signbit(values).long() << element_bits(element) - 1
+    sign = torch.signbit(values).long() << element_bits(element) - 1
+    return torch.searchsorted(table, values.abs().contiguous()) | sign
 
 
 def from_codes(codes: Tensor, element: str, dtype: torch.dtype) -> Tensor:
@@ -258,7 +259,8 @@ class NVFP4(_Scaled):
     """E2M1 weights in groups of 16 inputs of a row; the groups' scales are E4M3 under one float32 scale per tensor.
 
     ``w = element * (weight_scale / weight_global_scale)``. Stored as ``weight_packed`` uint8 ``[out, ceil(in / 2)]``
-    (low nibble first), ``weight_scale`` float8_e4m3fn ``[out, ceil(in / 16)]``, ``weight_global_scale`` float32 ``[1]``.
+    (low nibble first), ``weight_scale`` float8_e4m3fn ``[out, ceil(in / 16)]``, ``weight_global_scale`` float32
+    ``[1]``.
     """
 
     element = "e2m1"

@@ -17,7 +17,7 @@ from .bits import agrees, half, kmeans, nearest, pack_bits, packed_bytes, rounde
 
 @dataclass(frozen=True)
 class OutputVectors(Format):
-    """Each column is cut into vectors of ``length`` consecutive outputs: ``scale[column] * (main[code] + residual[code])``.
+    """Columns are cut into vectors of ``length`` outputs: ``scale[column] * (main[code] + residual[code])``.
 
     VPTQ (arXiv 2409.17066): a codebook of ``2^nbits`` vectors, and with ``residual > 0`` a second one of
     ``2^residual`` for what the first leaves. Columns are independent (`block` is 1), so methods treat them like
@@ -119,7 +119,7 @@ class OutputVectors(Format):
         return f"v{self.length}x{self.nbits}" + (f"[residual={self.residual}]" if self.residual else "")
 
 
-@register_format(r"v(\d+)x(\d+)", "v8x12", "VPTQ: vectors of 8 outputs from a codebook of 2^12; residual=8 adds another")
+@register_format(r"v(\d+)x(\d+)", "v8x12", "VPTQ: vectors of 8 outputs from a codebook of 2^12; residual=8 adds one")
 def _vectors(match, inner, *, residual: int = 0):
     if inner is not None:
         raise ValueError(f"a codebook format holds values and nothing nests in it, found {inner}")
