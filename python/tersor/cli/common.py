@@ -124,7 +124,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A live bar per task, as the ``progress(task, done, total)`` that the package calls."""
     columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console_err, transient=not console_err.is_terminal) as bar:
+    with Progress(*columns, console=console_err) as bar:
         tasks: dict[str, int] = {}
 
         def update(task: str, done: int, total: int) -> None:
