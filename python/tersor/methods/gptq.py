@@ -46,6 +46,7 @@ class GPTQ(Method):
     is in the original order with either, and needs no index. ``static_groups``: fit all parameters beforehand,
     otherwise each group is fitted when its turn comes, from the weights with all updates so far (the original code
     fits from weights that lack the updates of the current block). ``search``: look for clipped ranges.
+    ``sequential``: inside a block of the model, collect each layer's inputs after the layers before are compressed.
 
     Input channels that were zero throughout (dead) are rounded to nearest rather than zeroed, which costs nothing on
     the calibration data and keeps the layer usable on other data.
@@ -56,6 +57,7 @@ class GPTQ(Method):
     order: str = "none"
     static_groups: bool = False
     search: bool = True
+    sequential: bool = False
 
     needs = frozenset({"hessian"})
 
