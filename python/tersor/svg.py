@@ -77,10 +77,12 @@ def lines(series: Mapping[str, Sequence[tuple[float, float, str]]], label: str, 
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.3" opacity="0.55" points="{path}"/>')
         parts += [f'<circle fill="{colour}" cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3.6">'
                   f"<title>{_text(words)}</title></circle>" for x, y, words in values]
-        y = top + height - 8 - 18 * (len(series) - 1 - i) if guides else top + 10 + 18 * i
-        parts.append(f'<circle fill="{colour}" cx="{_WIDTH - right + 14}" cy="{y - 4}" r="4"/>')
-        parts.append(f'<text class="label" x="{_WIDTH - right + 24}" y="{y}">{_text(name)}</text>')
-    return _frame(parts, max(top + height + 40, top + 18 * len(series) + 10), label)
+        # The names of guides stand to the right, at their ends; then the legend goes below.
+        x, y = (left, top + height + 58 + 18 * i) if guides else (_WIDTH - right + 14, top + 10 + 18 * i)
+        parts.append(f'<circle fill="{colour}" cx="{x}" cy="{y - 4}" r="4"/>')
+        parts.append(f'<text class="label" x="{x + 10}" y="{y}">{_text(name)}</text>')
+    legend = top + 18 * len(series) + (height + 48 if guides else 10)
+    return _frame(parts, max(top + height + 40, legend), label)
 
 
 @dataclass(frozen=True)
