@@ -50,7 +50,8 @@ def random_parts(format, out, width, dtype=torch.bfloat16, seed=0):
     """Codes, scales and zero points of a random weight; zero points at least 1, which every layout holds."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**format.num_bits, (out, width), dtype=torch.uint8, generator=generator)
-    scales = (torch.rand(out, format.groups(width), generator=generator) * 0.03 + 0.005).to(dtype)
+    stored = format.spec((out, width), dtype)["scales"].dtype
+    scales = (torch.rand(out, format.groups(width), generator=generator) * 0.03 + 0.005).to(stored)
     zero = torch.randint(1, 2**format.num_bits, scales.shape, dtype=torch.uint8, generator=generator)
     return codes, scales, None if format.symmetric else zero
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("compressed-tensors", "gptq", "awq")
 
-_RAW = "_tersor_raw"
+_RAW, _BARE = "_tersor_raw", "_tersor_bare"
 
 
 def _keeping(original: type) -> type:
@@ -53,9 +53,12 @@ def _keeping(original: type) -> type:
             config = cls.__new__(cls)
             config.quant_method = raw["quant_method"]
             config.dequantize = config.use_optimized_inference = False
+            config.__dict__[_BARE] = True
             return config
 
         def to_dict(self):
+            if self.__dict__.get(_BARE):
+                return copy.deepcopy(self.__dict__[_RAW])
             made = super().to_dict()
             made.pop(_RAW, None)
             return made
