@@ -64,7 +64,7 @@ def agrees(noted: Tensor, w: Tensor) -> Tensor:
 
 def sample(points: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
     """At most 64 of ``points [n, d]`` for each of ``k`` centroids (4 where those are many), always the same ones."""
-    limit = max(4 * k, min(64 * k, 1 << 16))
+    limit = max(4 * k, min(64 * k, 1 << 15))
     if len(points) <= limit:
         return points, weight
     chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:limit].to(points.device)
@@ -75,10 +75,10 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """Index ``[n]`` of the nearest of ``centroids [k, d]`` for each of ``points [n, d]``, in squared distance."""
     half_norm = centroids.square().sum(1) / 2
     rows = max(1, _CHUNK // len(centroids))
-    return torch.cat([(half_norm - part @ centroids.T).argmin(1) for part in points.split(rows)])
+    return torch.cat([torch.addmm(half_norm, part, centroids.T, alpha=-1).argmin(1) for part in points.split(rows)])
 
 
-def kmeans(points: Tensor, k: int, weight: Tensor | None = None, iterations: int = 20, seed: int = 0) -> Tensor:
+def kmeans(points: Tensor, k: int, weight: Tensor | None = None, iterations: int = 12, seed: int = 0) -> Tensor:
     """Centroids ``[k, d]`` of ``points [n, d]`` by Lloyd's algorithm, optionally with a ``weight [n]`` per point.
 
     Deterministic for a seed. Clusters that run empty are moved onto the points that are worst served. With no more

@@ -74,7 +74,10 @@ class OutputVectors(Format):
         codes, residual_codes = params["codes"][columns], None
         if self.residual:
             residual_codes = params["residual_codes"][columns]
-        same = agrees(self._decode(codes, residual_codes, params, scales, out), w).all(0)[:, None]
+        value = self._decode(codes, residual_codes, params, scales, out)
+        same = agrees(value, w).all(0)[:, None]
+        if same.all():
+            return value
         points = self.vectors(w / scales)
         found = nearest(points.flatten(0, 1), params["codebook"]).view(points.shape[:2])
         codes = params["codes"][columns] = torch.where(same, codes, found.int())
