@@ -91,7 +91,8 @@ def find_chain(model: nn.Module, ids: Tensor) -> Chain:
     ValueError when something happens to the hidden states between two blocks, or when a block's other arguments
     depend on them: such a decoder cannot be run block by block.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {name: module for name, module in model.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module)}
     members = {member: (name, i) for name, module in lists.items() for i, member in enumerate(module)}
     order: dict[str, list[int]] = {name: [] for name in lists}
     seen: dict[nn.Module, tuple[tuple, dict, object, Tensor]] = {}

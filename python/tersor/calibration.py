@@ -42,7 +42,7 @@ def compress_weights(model: nn.Module, plan: Plan, report: Report, progress: Pro
     with torch.no_grad(), _naming_done(done):
         for i, (name, entry) in enumerate(plan.entries.items()):
             progress("compress", i, len(plan.entries))
-            _compress(model, name, entry, _weight_of(model.get_submodule(name)), None, report, name)
+            _compress(model, name, entry, _weight_of(model.get_submodule(name)), None, report)
             done.append(name)
     progress("compress", len(plan.entries), len(plan.entries))
 
@@ -228,7 +228,7 @@ class _Block:
             note = [*note, "no calibration token reached it: rounded to nearest"] if entry is not self.entries[name] \
                 else note
         _compress(self.model, self._full(name), entry, self.weights.get(name), stats, self.report,
-                  self._full(name), "; ".join(note))
+                  "; ".join(note))
         self.weights.drop(name)
         done.append(self._full(name))
         self.tick()
@@ -254,7 +254,8 @@ class _Block:
                     stats = collector.finish() if collector.tokens else None
                     unseen += stats is None and projection == "down_proj"
                     used = entry if stats is not None else _without_data(entry)
-                    tensors, squares = _choose_expert(f"{self._full(name)}.{expert}.{projection}", used, w[expert], stats)
+                    title = f"{self._full(name)}.{expert}.{projection}"
+                    tensors, squares = _choose_expert(title, used, w[expert], stats)
                     packed.append((projection, expert, tensors))
                     errors.append(squares)
         layer = patch(self.model, {self._full(name): LayerSpec(entry.format)})[self._full(name)]
@@ -351,7 +352,7 @@ def _compress_outside(model, chain: Chain | None, entries: dict[str, Resolved], 
             if changed is not entry:
                 notes.append("no calibration token reached it: rounded to nearest")
             entry = changed
-        _compress(model, name, entry, _weight_of(module), stats, report, name, "; ".join(notes))
+        _compress(model, name, entry, _weight_of(module), stats, report, "; ".join(notes))
         done.append(name)
 
 
@@ -366,7 +367,7 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     return w if w.dtype is torch.float64 else w.float()
 
 
-def _compress(model, name, entry: Resolved, w: Tensor | None, stats, report: Report, title: str, note: str = "") -> None:
+def _compress(model, name, entry: Resolved, w: Tensor | None, stats, report: Report, note: str = "") -> None:
     """Choose, store and report one layer."""
     started = time.perf_counter()
     old = model.get_submodule(name)
@@ -378,12 +379,12 @@ def _compress(model, name, entry: Resolved, w: Tensor | None, stats, report: Rep
         choice = choose(entry.methods, w, entry.format, stats, dtype, name)
         tensors = entry.format.pack(choice.w_hat, choice.params)
     except ValueError as error:
-        raise ValueError(f"layer {title!r}: {error}") from error
+        raise ValueError(f"layer {name!r}: {error}") from error
     layer = patch(model, {name: LayerSpec(entry.format)})[name]
     layer.load_tensors(tensors)
     layer.method = entry.method_text
     before, after = w.numel() * dtype.itemsize, layer.nbytes
-    report.add(Row(title, str(entry.format), entry.method_text, tuple(w.shape), 8 * after / w.numel(), layer.kernel,
+    report.add(Row(name, str(entry.format), entry.method_text, tuple(w.shape), 8 * after / w.numel(), layer.kernel,
                    _ratio([_squares(w, choice.w_hat, stats)]), "weights" if stats is None else "inputs",
                    time.perf_counter() - started, before, after, note))
 
@@ -449,8 +450,8 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
         if isinstance(module, Embedding) or not (is_experts(module) or "weight" in module._parameters):
             raise ValueError(f"layer {name!r}: found {type(module).__name__}, accepted are uncompressed layers")
         if isinstance(module, nn.Embedding) and any(method.needs for method in entry.methods):
-            raise ValueError(f"layer {name!r}: found {entry.method_text}, accepted for embeddings are methods that look "
-                             "at no data, such as rtn")
+            raise ValueError(f"layer {name!r}: found {entry.method_text}, accepted for embeddings are methods that "
+                             "look at no data, such as rtn")
         stacks = matrices(module) if is_experts(module) else {"": module.weight if isinstance(module, nn.Embedding)
                                                               else matrix(module)}
         for part, w in stacks.items():

@@ -111,8 +111,8 @@ def factor(hessian: Tensor, damp: float, order: str = "none", unit: int = 1, inn
         lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
             return Factor(lower.flip(0, 1), permutation, dead, added)
-    raise ValueError(f"Hessian: not positive definite with damping {damp:g} to {added:g} of its mean diagonal; accepted "
-                     "are inputs without NaN or Inf; use more calibration data or a larger 'damp'")
+    raise ValueError(f"Hessian: not positive definite with damping {damp:g} to {added:g} of its mean diagonal; "
+                     "accepted are inputs without NaN or Inf; use more calibration data or a larger 'damp'")
 
 
 def descending(diagonal: Tensor, unit: int, inner: int) -> Tensor:

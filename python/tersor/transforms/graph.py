@@ -134,7 +134,7 @@ def shared_inputs(block: nn.Module, args: Sequence, kwargs: Mapping, folds: bool
     grouped = {name for group in groups for name in group.names}
     for name, module in block.named_modules():
         if is_linear(module) and name not in grouped:
-            groups.append(Shared((name,), matrix(module).shape[1], name, why="it did not run once in the traced forward"))
+            groups.append(Shared((name,), matrix(module).shape[1], name, why="it did not run once in the trace"))
     return groups
 
 
