@@ -138,6 +138,20 @@ PYBIND11_MODULE(_C, module) {
       py::arg("k"), py::arg("bits"), py::arg("group_size"), py::arg("out"), py::arg("out_dtype"), py::arg("threads"),
       "out[n, k] = (codes - zero_points) * scales");
 
+  module.def(
+      "int_fit",
+      [](Address w, int64_t n, int64_t k, int64_t ldw, Address importance, int bits, int64_t group_size, bool symmetric,
+         int steps, int scale_dtype, Address scales, Address zero_points, int threads) {
+        run([&] {
+          return tersor_int_fit(pointer<const float>(w), n, k, ldw, pointer<const float>(importance), bits, group_size,
+                                symmetric, steps, scale_dtype, pointer<float>(scales), pointer<float>(zero_points),
+                                threads);
+        });
+      },
+      py::arg("w"), py::arg("n"), py::arg("k"), py::arg("ldw"), py::arg("importance"), py::arg("bits"),
+      py::arg("group_size"), py::arg("symmetric"), py::arg("steps"), py::arg("scale_dtype"), py::arg("scales"),
+      py::arg("zero_points"), py::arg("threads"), "scales and zero points of w[n, k] from (clipped) group ranges");
+
   module.def("isa", [] { return std::string(tersor_current_isa()); }, "the instruction set in use");
   module.def(
       "isas",

@@ -41,6 +41,13 @@ int tersor_int_dequantize(const uint8_t* qweight, const void* scales, int scale_
                           const uint8_t* zero_points, int64_t n, int64_t k, int bits,
                           int64_t group_size, void* out, int out_dtype, int threads);
 
+/* Scales and zero points [n, groups] (fp32, scales rounded to scale_dtype) of w [n, k] for integers of `bits` bits: from
+ * each group's range (steps 1), or the best in squared error, weighted by importance [k] or NULL, of `steps` ranges
+ * that shrink by a hundredth each. Symmetric zero points are 2^(bits-1). */
+int tersor_int_fit(const float* w, int64_t n, int64_t k, int64_t ldw, const float* importance, int bits,
+                   int64_t group_size, int symmetric, int steps, int scale_dtype, float* scales, float* zero_points,
+                   int threads);
+
 /* Instruction sets: the i-th that this machine can run (best first, NULL past the end). */
 const char* tersor_isa_name(int index);
 const char* tersor_current_isa(void);

@@ -31,7 +31,7 @@ void parallel_for(int threads, const Function& function) {
 struct Range {
   long begin, end;
 };
-static inline Range split(long total, int parts, int index) {
+static inline Range split(long total, long parts, long index) {
   return {total * index / parts, total * (index + 1) / parts};
 }
 

@@ -22,7 +22,6 @@ extern "C" int tersor_int_linear(const void* x, int x_dtype, int64_t m, int64_t 
   if (act_bits != 16 && act_bits != 8) {
     return fail(TERSOR_INVALID, "act_bits is %d; accepted: 16 (exact) or 8 (dynamic int8)", act_bits);
   }
-  if (m > 0 && !x) return fail(TERSOR_INVALID, "x is absent");
   if (count < 0) return fail(TERSOR_INVALID, "the number of projections is %d; accepted: 0 or more", count);
   std::vector<tersor_projection> used;
   used.reserve(count);
@@ -40,6 +39,7 @@ extern "C" int tersor_int_linear(const void* x, int x_dtype, int64_t m, int64_t 
     used.push_back(p);
   }
   if (used.empty()) return TERSOR_OK;
+  if (!x) return fail(TERSOR_INVALID, "x is absent");
 
   const IsaKernels& isa = current_isa();
   const IntLinearFunction kernel = act_bits == 16 ? isa.exact : isa.a8;

@@ -20,12 +20,26 @@ struct IntLinearArgs {
   int64_t group_size;
   int threads;
 };
+// Arguments of tersor_int_fit after validation: n, k, steps >= 1.
+struct IntFitArgs {
+  const float* w;
+  int64_t n, k, ldw;
+  const float* importance;
+  int bits;
+  int64_t group_size;
+  bool symmetric;
+  int steps, scale_dtype;
+  float *scales, *zero_points;
+  int threads;
+};
+
 using IntLinearFunction = int (*)(const IntLinearArgs&);
 
 struct IsaKernels {
   const char* name;
   IntLinearFunction exact;  // activations as they are
   IntLinearFunction a8;     // activations quantized to int8; null when not built
+  int (*fit)(const IntFitArgs&);
   // Loops that only do one thing, for machine.cpp to time: bytes read, and operations done in
   // `rounds` rounds (0: the instruction set has no such instruction).
   uint64_t (*read)(const void* data, size_t bytes);
@@ -39,6 +53,7 @@ struct IsaKernels {
   extern const IsaKernels kernels;   \
   int int_linear_exact(const IntLinearArgs& arguments); \
   int int_linear_a8(const IntLinearArgs& arguments);    \
+  int int_fit(const IntFitArgs& arguments);             \
   uint64_t floor_read(const void* data, size_t bytes);  \
   double floor_fp32(long rounds);    \
   double floor_int8(long rounds);    \

@@ -9,7 +9,7 @@
 //   load_u8(pointer)             16 bytes as floats
 //   store_as(pointer, dtype, v, count)   rounded to nearest even; only the first `count` lanes
 //   reduce_add(v)                sum of the lanes, always in the same order
-//   kFusedRows, kPanelRows, kPanelTiles   register blocking that fits this set
+//   kFusedRows, kPanelRows, kPanelTiles, kChains   register blocking that fits this set
 //   Native, native_*             one hardware register, for the peak loops
 //   TERSOR_SIMD_BF16             defined when pairs of bfloat16 can be multiplied: dot_bf16(acc, a, b)
 #pragma once

@@ -111,7 +111,7 @@ TERSOR_INLINE float reduce_add(f32 x) {
 }
 
 // 16 registers: 6 rows x 2 hold the sums of a tile, 2 its weights, 1 the activation.
-constexpr int kFusedRows = 6, kPanelRows = 6, kPanelTiles = 1;
+constexpr int kFusedRows = 6, kPanelRows = 6, kPanelTiles = 1, kChains = 4;
 
 using Native = __m256;
 #define TERSOR_NATIVE_CONSTRAINT "+x"

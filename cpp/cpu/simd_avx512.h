@@ -12,7 +12,12 @@
 
 namespace tersor::TERSOR_ISA {
 
+#if defined(TERSOR_EMULATED)
+// Calls instead of inlining: each intrinsic is a page of portable code.
+#define TERSOR_INLINE static __attribute__((noinline, unused))
+#else
 #define TERSOR_INLINE static inline __attribute__((always_inline))
+#endif
 #define TERSOR_SIMD_BF16 1
 
 struct f32 {
@@ -106,7 +111,11 @@ TERSOR_INLINE i32 lookup64(const i32* table, i32 index) {
 TERSOR_INLINE i32 as_i32(f32 x) { return {_mm512_castps_si512(x.v)}; }
 
 // 32 registers. Panel: 12 rows x 2 tiles of sums, 2 weights, 1 activation. Fused: 8 rows, 2 chains each.
-constexpr int kFusedRows = 8, kPanelRows = 12, kPanelTiles = 2;
+#if defined(TERSOR_EMULATED)
+constexpr int kFusedRows = 2, kFusedRowsBf16 = 3, kPanelRows = 4, kPanelTiles = 2, kChains = 4;  // quick to compile
+#else
+constexpr int kFusedRows = 8, kFusedRowsBf16 = 16, kPanelRows = 12, kPanelTiles = 2, kChains = 16;
+#endif
 
 using Native = __m512;
 #if defined(TERSOR_EMULATED)

@@ -104,9 +104,9 @@ static inline float reduce_add(f32 a) {
 }
 
 #if defined(__aarch64__)
-constexpr int kFusedRows = 4, kPanelRows = 6, kPanelTiles = 1;
+constexpr int kFusedRows = 4, kPanelRows = 6, kPanelTiles = 1, kChains = 4;
 #else
-constexpr int kFusedRows = 2, kPanelRows = 3, kPanelTiles = 1;
+constexpr int kFusedRows = 2, kPanelRows = 3, kPanelTiles = 1, kChains = 2;
 #endif
 
 using Native = v4f;
