@@ -37,7 +37,11 @@ class Block(nn.Module):
         self.o_proj = nn.Linear(HEADS * HEAD, WIDTH, bias=False)
         self.gate_proj, self.up_proj = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER)
         self.down_proj = nn.Linear(INNER, WIDTH)
-        self.norm1.weight.data *= torch.rand(WIDTH).mul(3).exp()  # some channels are much larger
+        for norm in (self.norm1, self.norm2):
+            norm.weight.data[::16] += 15  # a few channels are much larger, as in language models
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                module.weight.data = torch.randn(module.weight.shape) * 0.1
         self.to(dtype).requires_grad_(False)
 
     def forward(self, x):
