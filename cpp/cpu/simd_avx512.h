@@ -112,7 +112,7 @@ TERSOR_INLINE i32 as_i32(f32 x) { return {_mm512_castps_si512(x.v)}; }
 
 // 32 registers. Panel: 12 rows x 2 tiles of sums, 2 weights, 1 activation. Fused: 8 rows, 2 chains each.
 #if defined(TERSOR_EMULATED)
-constexpr int kFusedRows = 2, kFusedRowsBf16 = 3, kPanelRows = 4, kPanelTiles = 2, kChains = 4;  // quick to compile
+constexpr int kFusedRows = 2, kFusedRowsBf16 = 8, kPanelRows = 4, kPanelTiles = 2, kChains = 4;  // quick to compile
 #else
 constexpr int kFusedRows = 8, kFusedRowsBf16 = 16, kPanelRows = 12, kPanelTiles = 2, kChains = 16;
 #endif
