@@ -114,7 +114,7 @@ TERSOR_INLINE float reduce_add(f32 x) {
 constexpr int kFusedRows = 6, kPanelRows = 6, kPanelTiles = 1, kChains = 4;
 
 using Native = __m256;
-#define TERSOR_NATIVE_CONSTRAINT "+x"
+#define TERSOR_NATIVE_CONSTRAINT "x"
 TERSOR_INLINE Native native_splat(float x) { return _mm256_set1_ps(x); }
 TERSOR_INLINE Native native_fma(Native x, Native y, Native z) { return _mm256_fmadd_ps(x, y, z); }
 
@@ -122,18 +122,17 @@ TERSOR_INLINE Native native_fma(Native x, Native y, Native z) { return _mm256_fm
 static inline double native_int8_loop(long rounds) {
   __m256i acc[8];
   for (int i = 0; i < 8; ++i) acc[i] = _mm256_set1_epi32(i);
-  __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(-2);
+  __m256i a = _mm256_set1_epi8(3);
+  const __m256i b = _mm256_set1_epi8(-2);
   const __m256i ones = _mm256_set1_epi16(1);
   for (long round = 0; round < rounds * 100; ++round) {
-    asm volatile("" : "+x"(a), "+x"(b));
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      __m256i pairs = _mm256_maddubs_epi16(a, b);
-      asm volatile("" : "+x"(pairs));  // each product is computed anew
-      acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(pairs, ones));
-      asm volatile("" : "+x"(acc[i]));
+      asm volatile("" : "+x"(a));  // an operand that may have changed: each product is computed anew
+      acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
     }
   }
+  for (int i = 0; i < 8; ++i) asm volatile("" : : "x"(acc[i]));
   return 2.0 * 8 * 32 * 100 * rounds;
 }
 static inline double native_bf16_loop(long) { return 0; }

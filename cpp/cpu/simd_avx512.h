@@ -119,9 +119,9 @@ constexpr int kFusedRows = 8, kFusedRowsBf16 = 16, kPanelRows = 12, kPanelTiles 
 
 using Native = __m512;
 #if defined(TERSOR_EMULATED)
-#define TERSOR_NATIVE_CONSTRAINT "+m"
+#define TERSOR_NATIVE_CONSTRAINT "m"
 #else
-#define TERSOR_NATIVE_CONSTRAINT "+v"
+#define TERSOR_NATIVE_CONSTRAINT "v"
 #endif
 TERSOR_INLINE Native native_splat(float x) { return _mm512_set1_ps(x); }
 TERSOR_INLINE Native native_fma(Native x, Native y, Native z) { return _mm512_fmadd_ps(x, y, z); }
@@ -132,11 +132,9 @@ static inline double native_int8_loop(long rounds) {
   const __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-2);
   for (long round = 0; round < rounds * 100; ++round) {
 #pragma GCC unroll 12
-    for (int i = 0; i < 12; ++i) {
-      acc[i] = _mm512_dpbusd_epi32(acc[i], a, b);
-      asm volatile("" : TERSOR_NATIVE_CONSTRAINT(acc[i]));
-    }
+    for (int i = 0; i < 12; ++i) acc[i] = _mm512_dpbusd_epi32(acc[i], a, b);
   }
+  for (int i = 0; i < 12; ++i) asm volatile("" : : TERSOR_NATIVE_CONSTRAINT(acc[i]));
   return 2.0 * 12 * 64 * 100 * rounds;
 }
 static inline double native_bf16_loop(long rounds) {
@@ -145,11 +143,9 @@ static inline double native_bf16_loop(long rounds) {
   const i32 a = splat_i32(0x3f803f80), b = splat_i32(0x3c003c00);
   for (long round = 0; round < rounds * 100; ++round) {
 #pragma GCC unroll 12
-    for (int i = 0; i < 12; ++i) {
-      acc[i] = dot_bf16(acc[i], a, b);
-      asm volatile("" : TERSOR_NATIVE_CONSTRAINT(acc[i].v));
-    }
+    for (int i = 0; i < 12; ++i) acc[i] = dot_bf16(acc[i], a, b);
   }
+  for (int i = 0; i < 12; ++i) asm volatile("" : : TERSOR_NATIVE_CONSTRAINT(acc[i].v));
   return 2.0 * 12 * 32 * 100 * rounds;
 }
 
