@@ -98,7 +98,7 @@ TERSOR_INLINE void block_sums(i32 (&sum)[rows][tiles], const uint8_t* weights, i
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-      for (int n = 0; n < tiles; ++n) acc[r][n] = splat_i32(records[r * record + Dot::words + part]);
+      for (int n = 0; n < tiles; ++n) acc[r][n] = Dot::start(records[r * record + Dot::words + part]);
     }
     run_steps<Dot, stored, rows, tiles, part * run, (part + 1) * run>(acc, weights, tile_bytes, records);
 #pragma GCC unroll 16

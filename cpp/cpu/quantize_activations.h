@@ -2,10 +2,12 @@
 // q = round_to_nearest_even(x / scale) in fp32, which is formats/integer.py:quantize_activations bit for bit.
 // A block of zeros, or one so small that its scale is 0, gives zeros; a block with NaN or Inf gives NaN.
 //
-// Rows come in strips of nearly equal height, at most `most_rows`: what a microkernel takes at once. In a
-// strip everything lies in the order in which the kernel reads it:
-//   records [blocks][rows][words + parts + 1] dwords: the codes, the corrections (simd_int8.h), the scale
-//   sums    [segments][rows] floats: sum of scale * sum(q) over a segment, what a zero point multiplies
+// Rows come in strips of nearly equal height, at most `most_rows`: what a microkernel takes at once. All
+// lies in the order in which the kernels read it:
+//   records [chunks][strips][blocks of the chunk][rows of the strip][words + parts + 1] dwords:
+//           the codes, the corrections (simd_int8.h), the scale
+//   sums    [strips][segments][rows of the strip] floats: sum of scale * sum(q) over a segment, what a zero
+//           point multiplies
 //
 // A segment is the part of a weight group inside one chunk of kChunkBlocks blocks; sums over a segment are
 // scaled once. It depends on k and the group size alone: not on the rows, the threads or the kernel, so
@@ -57,15 +59,17 @@ struct QuantizedRows {
   size_t sum_count() const { return size_t(rows) * segments; }
 
   Range strip(int64_t index) const { return split(rows, strips, index); }
-  const uint32_t* strip_records(Range strip, int64_t block) const {
-    return records + (strip.begin * shape.blocks + block * (strip.end - strip.begin)) * record;
+  // The records of a strip in the chunk that begins at `block`.
+  uint32_t* strip_records(Range strip, int64_t block) const {
+    const int64_t left = shape.blocks - block, blocks = left < kChunkBlocks ? left : kChunkBlocks;
+    return records + (rows * block + strip.begin * blocks) * record;
   }
   const float* strip_sums(Range strip, int64_t segment) const {
     return sums + strip.begin * segments + segment * (strip.end - strip.begin);
   }
 
-  // One chunk of one row of x.
-  void quantize(const void* x, int dtype, int64_t ldx, int64_t row, int64_t chunk) const {
+  // One chunk of one row of x. Not inlined: two copies could contract their sums differently.
+  __attribute__((noinline)) void quantize(const void* x, int dtype, int64_t ldx, int64_t row, int64_t chunk) const {
     const Range strip = strip_of(row);
     const int64_t height = strip.end - strip.begin, lane = row - strip.begin;
     const char* values = static_cast<const char*>(x) + row * ldx * dtype_size(dtype);
@@ -76,7 +80,7 @@ struct QuantizedRows {
       const int64_t end = segment_end(shape, block);
       float sum = 0;
       for (; block < end; ++block) {
-        uint32_t* to = records + (strip.begin * shape.blocks + block * height + lane) * record;
+        uint32_t* to = strip_records(strip, first) + ((block - first) * height + lane) * record;
         sum += quantize_block(values, dtype, block * kBlockK, to);
       }
       sums[strip.begin * segments + segment * height + lane] = sum;

@@ -8,6 +8,7 @@
 //   pack(low, high, centre, block)   32 quantized values -> `words` dwords and `parts` corrections; their sum
 //   Weights weights(bytes)               16 dwords of codes, ready to be multiplied
 //   Activation activation(block, t)      what belongs to vector t, in every lane
+//   start(correction)                   a sum that begins
 //   step(acc, w, x)                      acc + the four products
 //   widen(acc)                           the sum of a run as a 32-bit integer per lane
 // The corrections take centre = 2^(bits-1) times the activations off, so that a run is

@@ -33,6 +33,12 @@ TERSOR_INLINE __m256i bytes_in_order(i32 low, i32 high) {
 
 constexpr int dot_kind(int bits) { return bits < 5 ? 5 : bits; }
 
+// The compiler must not reorder a chain of sums: it would compute all products first and spill them.
+TERSOR_INLINE i32 in_order(i32 x) {
+  asm("" : "+x"(x.a), "+x"(x.b));
+  return x;
+}
+
 template <int kind>
 struct Int8Dot {
   static constexpr int run = run_length_16(kind);
@@ -61,9 +67,10 @@ struct Int8Dot {
   }
   TERSOR_INLINE Weights weights(i32 bytes) { return bytes; }
   TERSOR_INLINE Activation activation(const uint32_t* block, int t) { return splat_i32(block[t]); }
+  TERSOR_INLINE i32 start(uint32_t correction) { return in_order(splat_i32(correction)); }
   TERSOR_INLINE i32 step(i32 acc, Weights w, Activation x) {
-    return {_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(w.a, x.a)),
-            _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(w.b, x.b))};
+    return in_order({_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(w.a, x.a)),
+                     _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(w.b, x.b))});
   }
   TERSOR_INLINE i32 widen(i32 acc) {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -98,11 +105,12 @@ struct Int8Dot<8> {
   TERSOR_INLINE Activation activation(const uint32_t* block, int t) {
     return {_mm256_set1_epi32(static_cast<int>(block[t])), _mm256_set1_epi32(static_cast<int>(block[8 + t]))};
   }
+  TERSOR_INLINE i32 start(uint32_t correction) { return in_order(splat_i32(correction)); }
   TERSOR_INLINE i32 step(i32 acc, Weights w, Activation x) {
-    acc = {_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.even.a, x.even)),
-           _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.even.b, x.even))};
-    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.odd.a, x.odd)),
-            _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.odd.b, x.odd))};
+    acc = in_order({_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.even.a, x.even)),
+                    _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.even.b, x.even))});
+    return in_order({_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.odd.a, x.odd)),
+                     _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.odd.b, x.odd))});
   }
   TERSOR_INLINE i32 widen(i32 acc) { return acc; }
 
@@ -110,7 +118,7 @@ struct Int8Dot<8> {
   TERSOR_INLINE i32 high_bytes(i32 x) { return {_mm256_srli_epi16(x.a, 8), _mm256_srli_epi16(x.b, 8)}; }
 };
 
-// 16 registers: 6 rows x 2 of sums, 2 of weights, 1 activation, 1 product.
-constexpr int kA8DecodeRows = 4, kA8PanelRows = 6, kA8PanelTiles = 1, kA8DecodeStrips = 0;
+// 16 registers: 4 rows x 2 of sums, 2 of weights, 1 activation, 1 product, some float sums.
+constexpr int kA8DecodeRows = 4, kA8PanelRows = 4, kA8PanelTiles = 1, kA8DecodeStrips = 4;
 
 }  // namespace tersor::TERSOR_ISA

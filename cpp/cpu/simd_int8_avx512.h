@@ -43,6 +43,7 @@ struct Int8Dot {
   }
   TERSOR_INLINE Weights weights(i32 bytes) { return bytes; }
   TERSOR_INLINE Activation activation(const uint32_t* block, int t) { return splat_i32(block[t]); }
+  TERSOR_INLINE i32 start(uint32_t correction) { return splat_i32(correction); }
   TERSOR_A8_INLINE i32 step(i32 acc, Weights w, Activation x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
   TERSOR_INLINE i32 widen(i32 acc) { return acc; }
 };

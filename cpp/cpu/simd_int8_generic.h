@@ -75,10 +75,12 @@ struct Int8Dot {
   TERSOR_INLINE Activation activation(const uint32_t* block, int t) {
     return {splat_i32(block[t]), splat_i32(block[8 + t])};
   }
+  TERSOR_INLINE i32 start(uint32_t correction) { return splat_i32(correction); }
   TERSOR_INLINE i32 step(i32 acc, Weights w, Activation x) {
     TERSOR_LANES {
       const v8u16 even = (v8u16)w.even.v[l] * (v8u16)x.even.v[l], odd = (v8u16)w.odd.v[l] * (v8u16)x.odd.v[l];
       acc.v[l] = (v4u)((v8u16)acc.v[l] + even + odd);
+      asm("" : TERSOR_NATIVE_CONSTRAINT(acc.v[l]));  // keeps the sums in order; else all products come first
     }
     return acc;
   }
