@@ -30,7 +30,10 @@ double floor_fp32(long rounds) {
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) acc[i] = native_fma(acc[i], a, b);
   }
-  for (int i = 0; i < 12; ++i) asm volatile("" : : TERSOR_NATIVE_CONSTRAINT(acc[i]));  // the sums are needed
+  for (int i = 0; i < 12; ++i) {
+    Native sum = acc[i];
+    asm volatile("" : TERSOR_NATIVE_CONSTRAINT(sum));  // it is needed
+  }
   return 2.0 * 12 * (sizeof(Native) / 4) * 100 * rounds;
 }
 

@@ -110,11 +110,13 @@ TERSOR_INLINE float reduce_add(f32 x) {
   return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
 }
 
-// 16 registers: 6 rows x 2 hold the sums of a tile, 2 its weights, 1 the activation.
-constexpr int kFusedRows = 6, kPanelRows = 6, kPanelTiles = 1, kChains = 4;
+// 16 registers. Panel: 6 rows x 2 hold the sums of a tile, 2 its weights, 1 the activation. Fused needs
+// one more for a mask: with 6 rows, or 4 chains of one row, a sum would live on the stack, and the
+// trip through memory then bounds the loop (measured: half the speed).
+constexpr int kFusedRows = 5, kPanelRows = 6, kPanelTiles = 1, kChains = 2;
 
 using Native = __m256;
-#define TERSOR_NATIVE_CONSTRAINT "x"
+#define TERSOR_NATIVE_CONSTRAINT "+x"
 TERSOR_INLINE Native native_splat(float x) { return _mm256_set1_ps(x); }
 TERSOR_INLINE Native native_fma(Native x, Native y, Native z) { return _mm256_fmadd_ps(x, y, z); }
 

@@ -119,9 +119,9 @@ constexpr int kFusedRows = 8, kFusedRowsBf16 = 16, kPanelRows = 12, kPanelTiles 
 
 using Native = __m512;
 #if defined(TERSOR_EMULATED)
-#define TERSOR_NATIVE_CONSTRAINT "m"
+#define TERSOR_NATIVE_CONSTRAINT "+m"
 #else
-#define TERSOR_NATIVE_CONSTRAINT "v"
+#define TERSOR_NATIVE_CONSTRAINT "+v"
 #endif
 TERSOR_INLINE Native native_splat(float x) { return _mm512_set1_ps(x); }
 TERSOR_INLINE Native native_fma(Native x, Native y, Native z) { return _mm512_fmadd_ps(x, y, z); }
@@ -134,7 +134,10 @@ static inline double native_int8_loop(long rounds) {
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) acc[i] = _mm512_dpbusd_epi32(acc[i], a, b);
   }
-  for (int i = 0; i < 12; ++i) asm volatile("" : : TERSOR_NATIVE_CONSTRAINT(acc[i]));
+  for (int i = 0; i < 12; ++i) {
+    __m512i sum = acc[i];
+    asm volatile("" : TERSOR_NATIVE_CONSTRAINT(sum));  // it is needed
+  }
   return 2.0 * 12 * 64 * 100 * rounds;
 }
 static inline double native_bf16_loop(long rounds) {
@@ -145,7 +148,10 @@ static inline double native_bf16_loop(long rounds) {
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) acc[i] = dot_bf16(acc[i], a, b);
   }
-  for (int i = 0; i < 12; ++i) asm volatile("" : : TERSOR_NATIVE_CONSTRAINT(acc[i].v));
+  for (int i = 0; i < 12; ++i) {
+    f32 sum = acc[i];
+    asm volatile("" : TERSOR_NATIVE_CONSTRAINT(sum.v));  // it is needed
+  }
   return 2.0 * 12 * 32 * 100 * rounds;
 }
 

@@ -113,9 +113,9 @@ using Native = v4f;
 TERSOR_INLINE Native native_splat(float x) { return v4f{x, x, x, x}; }
 TERSOR_INLINE Native native_fma(Native a, Native b, Native c) { return a * b + c; }
 #if defined(__aarch64__)
-#define TERSOR_NATIVE_CONSTRAINT "w"
+#define TERSOR_NATIVE_CONSTRAINT "+w"
 #else
-#define TERSOR_NATIVE_CONSTRAINT "x"
+#define TERSOR_NATIVE_CONSTRAINT "+x"
 #endif
 // Portable C++ names no int8 dot product and no bf16 one.
 static inline double native_int8_loop(long) { return 0; }
