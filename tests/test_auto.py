@@ -238,16 +238,17 @@ import tersor.auto, torch
 from transformers import AutoModelForCausalLM
 for directory in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(directory)
-    print(type(model.model.layers[0].mlp.up_proj).__module__, model.config.quantization_config.to_dict()["quant_method"])
+    print(type(model.model.layers[0].mlp.up_proj).__module__)
+    print(model.config.quantization_config.to_dict()["quant_method"])
 """
 
 
 def test_their_packages_are_not_needed(tmp_path):
     model = randomize(llama(layers=1), "W4A16[group=32]")
-    for container in ("compressed-tensors", "gptq", "awq"):
+    containers = ["compressed-tensors", "gptq", "awq"]
+    for container in containers:
         save(model, tmp_path / container, container)
-    done = subprocess.run([sys.executable, "-c", _BARE, *(str(tmp_path / c) for c in ("compressed-tensors", "gptq",
-                                                                                      "awq"))],
+    done = subprocess.run([sys.executable, "-c", _BARE, *(str(tmp_path / container) for container in containers)],
                           capture_output=True, text=True)
-    assert done.stdout.split() == ["tersor.layer", "compressed-tensors", "tersor.layer", "gptq", "tersor.layer", "awq"], \
-        done.stderr[-2000:]
+    expected = [word for container in containers for word in ("tersor.layer", container)]
+    assert done.stdout.split() == expected, done.stderr[-2000:]

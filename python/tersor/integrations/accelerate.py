@@ -33,9 +33,11 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     """
     taken: dict[str, nn.Module] = {}
     report = Report()
+    dtype = next((p.dtype for name, p in model.named_parameters() if p.is_floating_point()
+                  and not name.endswith((".weight_scale", ".scales"))), None)
     for name, module in _packed(model):
         try:
-            taken[name] = _layer(name, module)
+            taken[name] = _layer(name, module, dtype)
         except Unsupported as error:
             report.kept[name] = str(error)
     if strict and report.kept:
@@ -63,7 +65,8 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
 def _packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         held = dict(module.named_buffers(recurse=False)) | dict(module.named_parameters(recurse=False))
-        if not isinstance(module, (Linear, Embedding)) and ("weight_packed" in held or {"qweight", "scales"} <= set(held)):
+        if not isinstance(module, (Linear, Embedding)) \
+                and ("weight_packed" in held or {"qweight", "scales"} <= set(held)):
             yield name, module
 
 
@@ -72,14 +75,14 @@ def _held(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in held.items()}
 
 
-def _layer(name: str, module: nn.Module) -> nn.Module:
+def _layer(name: str, module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     held = _held(module)
     bias = held.pop("bias", None)
     layout, shape = _compressed_tensors(name, module, held) if "weight_packed" in held else _gptq_or_awq(module, held)
     device = next(iter(held.values())).device
     scale = held.get("weight_scale", held.get("scales"))
     kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
-    site = Site(name, kind, shape, scale.dtype, bias is not None, module=module)
+    site = Site(name, kind, shape, dtype or scale.dtype, bias is not None, module=module)
     found = {local: TensorSpec(tuple(tensor.shape), tensor.dtype) for local, tensor in held.items()}
     expected = layout.expected(site, found)
     check_specs(f"layer {name!r}", expected, found)
@@ -118,7 +121,8 @@ def _gptq_or_awq(module: nn.Module, held: Mapping[str, Tensor]) -> tuple[IntLayo
     if not isinstance(width, int) or type(bits) is not int:
         raise Unsupported(f"found {type(module).__name__} without in_features and bits")
     groups, out = scales.shape
-    size = 0 if groups == 1 else runnable_group(getattr(module, "group_size", -(-width // groups)), "group_size")
+    size = getattr(module, "group_size", None) or -(-width // groups)
+    size = 0 if groups == 1 else runnable_group(size, "group_size")
     if tuple(qweight.shape) == (width, out // 8) and bits == 4 and (width, out // 8) != (width // 8, out):
         return AWQLayout(4, size, False), (out, width)
     # GPTQModel's modules say in which format their zero points are at the moment; others keep v1's

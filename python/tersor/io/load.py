@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from .errors import CheckpointError
@@ -33,14 +35,20 @@ def load(path: str | os.PathLike, dtype=None, device_map=None, **options) -> nn.
     if raw.get("quantization_config") is None:
         raise CheckpointError(f"{where}: not there; this is not a compressed checkpoint, and transformers loads it")
     manifest = read_manifest(raw["quantization_config"], where)
-    open_directory(directory)
-    # What transformers refuses in a config may be of any exception type; it is the file's fault each time.
+    _check_depth(raw, len(open_directory(directory).entries), directory)
+    # What a model's class refuses in a config may be of any exception type; it is the file's fault each time.
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=options.get("trust_remote_code"))
+        config.quantization_config = {"quant_method": METHOD, ENVELOPE: manifest.raw}
+        kind = _model_class(config, directory, options)
+        if not getattr(config, "auto_map", None):
+            with torch.device("meta"):
+                build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+                build(copy.deepcopy(config))
+    except (CheckpointError, ImportError):
+        raise
     except Exception as error:
-        raise CheckpointError(f"{directory / CONFIG}: {error}") from error
-    config.quantization_config = {"quant_method": METHOD, ENVELOPE: manifest.raw}
-    kind = _model_class(config, directory, options)
+        raise CheckpointError(f"{directory / CONFIG}: {type(error).__name__}: {error}") from error
     model, info = kind.from_pretrained(directory, config=config, dtype=dtype or "auto", device_map=device_map,
                                        output_loading_info=True, use_safetensors=True, **options)
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
@@ -48,6 +56,14 @@ def load(path: str | os.PathLike, dtype=None, device_map=None, **options) -> nn.
             first = sorted(map(str, info[what]))[0]
             raise CheckpointError(f"{directory}: {what.replace('_', ' ')}: {first}")
     return model
+
+
+def _check_depth(raw: dict, tensors: int, directory: Path) -> None:
+    """A model has no more layers than the checkpoint has tensors: a config that says otherwise would build for ever."""
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"):
+        if isinstance(raw.get(name), int) and raw[name] > tensors:
+            raise CheckpointError(f"{directory / CONFIG}: {name}: found {raw[name]}, and the checkpoint has {tensors} "
+                                  "tensors")
 
 
 def _local(path: str | os.PathLike, options: dict) -> Path:
@@ -61,10 +77,12 @@ def _local(path: str | os.PathLike, options: dict) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), revision=options.pop("revision", None), token=options.pop("token", None),
-                                      allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(
+            str(path), revision=options.pop("revision", None), token=options.pop("token", None),
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(f"{path}: neither a directory nor a model on the Hub that can be read ({error})") from error
+        raise CheckpointError(f"{path}: neither a directory nor a model on the Hub that can be read "
+                              f"({error})") from error
 
 
 def _model_class(config, directory: Path, options: dict):

@@ -132,7 +132,8 @@ class Native(OwnLayout):
         elif not isinstance(self.format, Int):  # any bytes are sound integer codes
             for projection, shape in Experts.holding(site.module, self.format, "meta").projections.items():
                 for expert in range(site.shape[0]):
-                    self._verify({name: tensor[expert] for name, tensor in under(held, projection).items()}, site, shape)
+                    one = {name: tensor[expert] for name, tensor in under(held, projection).items()}
+                    self._verify(one, site, shape)
         pre, post = self._steps(tensors, site)
         return Decoded(self.format, held, pre, post)
 
@@ -172,7 +173,8 @@ class Own(Manifest):
         super().__init__(raw)
         version = raw.get("version")
         if type(version) is not int or not 1 <= version <= VERSION:
-            raise CheckpointError(f"version: found {version!r}, accepted are 1 to {VERSION}; a newer tersor may read it")
+            raise CheckpointError(f"version: found {version!r}, accepted are 1 to {VERSION}; a newer tersor may read "
+                                  "it")
         groups = raw.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise CheckpointError(f"config_groups: found {groups!r}, accepted is an object of groups")

@@ -156,12 +156,13 @@ def _kind(module: nn.Module):
     return None, ()
 
 
-def plan_load(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest) -> LoadPlan:
+def plan_load(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest, names: Names | None = None) -> LoadPlan:
     """Match a checkpoint with a model (which may be on ``meta``). Nothing is changed or read beyond headers.
+    ``names`` spares working out the model's names again.
 
     CheckpointError: tensors are missing, or have other shapes or dtypes than the model and the configuration say.
     """
-    names = Names(model)
+    names = names or Names(model)
     sites = describe(model, names, checkpoint)
     layouts = manifest.layouts(sites, checkpoint)
     specs = module_specs(checkpoint)
@@ -271,7 +272,8 @@ class Loading(nn.Module):
         if self.slot.bias is not None:
             bias = self.bias.detach()
             if not bool(bias.isfinite().all()):
-                raise CheckpointError(f"{self.slot.where}: bias: found NaN or infinite values, accepted are finite ones")
+                raise CheckpointError(f"{self.slot.where}: bias: found NaN or infinite values, accepted are finite "
+                                      "ones")
             if not self.slot.site.bias and not bool(bias.any()):
                 bias = None  # some writers give every layer a bias of zeros
         if self.slot.site.kind == "experts":
@@ -314,9 +316,10 @@ def untie(model: nn.Module, names) -> None:
             model.config.tie_word_embeddings = False
 
 
-def read_layers(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest) -> dict[str, nn.Module]:
+def read_layers(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest,
+                names: Names | None = None) -> dict[str, nn.Module]:
     """Every compressed layer of a checkpoint, read and decoded for ``model`` (which is left as it is)."""
-    plan = plan_load(model, checkpoint, manifest)
+    plan = plan_load(model, checkpoint, manifest, names)
     if plan.missing:
         raise CheckpointError(f"{checkpoint.directory}: tensor {plan.missing[0]!r}: not in the checkpoint, and the "
                               "model has it")

@@ -247,24 +247,30 @@ def _steps(layer: Layer) -> str:
 
 
 def _uniform(container: str, layers: Mapping[str, Layer]) -> Int:
-    """The one integer format of all layers, symmetric where all are."""
-    first = None
-    symmetric = True
+    """The one integer format of all layers, symmetric where all are. A row of one group fits every size that covers
+    it."""
+    bits, size, symmetric = None, None, True
     for name, layer in layers.items():
         if not isinstance(layer, Linear):
             raise _refuse(container, name, f"found {type(layer).__name__}, accepted are linear layers")
-        if not isinstance(layer.format, Int) or layer.format.activation != 16:
-            raise _refuse(container, name, f"found format {layer.format}, accepted are integer formats with exact "
-                                           "activations")
-        shape = (layer.format.num_bits, layer.format.group_size)
-        first = first or shape
-        if shape != first:
-            raise _refuse(container, name, f"found format {layer.format}, accepted is one width and group size in the "
-                                           f"whole model, here {first[0]} bits and {first[1] or 'one group per row'}")
+        f = layer.format
+        if not isinstance(f, Int) or f.activation != 16:
+            raise _refuse(container, name, f"found format {f}, accepted are integer formats with exact activations")
+        several = f.groups(layer.shape[1]) > 1
+        bits = bits or f.num_bits
+        size = f.group_size if several and size is None else size
+        if f.num_bits != bits or several and f.group_size != size:
+            shown = f"groups of {size}" if size else "one group per row"
+            raise _refuse(container, name, f"found format {f}, accepted is one width and group size in the whole "
+                                           f"model, here {bits} bits and {shown}")
         if not _exact(_scales(layer), torch.float16):
             raise _refuse(container, name, f"its {_scales(layer).dtype} scales are not exact in float16")
-        symmetric &= layer.format.symmetric
-    return Int(*first, symmetric)
+        symmetric &= f.symmetric
+    for name, layer in layers.items():
+        if size and layer.format.groups(layer.shape[1]) == 1 and layer.shape[1] > size:
+            raise _refuse(container, name, f"found one group per row of {layer.shape[1]}, accepted are groups of "
+                                           f"{size} as in the rest of the model")
+    return Int(bits, size or 0, symmetric)
 
 
 def _write_gptq(layers: Mapping[str, Layer], plain: Surroundings) -> Written:
