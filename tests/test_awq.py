@@ -17,7 +17,7 @@ def random_scale(group, seed=3):
     return group.tie(s)
 
 
-# -- folding ----------------------------------------------------------------------------------------------------------
+# -- folding ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -105,7 +105,7 @@ def test_zero_gains_and_bad_scales():
             group.fold(torch.full((WIDTH,), bad, dtype=torch.float64))
 
 
-# -- the search ---------------------------------------------------------------------------------------------------------
+# -- the search ------------------------------------------------------------------------------------------
 
 
 def test_ratio_zero_is_round_to_nearest():
@@ -165,7 +165,7 @@ def test_scaling_beats_rounding_and_that_check_fails_without_it(monkeypatch):
     assert not scaled_against_rounding() < 0.9
 
 
-# -- clipping -------------------------------------------------------------------------------------------------------------
+# -- clipping ------------------------------------------------------------------------------------------
 
 
 def clipping_against_rounding(fmt):

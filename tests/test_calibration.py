@@ -1,5 +1,6 @@
 """The calibration runner on small models of several architectures, and on the reference model."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def divergence(model, reference, batches):
             for ids, expected in zip(batches, reference))
 
 
-# -- the chain of blocks --------------------------------------------------------------------------------------------------
+# -- the chain of blocks ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make,name,count", [(llama, "model.layers", 3), (gemma, "model.layers", 3),
@@ -110,7 +111,7 @@ def test_blocks_with_something_in_between_are_refused():
         blocks.find_chain(Between(), tokens(1, 4, high=16)[0])
 
 
-# -- statistics ---------------------------------------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------------------
 
 
 def test_one_hessian_per_distinct_input_and_inputs_of_the_compressed_blocks_before(monkeypatch):
@@ -155,7 +156,7 @@ def test_sequential_collects_inside_a_block_after_what_comes_before():
     assert not torch.equal(first.self_attn.o_proj.weight, second.self_attn.o_proj.weight)
 
 
-# -- whole models -------------------------------------------------------------------------------------------------------------
+# -- whole models ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make,layers", [(llama, 21), (gemma, 21), (gpt2, 8)])
@@ -246,7 +247,7 @@ def test_data_free_layers_beside_others_and_a_part_of_the_blocks():
     assert not isinstance(model.model.layers[2].mlp.up_proj, tersor.Linear)
 
 
-# -- bad input ------------------------------------------------------------------------------------------------------------------
+# -- bad input ------------------------------------------------------------------------------------------
 
 
 def poison_weight(model):
@@ -257,25 +258,39 @@ def poison_hidden(model):
     model.model.layers[1].post_attention_layernorm.weight.data[0] = torch.inf
 
 
-@pytest.mark.parametrize("poison,recipe,match", [
-    (poison_weight, "gptq:W4A16[group=32]", r"'model.layers.1.mlp.up_proj'.*NaN or Inf"),
-    (poison_weight, "rtn:W4A16[group=32]", r"'model.layers.1.mlp.up_proj'.*NaN or Inf"),
-    (poison_hidden, "gptq:W4A16[group=32]", r"layers.1.*NaN or Inf.*already compressed: 7 layers, model.layers.0"),
+def poison_token(model):
+    model.model.embed_tokens.weight.data[7] = torch.inf
+
+
+@pytest.mark.parametrize("poison,method,match", [
+    (poison_weight, "gptq", r"'model.layers.1.mlp.up_proj'.*NaN or Inf"),
+    (poison_weight, "rtn", r"'model.layers.1.mlp.up_proj'.*NaN or Inf"),
+    (poison_hidden, "gptq", r"block 'model.layers.1'.*NaN or Inf"),
+    (poison_token, "awq", r"block 'model.layers.0'.*calibration batch 2.*NaN or Inf"),
 ])
-def test_values_that_are_not_finite_name_the_place(poison, recipe, match):
-    model = llama()
+def test_values_that_are_not_finite_name_the_place_before_anything_is_touched(poison, method, match):
+    model, batches = llama(), tokens(2, high=7)
+    batches.append(torch.tensor([[1, 2, 7]]))
     poison(model)
     with pytest.raises(ValueError, match=match):
-        tersor.compress(model, recipe, tokens() if "gptq" in recipe else None)
+        tersor.compress(model, f"{method}:W4A16[group=32]", batches if method != "rtn" else None)
     assert hooks_of(model) == 0
-
-
-def test_bad_weights_are_found_before_anything_is_touched():
-    model = llama()
-    poison_weight(model)
-    with pytest.raises(ValueError):
-        tersor.compress(model, "gptq:W4A16[group=32]", tokens())
     assert not any(isinstance(module, tersor.Linear) for module in model.modules())
+
+
+def test_values_that_stop_being_finite_on_the_way_name_the_block(monkeypatch):
+    model, choose = llama(), GPTQ.choose
+
+    def explode(self, w, fmt, stats, previous=None, *, dtype=None):
+        choice = choose(self, w, fmt, stats, previous, dtype=dtype)
+        choice.params["scales"] *= 1e30
+        choice.w_hat = choice.w_hat * 1e30
+        return choice
+
+    monkeypatch.setattr(GPTQ, "choose", explode)
+    with pytest.raises(ValueError, match=r"layers\.\d.*NaN or Inf.*already compressed: \d+ layers, model.layers.0"):
+        tersor.compress(model, "gptq:W4A16[group=32]", tokens())
+    assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize("batches,match", [([], "found no"), ([torch.tensor([[1, 200]])], "200.*accepted are 0 to 127"),
@@ -311,7 +326,7 @@ def test_a_data_method_on_an_embedding_is_refused():
         tersor.compress(llama(), {"embed_tokens": "gptq:W8A16[group=32]", "*": "keep"}, tokens())
 
 
-# -- the reference model ----------------------------------------------------------------------------------------------------------
+# -- the reference model ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +336,7 @@ def reference():
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     held_out = (REFERENCE / "heldout.txt").read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(held_out[:60_000], add_special_tokens=False)["input_ids"])
-    texts = standard_library_texts(held_out)[:40]
+    texts = itertools.islice(standard_library_texts(held_out), 40)
     text_ids = torch.tensor(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"][: 16 * 256])
     return ids[: 40 * 256].view(-1, 256), list(text_ids.view(-1, 1, 256))
 

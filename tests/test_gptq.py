@@ -147,6 +147,15 @@ def test_a_singular_hessian_is_damped_more_and_an_indefinite_one_refused():
         gptq.factor(torch.full((3, 3), torch.nan), 0.01)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("order", gptq.ORDERS)
+def test_the_weight_is_left_untouched(turned, order):
+    x, w = correlated(200, 64), weight(64, 64)
+    given = w.t().contiguous().t() if turned else w.clone()
+    chosen = GPTQ(order=order).choose(given, Int(4, 32), statistics(x))
+    assert torch.equal(given, w) and not torch.equal(chosen.w_hat, w)
+
+
 def test_layers_that_share_an_input_factor_it_once(monkeypatch):
     stats = statistics(correlated(200, 64))
     calls = []

@@ -37,7 +37,7 @@ def output_error(layer, linear, x):
         return float((layer(x) - expected).norm() / expected.norm())
 
 
-# -- statistics ---------------------------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-6)])
@@ -98,7 +98,7 @@ def test_bad_inputs_are_refused(bad):
         Collector(8).finish()
 
 
-# -- round to nearest -----------------------------------------------------------------------------------------------
+# -- round to nearest ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fmt", [Int(4, 32), Int(2, 64, symmetric=False), Int(3, 0)], ids=str)
@@ -122,7 +122,7 @@ def test_rtn_values_are_nearest():
     assert torch.allclose((choice.w_hat - w).abs(), nearest, atol=1e-7)
 
 
-# -- chains -----------------------------------------------------------------------------------------------------------
+# -- chains ------------------------------------------------------------------------------------------
 
 
 def test_a_chain_hands_each_choice_to_the_next_and_ends_in_rounding_without_a_chooser():
@@ -150,7 +150,7 @@ def test_option_errors_name_the_option():
             resolve(spec)
 
 
-# -- one weight -------------------------------------------------------------------------------------------------------
+# -- one weight ------------------------------------------------------------------------------------------
 
 METHODS = ["gptq", "gptq[order=grouped]", "gptq[order=static]", "awq", "awq+gptq"]
 

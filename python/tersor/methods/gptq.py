@@ -167,7 +167,7 @@ def feed_back(w: Tensor, fmt: Format, params: Params, factor: Factor, *, block: 
             chosen, errors = decide_span(current, u, fmt, params, lo, order, group=group, strip=strip, search=search)
         torch.sub(wt[lo:hi], chosen, out=differences[lo:hi])
         loss += errors.square().sum(dtype=torch.float64)
-    chosen = wt.sub_(differences).t()
+    chosen = (wt - differences).t()  # not in place: wt may be w itself, turned
     if order is not None:
         chosen = torch.empty_like(chosen).index_copy_(1, order, chosen)
     return Choice(chosen, params, float(loss) / 2)
