@@ -95,9 +95,9 @@ constexpr int least_height() {
 }
 constexpr int kLeastHeight = least_height();
 
-inline Path path_for(int64_t m) {
+constexpr Path path_for(int64_t m, int bits) {
   if (m <= kA8DecodeRows) return Path::kFewRows;
-  return m <= kA8PanelRows * kA8DecodeStrips ? Path::kDecode : Path::kPanel;
+  return m <= kA8PanelRows * a8_decode_strips(bits) ? Path::kDecode : Path::kPanel;
 }
 
 template <int bits>
@@ -122,7 +122,7 @@ struct Job {
     }
     fill_kernels<kind, 8, kA8PanelTiles, false, kLeastHeight, kA8PanelRows>(panel);
     fill_kernels<kind, 8, 1, false, kLeastHeight, kA8PanelRows>(tail);
-    if constexpr (kA8DecodeStrips > 0 || unpacked) {
+    if constexpr (a8_decode_strips(bits) > 0 || unpacked) {
       fill_kernels<kind, bits, kA8PanelTiles, true, kLeastHeight, kA8PanelRows>(stream);
     }
   }
@@ -187,7 +187,7 @@ struct Job {
 template <int bits>
 int run(const IntLinearArgs& args) {
   const IntShape shape = int_shape(0, args.k, bits, args.group_size);
-  const Path path = path_for(args.m);
+  const Path path = path_for(args.m, bits);
   const TileGroups groups(args, path == Path::kFewRows ? 1 : kA8PanelTiles);
   QuantizedRows<Int8Dot<dot_kind(bits)>> x(shape, args.m, path == Path::kFewRows ? kA8DecodeRows : kA8PanelRows);
 

@@ -119,6 +119,7 @@ struct Int8Dot<8> {
 };
 
 // 16 registers: 4 rows x 2 of sums, 2 of weights, 1 activation, 1 product, some float sums.
-constexpr int kA8DecodeRows = 4, kA8PanelRows = 4, kA8PanelTiles = 1, kA8DecodeStrips = 4;
+constexpr int kA8DecodeRows = 4, kA8PanelRows = 4, kA8PanelTiles = 1;
+constexpr int a8_decode_strips(int bits) { return bits == 2 || bits == 4 ? 4 : 0; }
 
 }  // namespace tersor::TERSOR_ISA

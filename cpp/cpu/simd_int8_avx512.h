@@ -49,6 +49,7 @@ struct Int8Dot {
 };
 
 // 32 registers: 8 rows x 2 tiles of sums, 2 of weights, 1 activation; the float sums are in memory then.
-constexpr int kA8DecodeRows = 4, kA8PanelRows = 8, kA8PanelTiles = 2, kA8DecodeStrips = 2;
+constexpr int kA8DecodeRows = 4, kA8PanelRows = 8, kA8PanelTiles = 2;
+constexpr int a8_decode_strips(int) { return 2; }
 
 }  // namespace tersor::TERSOR_ISA

@@ -43,6 +43,17 @@ TERSOR_INLINE i32 round_to_codes(f32 a) {
 
 constexpr int dot_kind(int bits) { return bits < 5 ? 5 : bits; }
 
+// The compiler must not reorder a chain of sums: it would compute all products first and spill them.
+TERSOR_INLINE void keep_order(v4u& x) {
+#if defined(__aarch64__)
+  asm("" : "+w"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#else
+  (void)x;
+#endif
+}
+
 template <int kind>
 struct Int8Dot {
   static constexpr int run = run_length_16(kind);
@@ -80,7 +91,7 @@ struct Int8Dot {
     TERSOR_LANES {
       const v8u16 even = (v8u16)w.even.v[l] * (v8u16)x.even.v[l], odd = (v8u16)w.odd.v[l] * (v8u16)x.odd.v[l];
       acc.v[l] = (v4u)((v8u16)acc.v[l] + even + odd);
-      asm("" : TERSOR_NATIVE_CONSTRAINT(acc.v[l]));  // keeps the sums in order; else all products come first
+      keep_order(acc.v[l]);
     }
     return acc;
   }
@@ -95,9 +106,10 @@ TERSOR_INLINE i32 add_i32(i32 a, i32 b) {
 }
 
 #if defined(__aarch64__)
-constexpr int kA8DecodeRows = 4, kA8PanelRows = 4, kA8PanelTiles = 1, kA8DecodeStrips = 0;
+constexpr int kA8DecodeRows = 4, kA8PanelRows = 4, kA8PanelTiles = 1;
 #else
-constexpr int kA8DecodeRows = 2, kA8PanelRows = 2, kA8PanelTiles = 1, kA8DecodeStrips = 0;
+constexpr int kA8DecodeRows = 2, kA8PanelRows = 2, kA8PanelTiles = 1;
 #endif
+constexpr int a8_decode_strips(int) { return 0; }
 
 }  // namespace tersor::TERSOR_ISA
