@@ -18,6 +18,8 @@ from tersor import evaluate, htmlreport, svg
 from tersor.cli import demo, shapes
 from tersor.cli.app import app
 from tersor.cli.common import load_model
+from tersor.recipe import make_plan
+from tersor.registry import resolve
 from tersor.report import Report, Row
 
 REFERENCE = Path(__file__).parent.parent / "examples" / "models" / "stdlib-llama"
@@ -73,7 +75,8 @@ def assert_self_contained(page: str):
 
 
 def python_m_tersor(*args):
-    return subprocess.run([sys.executable, "-m", "tersor", *map(str, args)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", "tersor", *map(str, args)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_python_m_tersor_is_the_command(compressed):
@@ -314,3 +317,26 @@ def test_plots_place_points_on_their_axes():
     xs = [float(x) for x, _ in re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="3.6"', middle)]
     assert xs[1] == pytest.approx((xs[0] + xs[2]) / 2, abs=0.1)
     assert svg.lines({"a": []}, "label", "x", "y") == ""
+
+
+def test_the_readme_shows_specs_and_a_recipe_that_work(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    table = readme.split("| spec | means |", 1)[1].split("\n\n", 1)[0]
+    specs = [spec for line in table.splitlines()[2:] for spec in re.findall(r"`([^`]+)`", line.split("|")[1])]
+    assert "awq+gptq:W4A16" in specs and len(specs) >= 8
+    for spec in specs:
+        assert resolve(spec).methods
+    (tmp_path / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)```", readme, re.S)[1])
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(REFERENCE))
+    plan = make_plan(model, tmp_path / "recipe.yaml")
+    assert plan.entries["model.layers.3.mlp.down_proj"].text == "gptq:W6A16"
+    assert plan.entries["model.layers.3.self_attn.q_proj"].text == "gptq:W4A16"
+    assert plan.entries["lm_head"].text == "rtn:W8A16"
+    assert "model.layers.0.mlp.down_proj" in plan.kept and "model.embed_tokens" in plan.kept
+
+
+def test_the_readme_names_every_command_and_no_other():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    named = set(re.findall(r"^\| `tersor (\w+)", readme, re.M))
+    assert named == {command.name for command in app.registered_commands}
