@@ -43,11 +43,12 @@ def output_error(w, w_hat, x):
     return float((x @ (w_hat - w).T).norm() / (x @ w.T).norm())
 
 
+@pytest.mark.parametrize("order", gptq.ORDERS)
 @pytest.mark.parametrize("fmt", [Int(4, 0), Int(3, 32), Int(2, 64, symmetric=False), Int(8, 0)], ids=str)
-def test_an_identity_hessian_gives_round_to_nearest_exactly(fmt):
+def test_an_identity_hessian_gives_round_to_nearest_exactly(fmt, order):
     w = weight(24, 200)
     stats = Statistics(10, hessian=torch.eye(200, dtype=w.dtype))
-    chosen = GPTQ(search=False).choose(w, fmt, stats)
+    chosen = GPTQ(search=False, order=order).choose(w, fmt, stats)
     nearest = RTN(search=False).choose(w, fmt)
     assert torch.equal(chosen.w_hat, nearest.w_hat)
 
@@ -57,7 +58,7 @@ def test_an_identity_hessian_gives_round_to_nearest_exactly(fmt):
 def test_equals_optimal_brain_quantization_with_downdates(fmt, refit):
     x, w = correlated(400, 160), weight(16, 160)
     stats = statistics(x)
-    chosen = GPTQ(search=False, block=64).choose(w, fmt, stats)
+    chosen = GPTQ(search=False, block=64, order="none").choose(w, fmt, stats)
     expected = optimal_brain(w, fmt, fmt.fit(w), damped(stats.hessian), refit)
     assert (chosen.w_hat - expected).abs().max() < 1e-12
     assert (chosen.w_hat - RTN(search=False).choose(w, fmt).w_hat).abs().max() > 1e-3  # another answer than rounding

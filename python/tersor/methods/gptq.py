@@ -54,7 +54,7 @@ class GPTQ(Method):
 
     damp: float = 0.01
     block: int = 128
-    order: str = "none"
+    order: str = "grouped"
     static_groups: bool = False
     search: bool = True
     sequential: bool = False
