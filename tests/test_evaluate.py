@@ -140,6 +140,18 @@ def test_evaluate_measures_everything_and_leaves_the_model_alone(ids):
     assert result.to_dict()["quality"]["kl"] == expected.kl
 
 
+def test_decoding_does_not_stop_at_an_end_of_text(model, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(VOCABULARY)))  # every token ends the text
+    arrivals = []
+    monkeypatch.setattr(evaluate._Clock, "put", lambda clock, value: arrivals.append(value) or clock.times.append(
+        float(len(arrivals) ** 2)))
+    speed = evaluate.decode_speed(model, new_tokens=5)
+    assert len(arrivals) == 1 + 5 + 4  # the prompt, what was asked for, the warm-up
+    # Token k arrives at k squared: gaps 2k + 1, those after the warm-up are 11, 13, 15, 17, 19.
+    assert speed == pytest.approx(1 / 15)
+    assert model.generation_config.eos_token_id == list(range(VOCABULARY))
+
+
 def test_evaluate_without_an_original(model, ids):
     result = evaluate.evaluate(model, evaluate.windows(ids, 16, limit=1), speed=False)
     assert result.quality.kl is None and result.original_bytes is None and result.speed is None

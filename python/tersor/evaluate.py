@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 Progress = Callable[[str, int, int], None]
 
+_WARM_UP = 4  # tokens, the first of which is the prefill's
 _ROWS = 64  # positions whose logits are reduced at once: bounds memory at large vocabularies
 
 
@@ -154,10 +155,15 @@ def decode_speed(model: nn.Module, new_tokens: int = 48, prompt: int = 16) -> fl
     """Tokens per second of plain greedy ``generate`` at batch 1: one over the median time between two tokens."""
     clock = _Clock()
     ids = _arbitrary_ids(model, prompt)
-    with _evaluating(model):
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens + 4,
-                       min_new_tokens=new_tokens + 4, do_sample=False, streamer=clock, pad_token_id=0)
-    gaps = [b - a for a, b in zip(clock.times, clock.times[1:])][4:]  # the first are warm-up
+    config = model.generation_config
+    end, config.eos_token_id = config.eos_token_id, None  # no end before the count, at no cost per token
+    try:
+        with _evaluating(model):
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens + _WARM_UP,
+                           do_sample=False, streamer=clock, pad_token_id=0)
+    finally:
+        config.eos_token_id = end
+    gaps = [b - a for a, b in zip(clock.times, clock.times[1:])][_WARM_UP:]
     return 1 / statistics.median(gaps)
 
 
