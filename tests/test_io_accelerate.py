@@ -66,7 +66,7 @@ def test_activation_order():
     assert all(model.get_submodule(name).pre is not None for name in linears(llama()))
 
 
-def test_what_is_left_alone_is_named_and_strict_refuses_it():
+def test_what_is_left_alone_is_named_and_strict_refuses_it(tmp_path):
     model, _ = loaded("gptq", Int(4, 32))
     name = "model.layers.0.mlp.up_proj"
     model.get_submodule(name).group_size = 48
@@ -77,6 +77,8 @@ def test_what_is_left_alone_is_named_and_strict_refuses_it():
     report = tersor.accelerate(model)
     assert "group_size: found 48" in report.kept[name] and type(model.get_submodule(name)) is Packed
     assert len(report.rows) == len(linears(llama())) - 1
+    with pytest.raises(ValueError, match="up_proj.*packed tensors of another library"):
+        tersor.save(model, tmp_path / "q")
 
 
 def test_unsound_tensors_are_refused():

@@ -106,6 +106,19 @@ def test_one_group_per_row_and_missing_g_idx(tmp_path):
     check(load(tmp_path), expected)
 
 
+def test_biases_of_zeros_are_dropped_and_others_kept(tmp_path):
+    """Older writers give every layer a bias."""
+    expected = write(tmp_path, llama(layers=1), 4, 32)
+    state = load_file(tmp_path / "model.safetensors")
+    for name, w in expected.items():
+        state[name + ".bias"] = torch.full((w.shape[0],), 0.25 if "up_proj" in name else 0.0, dtype=torch.float16)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = load(tmp_path)
+    check(model, expected)
+    assert {name for name, layer in compressed(model).items() if layer.bias is not None} == \
+        {"model.layers.0.mlp.up_proj"}
+
+
 def test_symmetric_files_drop_their_zero_points(tmp_path):
     check_model = llama(layers=1)
     expected = write(tmp_path, check_model, 4, 32, sym=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..io.errors import CheckpointError, Unsupported
 from ..io.gptq import GPTQLayout
 from ..io.layout import IntLayout, Site, check_specs, runnable_group
 from ..io.plan import Slot
+from ..io.write import packed_elsewhere
 from ..layer import Embedding, Linear
 from ..patch import link_siblings, replace
 from ..report import Report, Row
@@ -35,7 +36,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     report = Report()
     dtype = next((p.dtype for name, p in model.named_parameters() if p.is_floating_point()
                   and not name.endswith((".weight_scale", ".scales"))), None)
-    for name, module in _packed(model):
+    for name, module in packed_elsewhere(model):
         try:
             taken[name] = _layer(name, module, dtype)
         except Unsupported as error:
@@ -60,14 +61,6 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     _adopt(model, report)
     link_siblings(model)
     return report
-
-
-def _packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        held = dict(module.named_buffers(recurse=False)) | dict(module.named_parameters(recurse=False))
-        if not isinstance(module, (Linear, Embedding)) \
-                and ("weight_packed" in held or {"qweight", "scales"} <= set(held)):
-            yield name, module
 
 
 def _held(module: nn.Module) -> dict[str, Tensor]:
@@ -140,8 +133,7 @@ def _remove_hook(model: nn.Module) -> None:
 
 def _adopt(model: nn.Module, report: Report) -> None:
     """Let ``save_pretrained`` write what is now in the model."""
-    if report.rows and not any(isinstance(module, torch.nn.Module) and "weight_packed" in module._parameters
-                               for module in model.modules()):
+    if report.rows and next(packed_elsewhere(model), None) is None:
         from .transformers import attach
 
         attach(model)

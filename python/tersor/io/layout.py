@@ -16,7 +16,7 @@ from ..transforms.steps import Permute, Step
 from .errors import CheckpointError, Unsupported
 from .shards import Checkpoint
 
-SCALE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SCALE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class IntLayout(Layout):
     activation: int = 16
 
     scale_name: ClassVar[str] = "scales"
-    scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = tuple(SCALE_NAMES)
+    scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = tuple(SCALE_NAMES)  # the usual one first
 
     def groups(self, in_features: int) -> int:
         return -(-in_features // self.group_size) if self.group_size else 1

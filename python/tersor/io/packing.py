@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 16  # codes widened to 64 bits at a time: stays in the cache
+_CHUNK = 1 << 15  # codes widened to 64 bits at a time: stays in the cache, and below what torch splits over threads
 _LITTLE = sys.byteorder == "little"
 
 
@@ -68,7 +68,9 @@ def _unpack_bytes(stream: Tensor, bits: int) -> Tensor:
     out = stream.new_empty(count)
     for start in range(0, count, _CHUNK):
         part = stream[start // 8 * bits : min(start + _CHUNK, count) // 8 * bits].view(-1, bits)
-        word = _word_of(torch.nn.functional.pad(part, (0, 8 - bits)))
+        word = part[:, 0].long()
+        for i in range(1, bits):
+            word |= part[:, i].long() << 8 * i
         fields = out[start : start + _CHUNK].view(-1, 8)
         for i in range(8):
             fields[:, i] = (word >> bits * i & mask).to(torch.uint8)
@@ -91,7 +93,3 @@ def _as_bytes(packed: Tensor) -> Tensor:
 def _bytes_of(word: Tensor) -> Tensor:
     octets = word.view(torch.uint8).view(-1, 8)
     return octets if _LITTLE else octets.flip(-1)
-
-
-def _word_of(octets: Tensor) -> Tensor:
-    return (octets if _LITTLE else octets.flip(-1)).contiguous().view(torch.int64)[:, 0]

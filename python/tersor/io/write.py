@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,15 @@ def compressed_layers(model: nn.Module) -> dict[str, Layer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, (Linear, Embedding, Experts))}
 
 
+def packed_elsewhere(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold the packed tensors of compressed-tensors, GPTQ or AWQ, and are not ours."""
+    for name, module in model.named_modules():
+        held = {**module._parameters, **module._buffers}
+        if not isinstance(module, (Linear, Embedding, Experts)) \
+                and (held.get("weight_packed") is not None or {"qweight", "scales"} <= set(held)):
+            yield name, module
+
+
 def choose(model: nn.Module, as_: str = "auto") -> Written:
     """How to store a model. ``as_`` is ``auto`` (the most standard container that holds every layer) or a container.
 
@@ -49,6 +58,10 @@ def choose(model: nn.Module, as_: str = "auto") -> Written:
     layers = compressed_layers(model)
     if not layers:
         raise ValueError("model: found no compressed layer; compress it first, or use its own save_pretrained")
+    foreign = next(packed_elsewhere(model), None)
+    if foreign is not None:
+        raise ValueError(f"layer {foreign[0]!r}: found {type(foreign[1]).__name__} with packed tensors of another "
+                         "library, accepted are models that `accelerate` has taken over whole")
     plain = Surroundings.of(model, layers)
     if as_ != "auto":
         return _WRITERS[as_](layers, plain)
@@ -183,6 +196,7 @@ def _write_compressed_tensors(layers: Mapping[str, Layer], plain: Surroundings) 
         targets = ["Linear"] * (len(named) < len(names)) + plain.both(named)
         groups[f"group_{i}"] = {
             "format": stored,
+            # Our kernels scale activations in blocks of 32, which is finer than the token that servers know.
             "input_activations": _ct_args(format.activation, True, "token", None, True)
             if format.activation < 16 else None,
             "output_activations": None,
