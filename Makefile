@@ -1,7 +1,7 @@
 # make demo   a language model from 16 bits to 4 and back to text
 # make test   the tests, against the installed wheel
 #
-# Each makes .venv, installs and runs. Needed beforehand: Python 3.10 or later (with venv), g++, make.
+# Each makes .venv, installs and runs. Needed beforehand: Python 3.11 or later (with venv), g++, make.
 # CMake and Ninja come with pip; nvcc and ccache are used where they are found.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
