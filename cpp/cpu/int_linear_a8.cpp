@@ -12,6 +12,15 @@
 //   packed codes --------------------+--> few rows: decoded in registers, once per strip, as the stream passes
 //   packed codes --unpack--> bytes --+--> more rows: decoded once into 8 KiB per tile that stay in L1
 //
+// Cycles of the innermost loops, one block of 32 k (m = 1: of one tile; strips: of 8 rows x 2 tiles):
+//                          m = 1, bits 2   3   4   5   6   7   8   m = 4, 4 bits   8 x 2, decoding / unpacked
+//   AVX-512, predicted               17  25  15  23  21  28  11              45          170 / 161
+//   AVX2, measured on Zen 3          22  41  23  40  43  65  42              60            - / -
+// Predicted by llvm-mca 19 for Sapphire Rapids, without cache misses; its model issues one 512-bit vpdpbusd
+// a cycle. With two a cycle (Zen 5) 8 x 2 is bound by 128 of them + 16 fma on two pipes: 72 cycles, 89 % of
+// the int8 peak, of which decoding or unpacking takes a little. AVX2, 4 rows x 1 tile over unpacked bytes:
+// 56 cycles measured, bound by vpmaddubsw + vpaddw (1.6 pairs a cycle at most there, which alone take 40).
+//
 // Every path does the same operations on one row in the same order: a row's result depends neither on the
 // other rows nor on the threads.
 #include "common/scratch.h"
@@ -207,7 +216,8 @@ int run(const IntLinearArgs& args) {
   Scratch scratch;
   scratch.reserve<uint32_t>(x.record_count());
   scratch.reserve<float>(x.sum_count());
-  const size_t result_floats = job.result_floats(), panel_bytes = path == Path::kFewRows ? 0 : groups.size * kUnpackedTile;
+  const size_t result_floats = job.result_floats();
+  const size_t panel_bytes = path == Path::kFewRows ? 0 : groups.size * kUnpackedTile;
   scratch.reserve<float>(threads * result_floats);
   scratch.reserve<uint8_t>(threads * panel_bytes);
   if (!scratch.allocate()) return fail(TERSOR_NO_MEMORY, "no memory for the quantized activations");
@@ -218,7 +228,9 @@ int run(const IntLinearArgs& args) {
   const int quantizers = args.m * args.k < kQuantizeSerial ? 1 : threads;
   parallel_for(quantizers, [&](int index) {
     const Range range = split(args.m * chunks, quantizers, index);
-    for (int64_t i = range.begin; i < range.end; ++i) x.quantize(args.x, args.x_dtype, args.ldx, i / chunks, i % chunks);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      x.quantize(args.x, args.x_dtype, args.ldx, i / chunks, i % chunks);
+    }
   });
   float* const results = scratch.take<float>(threads * result_floats);
   uint8_t* const bytes = scratch.take<uint8_t>(threads * panel_bytes);

@@ -1,20 +1,20 @@
 // Dot products of unsigned weight codes with signed int8 activations, for the instruction set of simd.h.
 //
 // Int8Dot<kind> multiplies vectors of 16 dwords, four codes of one output row in each dword, by the four
-// activations of one dword, the same for every row. dot_kind(bits) is the most bits that are multiplied in the
-// same way:
+// activations of one dword, the same for every row. dot_kind(bits) is the widest code that is multiplied in
+// the same way:
 //   words, parts   an activation block of 32 values takes `words` dwords; its eight vectors are summed
 //                  in `parts` runs of 8/parts vectors, each starting from a correction of its own
-//   pack(low, high, centre, block)   32 quantized values -> `words` dwords and `parts` corrections; their sum
+//   pack(low, high, centre, block)   32 quantized values -> `words` dwords, `parts` corrections; their sum
 //   Weights weights(bytes)               16 dwords of codes, ready to be multiplied
 //   Activation activation(block, t)      what belongs to vector t, in every lane
-//   start(correction)                   a sum that begins
+//   start(correction)                    a sum that begins
 //   step(acc, w, x)                      acc + the four products
 //   widen(acc)                           the sum of a run as a 32-bit integer per lane
-// The corrections take centre = 2^(bits-1) times the activations off, so that a run is
-// sum((code - centre) * x) exactly. Where lanes accumulate in 16 bits, additions wrap around; as each complete run stays below 2^15
-// in size (centre * 127 * terms <= 32512) the wrapped sum is the true one. That is twice the depth that
-// sums of plain codes would allow.
+// The corrections take centre = 2^(bits-1) times the activations off, so that a run is exactly
+// sum((code - centre) * x). Where lanes accumulate in 16 bits, additions wrap around; as each complete run
+// stays below 2^15 in size (centre * 127 * terms <= 32512) the wrapped sum is the true one. That is twice the
+// depth that sums of plain codes would allow.
 //
 // For the quantization:
 //   magnitude(v)           the bits of |v|: ordered as integers, with NaN above infinity
@@ -32,9 +32,8 @@ namespace tersor::TERSOR_ISA {
 
 // How many vectors of a block one run of 16-bit sums may take.
 constexpr int run_length_16(int bits) { return bits <= 5 ? 8 : bits == 6 ? 4 : bits == 7 ? 2 : 1; }
-static_assert((1 << (5 - 1)) * 127 * 2 * run_length_16(5) < 32768, "5 bits: two products per vector and lane");
-static_assert((1 << (7 - 1)) * 127 * 2 * run_length_16(7) < 32768, "7 bits");
-static_assert((1 << (8 - 1)) * 127 * 2 * run_length_16(8) < 32768, "8 bits");
+constexpr bool fits_16(int bits) { return (1 << (bits - 1)) * 127 * 2 * run_length_16(bits) < 32768; }
+static_assert(fits_16(5) && fits_16(6) && fits_16(7) && fits_16(8), "a vector adds two products to each 16-bit lane");
 
 // Two 16-bit numbers in one dword; each may wrap around.
 static inline uint32_t pack_pair(int low, int high) {
