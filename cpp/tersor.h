@@ -30,7 +30,7 @@ typedef struct tersor_projection {
 } tersor_projection;
 
 /* y_i = x w_i^T + bias_i for `count` weights of equal k, bits and group size, in one parallel region.
- * act_bits 16: activations as they are; 8: activations quantized to int8 per row and group. */
+ * act_bits 16: activations as they are; 8: activations quantized to int8 per row and block of 32 k. */
 int tersor_int_linear(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx,
                       const tersor_projection* projections, int count, int scale_dtype, int bits,
                       int64_t group_size, int act_bits, int threads);
