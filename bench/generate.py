@@ -4,8 +4,9 @@
     python bench/generate.py --models qwen3-0.6b --rounds 1 --new-tokens 12     # a quick look
 
 ``qwen3-0.6b`` is a random-weight model of that shape; ``stdlib-llama`` is the reference model of examples/models, which
-is small enough to be all overhead. All contenders are held in memory and measured in turns, so that drift of the machine
-hits them alike; a figure is the median over rounds of ``tersor.evaluate.decode_speed``. Writes bench/results/generate.json.
+is small enough to be all overhead. All contenders are held in memory and measured in turns, so that drift of the
+machine hits them alike; a figure is the median over rounds of ``tersor.evaluate.decode_speed``. Writes
+bench/results/generate.json.
 """
 
 from __future__ import annotations

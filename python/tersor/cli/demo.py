@@ -28,7 +28,7 @@ def demo(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="What to compress to.")] = "gptq:W4A16",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the compressed checkpoint here.")] = None,
     prompt: Annotated[str, typer.Option(help="What both models continue.")] = PROMPT,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences of 512 tokens.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences of 512 tokens.")] = 64,
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 40,
     large: Annotated[bool, typer.Option(help="Also time a random-weight model of Qwen3-0.6B's shape.")] = True,
     threads: Threads = None,
