@@ -31,6 +31,7 @@ FAST = "rtn[search=false]"  # speed does not depend on how values were chosen
 RECIPES = {
     "W4A16": {"*": f"{FAST}:W4A16"},
     "W4A16, head W8A16": {"*": f"{FAST}:W4A16", "lm_head": f"{FAST}:W8A16"},
+    "W4A16, head W4A16": {"*": f"{FAST}:W4A16", "lm_head": f"{FAST}:W4A16"},
     "W4A8, head W8A8": {"*": f"{FAST}:W4A8", "lm_head": f"{FAST}:W8A8"},
 }
 MODELS = {
