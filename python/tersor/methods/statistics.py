@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import NEEDS, Statistics
 
-PANEL = 512  # columns of one strip of the Hessian
+BLOCK = 256  # blocks on the diagonal of the Hessian that are computed whole
 BUFFER_BYTES = 32 << 20  # inputs gathered before they are multiplied
 SAMPLE = 512  # tokens kept as `Statistics.inputs`
 
@@ -42,7 +42,8 @@ class Collector:
         rows = x.detach().reshape(-1, self.in_features)
         if not rows.shape[0]:
             return
-        if not bool(torch.isfinite(rows).all()):
+        # One sum is much cheaper than a look at each value; only where it overflows does that tell.
+        if not bool(torch.isfinite(rows.sum(dtype=torch.float32))) and not bool(torch.isfinite(rows).all()):
             raise ValueError("inputs: found NaN or Inf, accepted are finite values")
         if self._sum is not None or self._max is not None:
             magnitude = rows.abs()
@@ -100,20 +101,30 @@ class Collector:
 def accumulate_gram(gram: Tensor, rows: Tensor) -> None:
     """Add ``rows^T rows`` to the block-upper triangle of ``gram [in, in]`` (float32); `mirror` fills the rest.
 
-    Half the multiplications of the full product. bfloat16 rows are multiplied as bfloat16 with float32 sums where
-    the CPU has such instructions: products of bfloat16 values are exact in float32, so nothing is lost against
-    widening them first.
+    Little more than half the multiplications of the full product. bfloat16 rows are multiplied as bfloat16 with
+    float32 sums where the CPU has such instructions: products of bfloat16 values are exact in float32, so nothing is
+    lost against widening them first.
     """
     with _narrow_products() if rows.dtype is torch.bfloat16 and not rows.is_cuda else contextlib.nullcontext():
-        x = rows.to(gram.dtype)
-        for i in range(0, gram.shape[0], PANEL):
-            gram[i : i + PANEL, i:].addmm_(x[:, i : i + PANEL].t(), x[:, i:])
+        _add_upper(gram, rows.to(gram.dtype))
+
+
+def _add_upper(gram: Tensor, x: Tensor) -> None:
+    # Halves, so that most of the work is in large square products.
+    n = gram.shape[0]
+    if n <= BLOCK:
+        gram.addmm_(x.t(), x)
+        return
+    half = -(-n // (2 * BLOCK)) * BLOCK
+    _add_upper(gram[:half, :half], x[:, :half])
+    gram[:half, half:].addmm_(x[:, :half].t(), x[:, half:])
+    _add_upper(gram[half:, half:], x[:, half:])
 
 
 def mirror(gram: Tensor) -> Tensor:
     """Copy the block-upper triangle below the diagonal, in place."""
-    for i in range(PANEL, gram.shape[0], PANEL):
-        gram[i : i + PANEL, :i] = gram[:i, i : i + PANEL].t()
+    for i in range(BLOCK, gram.shape[0], BLOCK):
+        gram[i : i + BLOCK, :i] = gram[:i, i : i + BLOCK].t()
     return gram
 
 
