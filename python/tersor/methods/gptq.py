@@ -163,8 +163,7 @@ def feed_back(w: Tensor, fmt: Format, params: Params, factor: Factor, *, block: 
         if lo:
             moved = r[:lo, lo:hi].t() @ differences[:lo]
             current.addmm_(u.t(), moved)
-        with _few_threads(current):
-            chosen, errors = decide_span(current, u, fmt, params, lo, order, group=group, strip=strip, search=search)
+        chosen, errors = decide_span(current, u, fmt, params, lo, order, group=group, strip=strip, search=search)
         torch.sub(wt[lo:hi], chosen, out=differences[lo:hi])
         loss += errors.square().sum(dtype=torch.float64)
     chosen = (wt - differences).t()  # not in place: wt may be w itself, turned
@@ -210,20 +209,21 @@ def decide_span(current: Tensor, u: Tensor, fmt: Format, params: Params, lo: int
             _refit(fmt, params, current[a:c], positions[a:c], search)
         elif a > base:
             current[a:b].addmm_(u[base:a, a:b].t(), errors[base:a], alpha=-1)
-        for i in range(a, b, block):
-            j = min(i + block, b)
-            w = current[i:j]
-            if i > a and block == 1:
-                current[i].addmv_(errors[a:i].t(), u[a:i, i], alpha=-1)
-            elif i > a:
-                w.addmm_(u[a:i, i:j].t(), errors[a:i], alpha=-1)
-            q = fmt.project(w.t(), params, positions[i], importance=price[i:j]).t()
-            chosen[i:j] = q
-            if block == 1:
-                torch.sub(w, chosen[i:j], out=errors[i:j]).mul_(scale[i])
-            else:
-                difference = (w - chosen[i:j]).t()
-                errors[i:j] = torch.linalg.solve_triangular(u[i:j, i:j], difference, upper=True, left=False).t()
+        with _few_threads(current):
+            for i in range(a, b, block):
+                j = min(i + block, b)
+                w = current[i:j]
+                if i > a and block == 1:
+                    current[i].addmv_(errors[a:i].t(), u[a:i, i], alpha=-1)
+                elif i > a:
+                    w.addmm_(u[a:i, i:j].t(), errors[a:i], alpha=-1)
+                q = fmt.project(w.t(), params, positions[i], importance=price[i:j]).t()
+                chosen[i:j] = q
+                if block == 1:
+                    torch.sub(w, chosen[i:j], out=errors[i:j]).mul_(scale[i])
+                else:
+                    difference = (w - chosen[i:j]).t()
+                    errors[i:j] = torch.linalg.solve_triangular(u[i:j, i:j], difference, upper=True, left=False).t()
     return chosen, errors
 
 
