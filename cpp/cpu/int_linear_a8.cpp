@@ -60,8 +60,9 @@ struct TileGroups {
   }
 };
 
-// y = result + bias for `rows` rows of a tile group; result is [rows][tiles][16].
-void finish(const IntLinearArgs& args, const TileGroup& tiles, int64_t row, int64_t rows, const float* result) {
+// y = sum of limbs of result + bias for `rows` tokens of a tile group; result is [rows][limbs][tiles][16].
+void finish(const IntLinearArgs& args, const TileGroup& tiles, int64_t row, int64_t rows, int limbs,
+            const float* result) {
   const tersor_projection& p = *tiles.projection;
   const int64_t size = dtype_size(args.x_dtype);
   for (int n = 0; n < tiles.count; ++n) {
@@ -75,7 +76,10 @@ void finish(const IntLinearArgs& args, const TileGroup& tiles, int64_t row, int6
     }
     char* y = static_cast<char*>(p.y) + (row * p.ldy + column) * size;
     for (int64_t r = 0; r < rows; ++r, y += p.ldy * size) {
-      store_as(y, args.x_dtype, add(load(result + (r * tiles.count + n) * kTileRows), bias), count);
+      const float* limb = result + (r * limbs * tiles.count + n) * kTileRows;
+      f32 sum = load(limb);
+      for (int l = 1; l < limbs; ++l) sum = add(sum, load(limb + l * tiles.count * kTileRows));
+      store_as(y, args.x_dtype, add(sum, bias), count);
     }
   }
 }
@@ -158,7 +162,7 @@ struct Job {
       const Range strips = part_strips(item / groups.total), rows = part_rows(item / groups.total);
       std::memset(result, 0, sizeof(float) * (rows.end - rows.begin) * tiles.count * kTileRows);
       multiply(tiles, strips, rows.begin, result, bytes);
-      finish(args, tiles, rows.begin, rows.end - rows.begin, result);
+      finish(args, tiles, rows.begin / x.limbs, (rows.end - rows.begin) / x.limbs, x.limbs, result);
     }
   }
 
@@ -193,12 +197,14 @@ struct Job {
   }
 };
 
+// limbs > 1: 16-bit activations as they are, for as many tokens as make one strip.
 template <int bits>
-int run(const IntLinearArgs& args) {
+int run(const IntLinearArgs& args, int limbs) {
   const IntShape shape = int_shape(0, args.k, bits, args.group_size);
-  const Path path = path_for(args.m, bits);
+  const Path path = path_for(args.m * limbs, bits);
   const TileGroups groups(args, path == Path::kFewRows ? 1 : kA8PanelTiles);
-  QuantizedRows<Int8Dot<dot_kind(bits)>> x(shape, args.m, path == Path::kFewRows ? kA8DecodeRows : kA8PanelRows);
+  QuantizedRows<Int8Dot<dot_kind(bits)>> x(shape, args.m, limbs,
+                                              path == Path::kFewRows ? kA8DecodeRows : kA8PanelRows);
 
   int64_t weights = 0;
   for (int i = 0; i < args.count; ++i) weights += args.projections[i].n * args.k;
@@ -241,18 +247,56 @@ int run(const IntLinearArgs& args) {
   return TERSOR_OK;
 }
 
+int run_bits(const IntLinearArgs& args, int limbs) {
+  switch (args.bits) {
+    case 2: return run<2>(args, limbs);
+    case 3: return run<3>(args, limbs);
+    case 4: return run<4>(args, limbs);
+    case 5: return run<5>(args, limbs);
+    case 6: return run<6>(args, limbs);
+    case 7: return run<7>(args, limbs);
+    default: return run<8>(args, limbs);
+  }
+}
+
+// Whether some block's largest value is so far above the others' mean that what two limbs leave of them would show
+// beside their own rounding to 16 bits.
+bool needs_third_limb(const IntLinearArgs& args) {
+  const int64_t size = dtype_size(args.x_dtype);
+  const float most = args.x_dtype == TERSOR_FLOAT16 ? 8.0f : 32.0f;
+  for (int64_t token = 0; token < args.m; ++token) {
+    const char* x = static_cast<const char*>(args.x) + token * args.ldx * size;
+    for (int64_t k = 0; k < args.k; k += kBlockK) {
+      f32 low, high;
+      if (k + kBlockK <= args.k) {
+        low = load_as(x + k * size, args.x_dtype);
+        high = load_as(x + (k + 16) * size, args.x_dtype);
+      } else {
+        float padded[kBlockK] = {};
+        for (int64_t i = k; i < args.k; ++i) padded[i - k] = load_as_float(x, args.x_dtype, i);
+        low = load(padded);
+        high = load(padded + 16);
+      }
+      const i32 a = magnitude(low), b = magnitude(high);
+      const float top = bits_to_float(reduce_max(max_i32(a, b)));
+      const float others = reduce_add(add(as_f32(a), as_f32(b))) - top;
+      if (top > most / (kBlockK - 1) * others && others > 0) return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
-int int_linear_a8(const IntLinearArgs& args) {
-  switch (args.bits) {
-    case 2: return run<2>(args);
-    case 3: return run<3>(args);
-    case 4: return run<4>(args);
-    case 5: return run<5>(args);
-    case 6: return run<6>(args);
-    case 7: return run<7>(args);
-    default: return run<8>(args);
-  }
+int int_linear_a8(const IntLinearArgs& args) { return run_bits(args, 1); }
+
+// Exact activations as limbs: false, and nothing done, where the arithmetic of floats is to do it.
+bool int_linear_limbs(const IntLinearArgs& args, int* status) {
+  if (args.m * 2 > kLimbRows || args.bits > kLimbBits || args.x_dtype == TERSOR_FLOAT32) return false;
+  const int limbs = needs_third_limb(args) ? 3 : 2;
+  if (args.m * limbs > kLimbRows) return false;
+  *status = run_bits(args, limbs);
+  return true;
 }
 
 }  // namespace tersor::TERSOR_ISA

@@ -4,6 +4,9 @@
 // used at once for all rows; the stream of a tile is sequential and prefetched, so m = 1 runs at the
 // speed of memory or of the decode, whichever is slower.
 //
+// Very few rows of 16-bit values, where converting codes is what costs most: products of integers instead
+// (int_linear_limbs in int_linear_a8.cpp).
+//
 // More rows: panels. A tile's codes for 8 blocks of k become operands in a buffer that stays in L1
 // (16 KiB), and a register-blocked microkernel runs all strips of rows over it. Rows beyond 240 come in
 // row blocks, so that a row block's activations for 8 blocks of k stay in L2.
@@ -420,6 +423,8 @@ int run_bits(const IntLinearArgs& args) {
 }  // namespace
 
 int int_linear_exact(const IntLinearArgs& args) {
+  int status;
+  if (int_linear_limbs(args, &status)) return status;
 #if defined(TERSOR_SIMD_BF16)
   if (args.x_dtype == TERSOR_BFLOAT16) return run_bits<Bf16>(args);
 #endif

@@ -53,6 +53,7 @@ struct IsaKernels {
   extern const IsaKernels kernels;   \
   int int_linear_exact(const IntLinearArgs& arguments); \
   int int_linear_a8(const IntLinearArgs& arguments);    \
+  bool int_linear_limbs(const IntLinearArgs& arguments, int* status); \
   int int_fit(const IntFitArgs& arguments);             \
   uint64_t floor_read(const void* data, size_t bytes);  \
   double floor_fp32(long rounds);    \

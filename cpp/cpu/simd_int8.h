@@ -18,12 +18,14 @@
 //
 // For the quantization:
 //   magnitude(v)           the bits of |v|: ordered as integers, with NaN above infinity
+//   as_f32(bits)           and back
 //   max_i32, reduce_max    of such bits
 //   div(a, b)              rounded correctly
 //   round_to_codes(v)      to the nearest even integer, limited to -127..127
 //
 // Blocking: kA8DecodeRows rows x one tile for few rows, else strips of kA8PanelRows rows x kA8PanelTiles
 // tiles; up to a8_decode_strips(bits) strips decode the codes each for themselves, more share unpacked bytes.
+// Exact 16-bit activations go as limbs where a call has at most kLimbRows of them and kLimbBits bits or fewer.
 #pragma once
 
 #include "cpu/simd.h"

@@ -8,6 +8,7 @@ TERSOR_INLINE i32 magnitude(f32 x) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);
   return {_mm256_and_si256(_mm256_castps_si256(x.a), mask), _mm256_and_si256(_mm256_castps_si256(x.b), mask)};
 }
+TERSOR_INLINE f32 as_f32(i32 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 TERSOR_INLINE i32 max_i32(i32 x, i32 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
 TERSOR_INLINE uint32_t reduce_max(i32 x) {
   const __m256i s = _mm256_max_epi32(x.a, x.b);
@@ -120,6 +121,7 @@ struct Int8Dot<8> {
 
 // 16 registers: 4 rows x 2 of sums, 2 of weights, 1 activation, 1 product, some float sums.
 constexpr int kA8DecodeRows = 4, kA8PanelRows = 4, kA8PanelTiles = 1;
+constexpr int kLimbRows = 4, kLimbBits = 7;
 constexpr int a8_decode_strips(int bits) { return bits == 2 || bits == 4 ? 4 : 0; }
 
 }  // namespace tersor::TERSOR_ISA

@@ -6,6 +6,7 @@ namespace tersor::TERSOR_ISA {
 TERSOR_INLINE i32 magnitude(f32 x) {
   return {_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff))};
 }
+TERSOR_INLINE f32 as_f32(i32 x) { return {_mm512_castsi512_ps(x.v)}; }
 TERSOR_INLINE i32 max_i32(i32 x, i32 y) { return {_mm512_max_epi32(x.v, y.v)}; }
 TERSOR_INLINE i32 add_i32(i32 x, i32 y) { return {_mm512_add_epi32(x.v, y.v)}; }
 TERSOR_INLINE uint32_t reduce_max(i32 x) {
@@ -50,6 +51,7 @@ struct Int8Dot {
 
 // 32 registers: 8 rows x 2 tiles of sums, 2 of weights, 1 activation; the float sums are in memory then.
 constexpr int kA8DecodeRows = 4, kA8PanelRows = 8, kA8PanelTiles = 2;
+constexpr int kLimbRows = 0, kLimbBits = 0;
 constexpr int a8_decode_strips(int) { return 2; }
 
 }  // namespace tersor::TERSOR_ISA

@@ -12,6 +12,11 @@ TERSOR_INLINE i32 magnitude(f32 x) {
   TERSOR_LANES r.v[l] = (v4u)x.v[l] & 0x7fffffffu;
   return r;
 }
+TERSOR_INLINE f32 as_f32(i32 x) {
+  f32 r;
+  TERSOR_LANES r.v[l] = (v4f)x.v[l];
+  return r;
+}
 TERSOR_INLINE i32 max_i32(i32 a, i32 b) {
   TERSOR_LANES {
     const v4u greater = (v4u)((v4i)a.v[l] > (v4i)b.v[l]);
@@ -110,6 +115,7 @@ constexpr int kA8DecodeRows = 4, kA8PanelRows = 4, kA8PanelTiles = 1;
 #else
 constexpr int kA8DecodeRows = 2, kA8PanelRows = 2, kA8PanelTiles = 1;
 #endif
+constexpr int kLimbRows = 0, kLimbBits = 0;
 constexpr int a8_decode_strips(int) { return 0; }
 
 }  // namespace tersor::TERSOR_ISA
