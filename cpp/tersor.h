@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-enum tersor_status { TERSOR_OK = 0, TERSOR_INVALID = 1, TERSOR_NO_MEMORY = 2 };
+enum tersor_status { TERSOR_OK = 0, TERSOR_INVALID = 1, TERSOR_NO_MEMORY = 2, TERSOR_CUDA_ERROR = 3 };
 enum tersor_dtype { TERSOR_FLOAT32 = 0, TERSOR_BFLOAT16 = 1, TERSOR_FLOAT16 = 2 };
 
 const char* tersor_last_error(void);
@@ -67,6 +67,24 @@ typedef struct tersor_cuda_device_info {
 } tersor_cuda_device_info;
 int tersor_cuda_device_count(void);
 int tersor_cuda_device(int index, tersor_cuda_device_info* info);
+
+/* On CUDA: device pointers, x and y in 16 bits, work put on `stream` (a cudaStream_t) of the current device and not
+ * waited for. The work is cut into `ranges` of equal length, one for each block that runs at the same time; plan says
+ * how many suit a device. partials (16-byte aligned) and counters are scratch memory of workspace's sizes, used by
+ * one launch at a time; counters are zero before the first launch, and zero again after each. Rows of x, and qweight,
+ * scales and zero_points, are 16-byte aligned. With bfloat16 x, zero points are at most 2^bits. */
+int tersor_cuda_int_linear_plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int scale_dtype,
+                                int has_zero_points, int multiprocessors, int64_t shared_memory_per_multiprocessor,
+                                int64_t* ranges);
+int tersor_cuda_int_linear_workspace(int64_t m, int64_t n, int64_t ranges, int64_t* partial_bytes,
+                                     int64_t* counter_bytes);
+int tersor_cuda_int_linear(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx, const uint8_t* qweight,
+                           const void* scales, int scale_dtype, const uint8_t* zero_points, const void* bias, void* y,
+                           int64_t n, int64_t ldy, int bits, int64_t group_size, int64_t ranges, float* partials,
+                           uint32_t* counters, void* stream);
+int tersor_cuda_int_dequantize(const uint8_t* qweight, const void* scales, int scale_dtype, const uint8_t* zero_points,
+                               int64_t n, int64_t k, int bits, int64_t group_size, void* out, int out_dtype,
+                               void* stream);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,31 @@
+// Which instance of the W4A16 kernel serves which number of tokens, and how a launch fills a GPU: data, to be
+// replaced by measured values. None of these figures was measured on hardware yet.
+#pragma once
+
+#include "kernels/sm80_int_linear.h"
+
+namespace tersor {
+
+// Token tiles of 8 that a block multiplies at once; more tokens than the last row's are further blocks of the grid,
+// which read the weights again (from L2 where they run at the same time).
+struct IntLinearTile {
+  int max_tokens, token_tiles;
+};
+constexpr IntLinearTile kIntLinearTiles[] = {{8, 1}, {16, 2}, {32, 4}, {64, 8}};
+
+// A range of fewer stages than this costs more in its start and its partial sums than it gains.
+constexpr int kIntLinearMinStages = 4;
+
+// Above it, int_dequantize and the vendor's matrix product are the faster way (ops.py).
+constexpr int kIntLinearMaxTokens = 256;
+
+constexpr int int_linear_token_tiles(long long m) {
+  for (const IntLinearTile& tile : kIntLinearTiles) {
+    if (m <= tile.max_tokens) return tile.token_tiles;
+  }
+  return kIntLinearTiles[3].token_tiles;
+}
+static_assert(int_linear_token_tiles(1) == 1 && int_linear_token_tiles(17) == 4 && int_linear_token_tiles(200) == 8,
+              "the table's rows ascend");
+
+}  // namespace tersor

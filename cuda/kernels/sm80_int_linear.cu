@@ -1,0 +1,374 @@
+#include "kernels/sm80_int_linear.h"
+
+#include "ptx/ptx.h"
+#include "tile/int_dequantize.h"
+#include "tile/int_tile.h"
+#include "tile/number.h"
+
+namespace tersor {
+namespace {
+
+using ptx::shared_t;
+
+template <class Type, int kBits, int kTokenTiles>
+struct IntLinear {
+  static constexpr int kTokens = 8 * kTokenTiles;
+  static constexpr int kStages = int_linear_stages(kBits, kTokenTiles);
+  static constexpr int kBlockBytes = 64 * kBits;
+  static constexpr int kBlockPieces = kBlockBytes / kPieceBytes;
+  static constexpr int kTilePieces = kIntLinearStageBlocks * kBlockPieces;  // one tile, one stage
+  static constexpr int kWeightBytes = int_linear_weight_bytes(kBits);
+  static constexpr int kTokenBytes = int_linear_token_bytes(kTokenTiles);
+  // With 64 tokens the sums fill the registers, and 16 products hide the loads of a block's codes.
+  static constexpr bool kLoadAhead = kTokenTiles < 8;
+  static constexpr int kTokenRowBytes = 2 * kIntLinearStageK;
+  static_assert(kTokenRowBytes % 128 == 0, "swizzled_token_piece is for rows of whole bank cycles");
+
+  // Where in the sequence of units a range stands.
+  struct Position {
+    int row_block, stage;
+  };
+
+  const IntLinearArguments& a;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int g = lane / 4, c = lane % 4, quad = g % 4;
+  const int warp_tile = 2 * warp + g / 4;  // the lane's storage tile among the block's eight
+  const int token0 = blockIdx.x * kTokens;
+  const uint32_t begin = first_unit(blockIdx.y), end = first_unit(blockIdx.y + 1);
+  const shared_t shared = ptx::dynamic_shared();
+  const int scale_bytes = a.scale_dtype == 0 ? 4 : 2;
+
+  float total[2][kTokenTiles][4];  // finished groups, scaled
+  float sum[2][kTokenTiles][4];    // the present group, unscaled
+  float scale[4];
+  IntDequantizer<Type, kBits> dequantizer;
+  int group_left;  // blocks until the present group ends
+
+  TERSOR_DEVICE explicit IntLinear(const IntLinearArguments& arguments) : a(arguments) {}
+
+  TERSOR_DEVICE uint32_t first_unit(uint32_t range) const {
+    return range * a.share + (range < a.extra ? range : a.extra);
+  }
+  TERSOR_DEVICE uint32_t range_of(uint32_t unit) const {
+    const uint32_t longer = a.extra * (a.share + 1);
+    return unit < longer ? unit / (a.share + 1) : a.extra + (unit - longer) / a.share;
+  }
+
+  // ---- global to shared ---------------------------------------------------------------------------------------
+
+  // A warp fetches the two storage tiles that it multiplies: whole 16-byte pieces, 512 contiguous bytes at a time.
+  TERSOR_DEVICE void fetch_weights(shared_t stage, const Position& at) const {
+    const int first_block = at.stage * kIntLinearStageBlocks;
+    const int64_t tile_bytes = int64_t(a.blocks) * kBlockBytes;
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) {
+      const int index = lane + 32 * i;
+      const int tile = 2 * warp + index / kTilePieces, piece = index % kTilePieces;
+      const int block = piece / kBlockPieces, storage_tile = at.row_block * 8 + tile;
+      const bool inside = storage_tile < a.tiles && first_block + block < a.blocks;
+      const uint8_t* source = a.qweight + storage_tile * tile_bytes + first_block * kBlockBytes + piece * kPieceBytes;
+      const shared_t target = stage + (tile * kIntLinearStageBlocks + block) * kBlockBytes +
+                              swizzled_piece(kBits, piece % kBlockPieces) * kPieceBytes;
+      ptx::cp_async_16_once(target, inside ? source : a.qweight, inside ? kPieceBytes : 0);
+    }
+  }
+
+  // Rows past m and columns past k become zeros, so what the padding of the weights holds does not matter.
+  TERSOR_DEVICE void fetch_tokens(shared_t stage, const Position& at) const {
+    constexpr int row_pieces = kTokenRowBytes / kPieceBytes, rows_at_once = kIntLinearThreads / row_pieces;
+    static_assert(rows_at_once % 2 == 0, "a thread's pieces have one swizzle");
+    const int piece = thread % row_pieces, token = thread / row_pieces;
+    const int column = at.stage * kIntLinearStageK + piece * (kPieceBytes / 2), left = 2 * (a.k - column);
+    const int bytes = left <= 0 ? 0 : left < kPieceBytes ? left : kPieceBytes;
+    const char* source = static_cast<const char*>(a.x) + 2 * ((token0 + token) * a.ldx + column);
+    const shared_t target = stage + token * kTokenRowBytes + swizzled_token_piece(token, piece) * kPieceBytes;
+#pragma unroll
+    for (int i = 0; i < kTokens / rows_at_once; ++i) {
+      const bool inside = token0 + token + rows_at_once * i < a.m && bytes > 0;
+      ptx::cp_async_16(target + rows_at_once * i * kTokenRowBytes, inside ? source : a.x, inside ? bytes : 0);
+      source += 2 * rows_at_once * a.ldx;
+    }
+  }
+
+  // Scales and zero points of the groups that begin in the stage; at the start of a range also of the group that
+  // it begins in. A slot holds 16 scales (and zero points) of each of the eight tiles.
+  TERSOR_DEVICE void fetch_groups(shared_t stage, const Position& at, bool range_starts) const {
+    const int first_block = at.stage * kIntLinearStageBlocks;
+    const int last_block = first_block + kIntLinearStageBlocks < a.blocks ? first_block + kIntLinearStageBlocks - 1
+                                                                           : a.blocks - 1;
+    const int first_group = first_block / a.group_blocks, last_group = last_block / a.group_blocks;
+    const bool skip_first = !range_starts && first_group * a.group_blocks < first_block;
+    const int shift = a.scale_dtype == 0 ? 2 : 1, pieces = 1 << shift;  // of 16 scales
+    for (int index = thread; index < a.group_slots * 8 * pieces; index += kIntLinearThreads) {
+      const int piece = index & (pieces - 1), tile = index >> shift & 7, slot = index >> (shift + 3);
+      if (first_group + slot > last_group || (slot == 0 && skip_first)) continue;
+      const bool inside = at.row_block * 8 + tile < a.tiles;
+      const int64_t at_group = int64_t(at.row_block * 8 + tile) * a.groups + first_group + slot;
+      const char* source = static_cast<const char*>(a.scales) + (inside ? at_group * 16 * scale_bytes : 0);
+      ptx::cp_async_16(stage + slot * a.group_bytes + (tile * pieces + piece) * kPieceBytes,
+                       source + piece * kPieceBytes, inside ? kPieceBytes : 0);
+    }
+    if (a.zero_points == nullptr) return;
+    for (int index = kIntLinearThreads - 1 - thread; index < a.group_slots * 8; index += kIntLinearThreads) {
+      const int tile = index % 8, slot = index / 8;
+      if (first_group + slot > last_group || (slot == 0 && skip_first)) continue;
+      const bool inside = at.row_block * 8 + tile < a.tiles;
+      const int64_t at_group = int64_t(at.row_block * 8 + tile) * a.groups + first_group + slot;
+      ptx::cp_async_16(stage + slot * a.group_bytes + kIntLinearRows * scale_bytes + tile * kPieceBytes,
+                       a.zero_points + (inside ? at_group * 16 : 0), inside ? kPieceBytes : 0);
+    }
+  }
+
+  TERSOR_DEVICE void fetch(int slot, const Position& at, bool range_starts) const {
+    const shared_t stage = shared + slot * a.stage_bytes;
+    fetch_weights(stage, at);
+    fetch_tokens(stage + kWeightBytes, at);
+    fetch_groups(stage + kWeightBytes + kTokenBytes, at, range_starts);
+  }
+
+  TERSOR_DEVICE void advance(Position& at) const {
+    if (++at.stage == a.stages) {
+      at.stage = 0;
+      ++at.row_block;
+    }
+  }
+
+  // ---- shared to registers to tensor cores --------------------------------------------------------------------
+
+  // The scales and zero points of the lane's four rows, from slot `slot` of the stage.
+  TERSOR_DEVICE void begin_group(shared_t groups, int slot) {
+    const shared_t at = groups + slot * a.group_bytes;
+    const int row = 16 * warp_tile + 4 * quad;
+    load_four(scale, a.scale_dtype, [&](auto type) { return ptx::load_shared<decltype(type)>(at + row * scale_bytes); });
+    constexpr uint32_t middle = (1u << (kBits - 1)) * 0x01010101u;
+    dequantizer.set_zero_points(a.zero_points == nullptr
+                                    ? middle
+                                    : ptx::load_shared<uint32_t>(at + kIntLinearRows * scale_bytes + row));
+    group_left = a.group_blocks;
+  }
+
+  // total += scale * sum, sum = 0. Fragment rows g and g + 8 of product j are the lane's rows 2j and 2j + 1.
+  TERSOR_DEVICE void end_group() {
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          total[j][t][i] += scale[2 * j + i / 2] * sum[j][t][i];
+          sum[j][t][i] = 0;
+        }
+  }
+
+  TERSOR_DEVICE IntFragment<kBits> load_codes(shared_t stage, int block) const {
+    const shared_t at = stage + (warp_tile * kIntLinearStageBlocks + block) * kBlockBytes;
+    IntFragment<kBits> codes;
+    codes.template load<true>([&](int offset) { return ptx::load_shared<ptx::Vec<uint32_t, 4>>(at + offset); }, c, quad);
+    return codes;
+  }
+
+  TERSOR_DEVICE void multiply_block(shared_t tokens, const IntFragment<kBits>& codes, int block) {
+    uint32_t weights[2][2][4];  // [product j][step s][fragment register]
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      uint32_t upper[4], lower[4];
+      dequantizer.pairs(upper, codes, 2 * j, c);
+      dequantizer.pairs(lower, codes, 2 * j + 1, c);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        weights[j][s][0] = upper[2 * s];
+        weights[j][s][1] = lower[2 * s];
+        weights[j][s][2] = upper[2 * s + 1];
+        weights[j][s][3] = lower[2 * s + 1];
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      const int token = 8 * t + g;
+      const auto x = ptx::load_shared<ptx::Vec<uint32_t, 4>>(tokens + token * kTokenRowBytes +
+                                                             swizzled_token_piece(token, 4 * block + c) * kPieceBytes);
+      const uint32_t steps[2][2] = {{x[0], x[1]}, {x[2], x[3]}};
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) Type::mma(sum[j][t], weights[j][s], steps[s]);
+    }
+  }
+
+  TERSOR_DEVICE void multiply_stage(int slot, const Position& at, bool run_starts) {
+    const shared_t stage = shared + slot * a.stage_bytes, tokens = stage + kWeightBytes, groups = tokens + kTokenBytes;
+    const int first_block = at.stage * kIntLinearStageBlocks;
+    if (run_starts) {
+      clear();
+      begin_group(groups, 0);
+      group_left -= first_block % a.group_blocks;
+    }
+    int group_slot = 0;
+    IntFragment<kBits> codes, next;
+    if (kLoadAhead) next = load_codes(stage, 0);
+#pragma unroll(kLoadAhead ? kIntLinearStageBlocks : 1)
+    for (int block = 0; block < kIntLinearStageBlocks; ++block) {
+      codes = kLoadAhead ? next : load_codes(stage, block);
+      if (kLoadAhead && block + 1 < kIntLinearStageBlocks) next = load_codes(stage, block + 1);
+      if (block > 0 && group_left == 0) ++group_slot;
+      if (group_left == 0 && first_block + block < a.blocks) {
+        end_group();
+        begin_group(groups, group_slot);
+      }
+      multiply_block(tokens, codes, block);
+      --group_left;
+    }
+  }
+
+  TERSOR_DEVICE void clear() {
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[j][t][i] = sum[j][t][i] = 0;
+  }
+
+  // ---- results ------------------------------------------------------------------------------------------------
+
+  using Four = ptx::Vec<float, 4>;
+
+  TERSOR_DEVICE Four* partial(uint32_t slot) const {
+    constexpr int floats = kIntLinearRows * kTokens;
+    const int64_t at = (int64_t(blockIdx.x) * gridDim.y * 2 + slot) * floats;
+    return reinterpret_cast<Four*>(a.partials + at) + thread;
+  }
+
+  // Whether this block now holds the whole sum of the row block in `total`. A row block that several ranges share
+  // is summed by the last of them to arrive, in the order of the ranges: nobody waits, and the result is the same
+  // whoever is last. The counter wraps to zero, so it is ready for the next launch.
+  TERSOR_DEVICE bool reduce(int row_block) {
+    const uint32_t first_unit_of_rows = uint32_t(row_block) * a.stages;
+    const uint32_t first = range_of(first_unit_of_rows), last = range_of(first_unit_of_rows + a.stages - 1);
+    if (first == last) return true;
+    // A range's first row block goes to its even slot, its last one, if another, to the odd one.
+    const auto slot_of = [&](uint32_t range) { return 2 * range + (first_unit(range) < first_unit_of_rows ? 1 : 0); };
+
+    Four* mine = partial(slot_of(blockIdx.y));
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        Four four;
+        for (int i = 0; i < 4; ++i) four[i] = total[j][t][i];
+        ptx::store_global(mine + (2 * t + j) * kIntLinearThreads, four);
+      }
+    ptx::barrier();
+    const shared_t flag = shared + kStages * a.stage_bytes;
+    if (thread == 0) {
+      ptx::fence();  // what the block stored before the barrier, before the arrival
+      uint32_t* counter = a.counters + blockIdx.x * ((a.tiles + 7) / 8) + row_block;
+      const uint32_t arrived = ptx::atomic_inc_wrap(counter, last - first);
+      ptx::fence();  // the others' arrivals, before their sums are read
+      ptx::store_shared<uint32_t>(flag, arrived);
+    }
+    ptx::barrier();
+    if (ptx::load_shared<uint32_t>(flag) != last - first) return false;
+
+    clear();
+    for (uint32_t range = first; range <= last; ++range) {
+      const Four* theirs = partial(slot_of(range));
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const Four four = ptx::load_global_volatile(theirs + (2 * t + j) * kIntLinearThreads);
+          for (int i = 0; i < 4; ++i) total[j][t][i] += four[i];
+        }
+    }
+    return true;
+  }
+
+  // A lane holds four consecutive output features of two tokens in every token tile.
+  TERSOR_DEVICE void store(int row_block) const {
+    const int row = row_block * kIntLinearRows + 16 * warp_tile + 4 * quad;
+    if (row >= a.n) return;
+    const int rows = a.n - row;  // those from 4 on are other lanes'
+    float bias[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint16_t* source = static_cast<const uint16_t*>(a.bias) + row + i;
+      bias[i] = a.bias != nullptr && i < rows ? Type::low(ptx::load_global_constant(source)) : 0.0f;
+    }
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int token = token0 + 8 * t + 2 * c + e;
+        if (token >= a.m) continue;
+        uint16_t* y = static_cast<uint16_t*>(a.y) + token * a.ldy + row;
+        const ptx::Vec<uint32_t, 2> pairs = {{Type::pack(total[0][t][e] + bias[0], total[0][t][e + 2] + bias[1]),
+                                              Type::pack(total[1][t][e] + bias[2], total[1][t][e + 2] + bias[3])}};
+        if (rows >= 4 && a.wide_stores) {
+          ptx::store_global(reinterpret_cast<ptx::Vec<uint32_t, 2>*>(y), pairs);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (i < rows) ptx::store_global(y + i, static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2))));
+          }
+        }
+      }
+  }
+
+  // ---- the pipeline -------------------------------------------------------------------------------------------
+
+  TERSOR_DEVICE void run() {
+    Position at = {static_cast<int>(begin / a.stages), static_cast<int>(begin % a.stages)};
+    Position ahead = at;
+    const auto fetch_next = [&](uint32_t unit, int slot) {
+      if (unit < end) {
+        fetch(slot, ahead, unit == begin);
+        advance(ahead);
+      }
+      ptx::cp_async_commit();  // also when empty: the wait below counts groups
+    };
+    ptx::region("start");
+    for (int slot = 0; slot < kStages - 1; ++slot) fetch_next(begin + slot, slot);
+    int slot = 0, free_slot = kStages - 1;
+    for (uint32_t unit = begin; unit < end; ++unit) {
+      ptx::region("main loop");
+      ptx::cp_async_wait<kStages - 2>();  // this thread's part of the stage is there
+      ptx::barrier();                     // everyone's part is, and nobody reads the stage before it any more
+      fetch_next(unit + kStages - 1, free_slot);
+      free_slot = slot;
+      multiply_stage(slot, at, unit == begin || at.stage == 0);
+      slot = slot + 1 == kStages ? 0 : slot + 1;
+      if (at.stage + 1 == a.stages || unit + 1 == end) {
+        ptx::region("results");
+        end_group();
+        if (reduce(at.row_block)) store(at.row_block);
+      }
+      advance(at);
+    }
+  }
+};
+
+template <class Type, int kBits, int kTokenTiles>
+__global__ void __launch_bounds__(kIntLinearThreads, int_linear_blocks_per_multiprocessor(kBits, kTokenTiles))
+    int_linear(const IntLinearArguments arguments) {
+  IntLinear<Type, kBits, kTokenTiles>(arguments).run();
+}
+
+template <class Type>
+IntLinearKernel* choose(int token_tiles) {
+  switch (token_tiles) {
+    case 1: return int_linear<Type, TERSOR_BITS, 1>;
+    case 2: return int_linear<Type, TERSOR_BITS, 2>;
+    case 4: return int_linear<Type, TERSOR_BITS, 4>;
+    case 8: return int_linear<Type, TERSOR_BITS, 8>;
+    default: return nullptr;
+  }
+}
+
+IntLinearKernel* choose_kernel(bool is_bfloat16, int token_tiles) {
+  return is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles);
+}
+const bool entered = (int_linear_choosers[TERSOR_BITS] = choose_kernel, true);
+
+}  // namespace
+}  // namespace tersor
