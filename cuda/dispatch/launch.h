@@ -56,14 +56,14 @@ int start(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cuda
 // kernel's parameter types.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A... arguments) {
-  return launch_detail::start<P...>(kernel, grid, block, shared_bytes, stream, false, P(arguments)...);
+  return launch_detail::start<P...>(kernel, grid, block, shared_bytes, stream, false, static_cast<P>(arguments)...);
 }
 
 // The same for a kernel whose blocks wait for one another: all of them are resident at once, or the launch fails.
 template <class... P, class... A>
 int launch_resident(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                     A... arguments) {
-  return launch_detail::start<P...>(kernel, grid, block, shared_bytes, stream, true, P(arguments)...);
+  return launch_detail::start<P...>(kernel, grid, block, shared_bytes, stream, true, static_cast<P>(arguments)...);
 }
 
 #endif
