@@ -55,12 +55,13 @@ struct IntLinear {
   }
 
   // ---- global to shared ---------------------------------------------------------------------------------------
+  // A copy of 0 bytes fills its 16 with zeros and reads nothing, wherever its source points.
 
   // A warp fetches the two storage tiles that it multiplies: whole 16-byte pieces, 512 contiguous bytes at a time.
   TERSOR_DEVICE void fetch_weights(shared_t stage, const Position& at) const {
     const int first_block = at.stage * kIntLinearStageBlocks;
     const int64_t tile_bytes = int64_t(a.blocks) * kBlockBytes;
-#pragma unroll
+#pragma unroll(kTokenTiles < 8 ? kBits : 1)  // with 64 tokens the addresses of all pieces would not fit
     for (int i = 0; i < kBits; ++i) {
       const int index = lane + 32 * i;
       const int tile = 2 * warp + index / kTilePieces, piece = index % kTilePieces;
@@ -69,7 +70,7 @@ struct IntLinear {
       const uint8_t* source = a.qweight + storage_tile * tile_bytes + first_block * kBlockBytes + piece * kPieceBytes;
       const shared_t target = stage + (tile * kIntLinearStageBlocks + block) * kBlockBytes +
                               swizzled_piece(kBits, piece % kBlockPieces) * kPieceBytes;
-      ptx::cp_async_16_once(target, inside ? source : a.qweight, inside ? kPieceBytes : 0);
+      ptx::cp_async_16_once(target, source, inside ? kPieceBytes : 0);
     }
   }
 
@@ -85,7 +86,7 @@ struct IntLinear {
 #pragma unroll
     for (int i = 0; i < kTokens / rows_at_once; ++i) {
       const bool inside = token0 + token + rows_at_once * i < a.m && bytes > 0;
-      ptx::cp_async_16(target + rows_at_once * i * kTokenRowBytes, inside ? source : a.x, inside ? bytes : 0);
+      ptx::cp_async_16(target + rows_at_once * i * kTokenRowBytes, source, inside ? bytes : 0);
       source += 2 * rows_at_once * a.ldx;
     }
   }
@@ -104,7 +105,7 @@ struct IntLinear {
       if (first_group + slot > last_group || (slot == 0 && skip_first)) continue;
       const bool inside = at.row_block * 8 + tile < a.tiles;
       const int64_t at_group = int64_t(at.row_block * 8 + tile) * a.groups + first_group + slot;
-      const char* source = static_cast<const char*>(a.scales) + (inside ? at_group * 16 * scale_bytes : 0);
+      const char* source = static_cast<const char*>(a.scales) + at_group * 16 * scale_bytes;
       ptx::cp_async_16(stage + slot * a.group_bytes + (tile * pieces + piece) * kPieceBytes,
                        source + piece * kPieceBytes, inside ? kPieceBytes : 0);
     }
@@ -115,7 +116,7 @@ struct IntLinear {
       const bool inside = at.row_block * 8 + tile < a.tiles;
       const int64_t at_group = int64_t(at.row_block * 8 + tile) * a.groups + first_group + slot;
       ptx::cp_async_16(stage + slot * a.group_bytes + kIntLinearRows * scale_bytes + tile * kPieceBytes,
-                       a.zero_points + (inside ? at_group * 16 : 0), inside ? kPieceBytes : 0);
+                       a.zero_points + at_group * 16, inside ? kPieceBytes : 0);
     }
   }
 
