@@ -152,6 +152,23 @@ PYBIND11_MODULE(_C, module) {
       py::arg("group_size"), py::arg("symmetric"), py::arg("steps"), py::arg("scale_dtype"), py::arg("scales"),
       py::arg("zero_points"), py::arg("threads"), "scales and zero points of w[n, k] from (clipped) group ranges");
 
+  module.def(
+      "gram",
+      [](Address x, int x_dtype, int64_t tokens, int64_t k, int64_t ldx, Address gram, int threads) {
+        run([&] { return tersor_gram(pointer(x), x_dtype, tokens, k, ldx, pointer<float>(gram), threads); });
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("k"), py::arg("ldx"), py::arg("gram"),
+      py::arg("threads"), "gram[k, k] += x^T x on and above the diagonal");
+
+  module.def(
+      "rms_norm",
+      [](Address x, Address weight, Address y, int dtype, int64_t rows, int64_t k, int64_t ldx, float epsilon,
+         int threads) {
+        run([&] { return tersor_rms_norm(pointer(x), pointer(weight), pointer(y), dtype, rows, k, ldx, epsilon, threads); });
+      },
+      py::arg("x"), py::arg("weight"), py::arg("y"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("ldx"),
+      py::arg("epsilon"), py::arg("threads"), "y = weight * round(x / sqrt(mean(x^2) + epsilon))");
+
   module.def("isa", [] { return std::string(tersor_current_isa()); }, "the instruction set in use");
   module.def(
       "isas",

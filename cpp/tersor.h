@@ -48,6 +48,13 @@ int tersor_int_fit(const float* w, int64_t n, int64_t k, int64_t ldw, const floa
                    int64_t group_size, int symmetric, int steps, int scale_dtype, float* scales, float* zero_points,
                    int threads);
 
+/* gram [k, k] (fp32) += x^T x for x [tokens, k], on and above the diagonal; some of what is below is written too. */
+int tersor_gram(const void* x, int x_dtype, int64_t tokens, int64_t k, int64_t ldx, float* gram, int threads);
+
+/* y = weight * round(x / sqrt(mean(x^2) + epsilon)) for rows of k values; sums in fp32, round to the dtype of all three. */
+int tersor_rms_norm(const void* x, const void* weight, void* y, int dtype, int64_t rows, int64_t k, int64_t ldx,
+                    float epsilon, int threads);
+
 /* Instruction sets: the i-th that this machine can run (best first, NULL past the end). */
 const char* tersor_isa_name(int index);
 const char* tersor_current_isa(void);

@@ -144,6 +144,21 @@ def test_bfloat16_uses_exact_codes(isa):
         assert relative_error(y, x, weight) < 1.02 * relative_error(once, x, weight)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("m", (1, 2))
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_an_outlier_hides_nothing(isa, bits, m, dtype):
+    # One channel is far above the others and its weights are zero: the result is all of the others.
+    weight = Weight(48, 512, bits, 64, True, torch.float32)
+    weight.codes[:, 70] = 2 ** (bits - 1)
+    weight.truth[:, 70] = 0
+    weight.qweight = pack(weight.codes, bits)
+    x = torch.randn(m, 512, generator=torch.Generator().manual_seed(4))
+    x[:, 70] = 3e4
+    (y,) = linear(x.to(dtype), [weight])
+    assert relative_error(y, x.to(dtype), weight) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("m", (1, 5, 9, 65))
 def test_threads_do_not_change_a_bit(isa, m):
     for bits, dtype in ((4, torch.float32), (3, torch.bfloat16), (8, torch.float16)):

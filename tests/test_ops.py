@@ -30,6 +30,8 @@ def samples():
     yield "int_fit", (torch.randn(17, 97), torch.rand(97), 4, 32, False, 80, torch.float16)
     yield "int_fit", (torch.randn(5, 97), None, 3, 0, True, 1, torch.bfloat16)
     yield "int_dequantize", (q, s, z, 33, 97, 4, 32, torch.float32)
+    yield "rms_norm", (x, torch.rand(97).bfloat16(), 1e-6)
+    yield "rms_norm", (torch.randn(2, 3, 40).transpose(0, 1), torch.rand(40), 1e-5)
 
 
 @pytest.mark.parametrize("name,arguments", list(samples()), ids=lambda value: value if isinstance(value, str) else "")

@@ -259,11 +259,12 @@ int run_bits(const IntLinearArgs& args, int limbs) {
   }
 }
 
-// Whether some block's largest value is so far above the others' mean that what two limbs leave of them would show
-// beside their own rounding to 16 bits.
-bool needs_third_limb(const IntLinearArgs& args) {
+// How many limbs leave of no block's values more than shows beside their own rounding to 16 bits: two, unless the
+// largest of a block is far above the others' mean; 0 when three are too few.
+int limbs_for(const IntLinearArgs& args) {
   const int64_t size = dtype_size(args.x_dtype);
   const float most = args.x_dtype == TERSOR_FLOAT16 ? 8.0f : 32.0f;
+  int limbs = 2;
   for (int64_t token = 0; token < args.m; ++token) {
     const char* x = static_cast<const char*>(args.x) + token * args.ldx * size;
     for (int64_t k = 0; k < args.k; k += kBlockK) {
@@ -280,10 +281,12 @@ bool needs_third_limb(const IntLinearArgs& args) {
       const i32 a = magnitude(low), b = magnitude(high);
       const float top = bits_to_float(reduce_max(max_i32(a, b)));
       const float others = reduce_add(add(as_f32(a), as_f32(b))) - top;
-      if (top > most / (kBlockK - 1) * others && others > 0) return true;
+      const float ratio = top * (kBlockK - 1) / most;
+      if (ratio > others && others > 0) limbs = kMostLimbs;
+      if (ratio > others * 128 && others > 0) return 0;
     }
   }
-  return false;
+  return limbs;
 }
 
 }  // namespace
@@ -293,8 +296,8 @@ int int_linear_a8(const IntLinearArgs& args) { return run_bits(args, 1); }
 // Exact activations as limbs: false, and nothing done, where the arithmetic of floats is to do it.
 bool int_linear_limbs(const IntLinearArgs& args, int* status) {
   if (args.m * 2 > kLimbRows || args.bits > kLimbBits || args.x_dtype == TERSOR_FLOAT32) return false;
-  const int limbs = needs_third_limb(args) ? 3 : 2;
-  if (args.m * limbs > kLimbRows) return false;
+  const int limbs = limbs_for(args);
+  if (limbs == 0 || args.m * limbs > kLimbRows) return false;
   *status = run_bits(args, limbs);
   return true;
 }

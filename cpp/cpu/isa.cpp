@@ -9,6 +9,7 @@ constexpr IntLinearFunction a8 = int_linear_a8;
 constexpr IntLinearFunction a8 = nullptr;
 #endif
 
-const IsaKernels kernels = {TERSOR_ISA_NAME, int_linear_exact, a8, int_fit, floor_read, floor_fp32, floor_int8, floor_bf16};
+const IsaKernels kernels = {TERSOR_ISA_NAME, int_linear_exact, a8, int_fit, gram, rms_norm,
+                            floor_read,      floor_fp32,       floor_int8, floor_bf16};
 
 }  // namespace tersor::TERSOR_ISA

@@ -33,6 +33,24 @@ struct IntFitArgs {
   int threads;
 };
 
+// gram [k, k] += x^T x, x [tokens, k] with row stride ldx, on and above the diagonal; tokens, k >= 1.
+struct GramArgs {
+  const void* x;
+  int x_dtype;
+  int64_t tokens, k, ldx;
+  float* gram;
+  int threads;
+};
+// y = weight * round(x / rms(x)) for rows of k values, all of one dtype; rows, k >= 1.
+struct RmsNormArgs {
+  const void *x, *weight;
+  void* y;
+  int dtype;
+  int64_t rows, k, ldx;
+  float epsilon;
+  int threads;
+};
+
 using IntLinearFunction = int (*)(const IntLinearArgs&);
 
 struct IsaKernels {
@@ -40,6 +58,8 @@ struct IsaKernels {
   IntLinearFunction exact;  // activations as they are
   IntLinearFunction a8;     // activations quantized to int8; null when not built
   int (*fit)(const IntFitArgs&);
+  int (*gram)(const GramArgs&);
+  void (*rms_norm)(const RmsNormArgs&);
   // Loops that only do one thing, for machine.cpp to time: bytes read, and operations done in
   // `rounds` rounds (0: the instruction set has no such instruction).
   uint64_t (*read)(const void* data, size_t bytes);
@@ -55,6 +75,8 @@ struct IsaKernels {
   int int_linear_a8(const IntLinearArgs& arguments);    \
   bool int_linear_limbs(const IntLinearArgs& arguments, int* status); \
   int int_fit(const IntFitArgs& arguments);             \
+  int gram(const GramArgs& arguments);                  \
+  void rms_norm(const RmsNormArgs& arguments);          \
   uint64_t floor_read(const void* data, size_t bytes);  \
   double floor_fp32(long rounds);    \
   double floor_int8(long rounds);    \

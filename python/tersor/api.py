@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .formats.base import reference_kernel
 from .integrations import attach
 from .layer import Embedding, Linear
+from .norm import fuse_norms
 from .patch import link_siblings
 from .recipe import Plan, Recipe, make_plan
 from .registry import FORMATS, METHODS, preset_names, resolve
@@ -71,6 +72,7 @@ def compress(model: nn.Module, recipe: Recipe, calibration: Calibration | None =
             report.notes.append("calibration data was given and not used: no method of the recipe looks at data")
         compress_weights(model, plan, report, progress)
     link_siblings(model)
+    fuse_norms(model)
     attach(model)
     if original is not None:
         from .evaluate import compare

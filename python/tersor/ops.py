@@ -430,3 +430,51 @@ int_fit = Op(
     "-> (Tensor, Tensor)",
     _int_fit_cpu, _int_fit_fake, _int_fit_reference,
 )
+
+
+# -- beside the layers ------------------------------------------------------------------------------------------
+
+
+def add_gram(gram: Tensor, x: Tensor) -> None:
+    """``gram += x^T x`` on and above the diagonal, in place; some of what is below is written as well.
+
+    ``x [tokens, k]`` of any supported dtype and ``gram [k, k]`` float32, contiguous, both on the CPU.
+    """
+    op = "add_gram"
+    if x.dtype not in _CODE or x.dim() != 2 or not x.is_cpu:
+        _fail(op, "x", f"{x.dtype} {list(x.shape)} on {x.device}", f"{_FLOATS} [tokens, k] on cpu")
+    tokens, k = x.shape
+    if gram.dtype is not torch.float32 or gram.shape != (k, k) or not gram.is_contiguous() or not gram.is_cpu:
+        _fail(op, "gram", f"{gram.dtype} {list(gram.shape)} on {gram.device}",
+              f"contiguous torch.float32 {[k, k]} on cpu")
+    x = _rows(x)
+    _C.gram(x.data_ptr(), _CODE[x.dtype], tokens, k, x.stride(0) if tokens > 1 else k, gram.data_ptr(), _threads())
+
+
+def _rms_norm_cpu(x, weight, epsilon):
+    code = _CODE.get(x.dtype)
+    if code is None or x.dim() < 1:
+        _fail("rms_norm", "x", f"{x.dtype} {list(x.shape)}", f"{_FLOATS} [..., k]")
+    k = x.shape[-1]
+    if weight.dtype is not x.dtype or weight.shape != (k,) or not weight.is_contiguous() or not weight.is_cpu:
+        _fail("rms_norm", "weight", f"{weight.dtype} {list(weight.shape)} on {weight.device}",
+              f"contiguous {x.dtype} {[k]} on {x.device}")
+    rows = x if x.is_contiguous() else x.contiguous()
+    y = torch.empty_like(rows)
+    _C.rms_norm(rows.data_ptr(), weight.data_ptr(), y.data_ptr(), code, rows.numel() // k if k else 0, k, k, epsilon,
+                _threads())
+    return y
+
+
+def _rms_norm_fake(x, weight, epsilon):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rms_norm_reference(x, weight, epsilon):
+    wide = x.double()
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * scaled.to(x.dtype)
+
+
+rms_norm = Op("rms_norm", "(Tensor x, Tensor weight, float epsilon) -> Tensor", _rms_norm_cpu, _rms_norm_fake,
+              _rms_norm_reference)

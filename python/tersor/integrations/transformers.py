@@ -14,6 +14,7 @@ from ..io import plan as planning
 from ..io import write
 from ..io.errors import CheckpointError, Unsupported
 from ..io.shards import open_files
+from ..norm import fuse_norms
 from ..patch import link_siblings
 
 METHOD = "tersor"
@@ -79,6 +80,7 @@ class TersorQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         planning.finish(model)
         link_siblings(model)
+        fuse_norms(model)
         return model
 
     def get_state_dict_and_metadata(self, model):

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..ops import add_gram
 from .base import NEEDS, Statistics
 
-BLOCK = 256  # blocks on the diagonal of the Hessian that are computed whole
+BLOCK = 256  # of the copy below the diagonal, and of the triangle where torch multiplies
 BUFFER_BYTES = 32 << 20  # inputs gathered before they are multiplied
 SAMPLE = 512  # tokens kept as `Statistics.inputs`
 
@@ -99,14 +100,19 @@ class Collector:
 
 
 def accumulate_gram(gram: Tensor, rows: Tensor) -> None:
-    """Add ``rows^T rows`` to the block-upper triangle of ``gram [in, in]`` (float32); `mirror` fills the rest.
+    """Add ``rows^T rows`` to the upper triangle of ``gram [in, in]`` (float32); `mirror` fills the rest.
 
-    Little more than half the multiplications of the full product. bfloat16 rows are multiplied as bfloat16 with
-    float32 sums where the CPU has such instructions: products of bfloat16 values are exact in float32, so nothing is
-    lost against widening them first.
+    Little more than half the multiplications of the full product: by `ops.add_gram` on the CPU, by torch elsewhere.
+    bfloat16 rows are multiplied as bfloat16 with float32 sums where the CPU has such instructions: products of
+    bfloat16 values are exact in float32, so nothing is lost against widening them first.
     """
-    with _narrow_products() if rows.dtype is torch.bfloat16 and not rows.is_cuda else contextlib.nullcontext():
+    if not rows.is_cpu:
         _add_upper(gram, rows.to(gram.dtype))
+    elif rows.dtype is torch.bfloat16 and _narrow_products() is not None:
+        with _narrowed(_narrow_products()):
+            _add_upper(gram, rows.to(gram.dtype))
+    else:
+        add_gram(gram, rows if rows.dtype in (torch.bfloat16, torch.float16) else rows.to(gram.dtype))
 
 
 def _add_upper(gram: Tensor, x: Tensor) -> None:
@@ -122,19 +128,22 @@ def _add_upper(gram: Tensor, x: Tensor) -> None:
 
 
 def mirror(gram: Tensor) -> Tensor:
-    """Copy the block-upper triangle below the diagonal, in place."""
-    for i in range(BLOCK, gram.shape[0], BLOCK):
+    """Copy the upper triangle below the diagonal, in place."""
+    for i in range(0, gram.shape[0], BLOCK):
+        square = gram[i : i + BLOCK, i : i + BLOCK]
+        square.copy_(square.triu() + square.triu(1).t())
         gram[i : i + BLOCK, :i] = gram[:i, i : i + BLOCK].t()
     return gram
 
 
-@contextlib.contextmanager
-def _narrow_products() -> Iterator[None]:
-    settings = torch.backends.mkldnn.matmul if hasattr(torch.backends.mkldnn, "matmul") else None
+def _narrow_products():
+    """The switch for products of bfloat16 in float32 matrices, where this CPU has them; else None."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if settings is None or not supported():
-        yield
-        return
+    return getattr(torch.backends.mkldnn, "matmul", None) if supported() else None
+
+
+@contextlib.contextmanager
+def _narrowed(settings) -> Iterator[None]:
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
