@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUNTIME = sorted((REPOSITORY / "cuda" / "emulation").glob("*.cpp"))
-COPIED = ["cuda", "cpp/common", "cpp/tersor.h", "tests/emulation/kernels"]  # what edits may touch
+COPIED = ["cuda", "cpp/common", "cpp/cpu", "cpp/tersor.h", "tests/emulation/kernels"]  # what edits may touch
 
 FLAGS = ["-std=c++17", "-fPIC", "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -200,7 +201,7 @@ class Emulated:
             status = self._run(name, args, arrays, names, written, seed, count)
             error = self.library.emulation_error().decode()
             if error:
-                raise Violation(f"{name}: {error}")
+                raise Violation(f"{name}: {self._name_kernel(error)}")
             if status:
                 raise RuntimeError(f"{name}: returned {status}")
             if len(seeds) > 1 and compared:
@@ -212,6 +213,17 @@ class Emulated:
                                     "the result depends on the order of threads")
                 first = bits
         return self.counters()
+
+    def _name_kernel(self, error: str) -> str:
+        """Kernels of unnamed namespaces are known by their offset in the library; nm knows their names."""
+        found = re.search(r"\[kernel \+0x([0-9a-f]+)", error)
+        if not found or not shutil.which("nm"):
+            return error
+        for line in subprocess.run(["nm", "-C", str(self.path)], capture_output=True, text=True).stdout.splitlines():
+            address, _, symbol = line.partition(" ")
+            if address and int(address, 16) == int(found[1], 16):
+                return error.replace(found[0], f"[kernel {symbol[2:].split('(unsigned')[0].strip()}")
+        return error
 
     def _run(self, name, args, arrays, names, written, seed, count) -> int:
         self.library.emulation_clear()
