@@ -288,8 +288,7 @@ struct IntLinear {
   // A lane holds four consecutive output features of two tokens in every token tile.
   TERSOR_DEVICE void store(int row_block) const {
     const int row = row_block * kIntLinearRows + 16 * warp_tile + 4 * quad;
-    if (row >= a.n) return;
-    const int rows = a.n - row;  // those from 4 on are other lanes'
+    const int rows = a.n - row;  // four are the lane's; none where this is not positive
     float bias[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
