@@ -6,11 +6,41 @@
 // Sectors are those of a buffer that starts at a multiple of 32 bytes, as device allocations do.
 #include <algorithm>
 #include <cstdio>
+#include <memory>
 
 #include "emulation/internal.h"
 
 namespace tersor {
 namespace emulation {
+
+struct Access {
+  uint64_t address;
+  uint8_t lane;
+  uint8_t bytes;
+};
+
+struct Group {  // one warp-wide access in the making
+  uint32_t mask = 0;
+  Access lanes[32];
+};
+
+struct Site {
+  const void* place = nullptr;
+  uint64_t epoch = 0;
+  int space = 0;   // SharedKind, or kinds + buffer * 2 + store
+  int region = 0;
+  int width = 0;
+  uint32_t seen[32] = {};    // accesses of each lane in this epoch
+  uint32_t first = 0;        // occurrence of groups[0]
+  std::vector<Group> groups;
+};
+
+struct WarpSites {
+  uint64_t epoch = 1;
+  std::vector<Site> table;  // open addressing by place
+  std::vector<uint32_t> used;
+};
+
 namespace {
 
 constexpr int widths = 5;  // 1, 2, 4, 8, 16 bytes
@@ -41,41 +71,11 @@ struct Touched {
   std::vector<uint8_t> loads;  // of each byte, at most 255
 };
 
-struct Access {
-  uint64_t address;
-  uint8_t lane;
-  uint8_t bytes;
-};
-
-struct Group {  // one warp-wide access in the making
-  uint32_t mask = 0;
-  Access lanes[32];
-};
-
-struct Site {
-  const void* place = nullptr;
-  uint64_t epoch = 0;
-  int space = 0;   // SharedKind, or kinds + buffer * 2 + store
-  int region = 0;
-  int width = 0;
-  uint32_t seen[32] = {};    // accesses of each lane in this epoch
-  uint32_t first = 0;        // occurrence of groups[0]
-  std::vector<Group> groups;
-};
-
-struct WarpSites {
-  uint64_t epoch = 1;
-  std::vector<Site> table;  // open addressing by place
-  std::vector<uint32_t> used;
-};
-
 bool counting = true;
 std::vector<Region> regions(1);
 std::unordered_map<const void*, int> region_numbers;
 std::vector<Touched> touched;
-std::unordered_map<const Warp*, WarpSites> sites;
-const Warp* last_warp = nullptr;
-WarpSites* last_sites = nullptr;
+std::vector<std::unique_ptr<WarpSites>> sites;  // of all warps of the launch
 uint64_t launches = 0;
 
 int log2_of(int width) { return __builtin_ctz(static_cast<unsigned>(width)); }
@@ -169,14 +169,14 @@ Site& find_site(WarpSites& warp, const void* place, int space) {
 }
 
 void add(int space, const void* place, int width, const Access& access) {
-  Warp* warp = current->warp;
-  if (warp != last_warp) {
-    last_warp = warp;
-    last_sites = &sites[warp];
+  WarpSites*& all = current->warp->sites;
+  if (!all) {
+    sites.push_back(std::make_unique<WarpSites>());
+    all = sites.back().get();
   }
-  Site& site = find_site(*last_sites, place, space);
-  if (site.epoch != last_sites->epoch) {
-    site.epoch = last_sites->epoch;
+  Site& site = find_site(*all, place, space);
+  if (site.epoch != all->epoch) {
+    site.epoch = all->epoch;
     site.region = current->region;
     site.width = width;
     std::fill(site.seen, site.seen + 32, 0u);
@@ -365,16 +365,12 @@ void count_mma(Mma kind) {
 
 void count_launch() {
   ++launches;
-  // Warps of the last launch are gone, and another may lie at the same address.
   sites.clear();
-  last_warp = nullptr;
 }
 
 void meet_warp(Warp& warp) {
-  if (!counting) return;
-  const auto it = sites.find(&warp);
-  if (it == sites.end()) return;
-  WarpSites& all = it->second;
+  if (!warp.sites) return;
+  WarpSites& all = *warp.sites;
   for (uint32_t i : all.used) {
     Site& site = all.table[i];
     if (site.epoch != all.epoch) continue;
@@ -396,7 +392,6 @@ void clear_counts() {
   region_numbers.clear();
   touched.clear();
   sites.clear();
-  last_warp = nullptr;
   launches = 0;
 }
 

@@ -20,8 +20,7 @@ struct Copy {  // one cp.async
   uint32_t shared;
   const void* global;
   int bytes, source_bytes;
-  bool read_late;           // the source is read at the wait, not at the issue
-  unsigned char data[16];
+  unsigned char data[16];  // of the source when it was issued
 };
 
 enum class State : uint8_t { runnable, waits_for_warp, waits_at_barrier, done };
@@ -55,6 +54,8 @@ struct Warp {
   uint32_t arrived = 0;  // lanes
   uint64_t generation = 0;
   uint32_t priority = 0;
+  uint32_t ended = 0;  // lanes whose thread has returned
+  struct WarpSites* sites = nullptr;  // of the counters
   alignas(64) uint32_t in[32][12];
   alignas(64) uint32_t out[32][4];
 };
@@ -118,6 +119,7 @@ const char* name_of(Collective kind);
 // ---- race detection (races.cpp) ----------------------------------------------------------------------------
 bool knows(const Thread& thread, const Epoch& epoch);
 void clear_readers();
+int copy_readers(int more);  // for a cell that takes over another's readers
 // Each checks one cell against the access of `current` and records it. `where` makes the location's name.
 struct Where {
   const char* space;  // "shared" or a buffer's name

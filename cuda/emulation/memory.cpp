@@ -68,8 +68,7 @@ Cell* split(Cell* cells, size_t count) {  // words into bytes
   Cell* bytes = static_cast<Cell*>(std::calloc(count * 4, sizeof(Cell)));
   for (size_t i = 0; i < count * 4; ++i) {
     bytes[i] = cells[i / 4];
-    // A list of readers has one owner; the parts remember the readers one by one, which a write may follow.
-    if (i % 4) bytes[i].more = 0;
+    if (i % 4) bytes[i].more = copy_readers(cells[i / 4].more);
   }
   return bytes;
 }
@@ -133,7 +132,7 @@ unsigned char* shared_bytes_at(Block& block, uint32_t address, int bytes, bool s
     std::vector<Cell> split_cells(block.cells.size() * 4);
     for (size_t i = 0; i < split_cells.size(); ++i) {
       split_cells[i] = block.cells[i / 4];
-      if (i % 4) split_cells[i].more = 0;
+      if (i % 4) split_cells[i].more = copy_readers(block.cells[i / 4].more);
     }
     block.cells.swap(split_cells);
     block.shift = 0;
@@ -159,10 +158,9 @@ void check_shared_read(Block& block, uint32_t address, int bytes) {
 
 void land(Thread& thread, Copy& copy) {
   Block& block = *thread.block;
-  if (copy.read_late) {
-    std::memset(copy.data, 0, sizeof copy.data);
-    if (copy.source_bytes) std::memcpy(copy.data, copy.global, copy.source_bytes);
-  }
+  if (copy.source_bytes && std::memcmp(copy.data, copy.global, copy.source_bytes) != 0)
+    violation("%s waited for a cp.async whose source changed between issue and wait: which bytes it copied is open",
+              name_of(thread).c_str());
   std::memcpy(block.shared.data() + (copy.shared - block.shared_base), copy.data, copy.bytes);
   each_shared_cell(block, copy.shared, copy.bytes, [&](Cell& cell, const Where&) {
     cell.write.flags &= static_cast<uint16_t>(~in_flight);
@@ -274,17 +272,14 @@ void copy_async(uint32_t shared, const void* global, int bytes, int source_bytes
   copy.global = global;
   copy.bytes = bytes;
   copy.source_bytes = source_bytes;
-  copy.read_late = random_bits() & 1;
   if (source_bytes) {
     Buffer& b = find(global, source_bytes, false);
     check_global_read(b, global, source_bytes, Order::plain);
     const uintptr_t at = reinterpret_cast<uintptr_t>(global);
     count_global(false, site, b.number, at - b.begin, bytes, source_bytes);
   }
-  if (!copy.read_late) {
-    std::memset(copy.data, 0, sizeof copy.data);
-    if (source_bytes) std::memcpy(copy.data, global, source_bytes);
-  }
+  std::memset(copy.data, 0, sizeof copy.data);
+  if (source_bytes) std::memcpy(copy.data, global, source_bytes);
   each_shared_cell(*me.block, shared, bytes,
                    [](Cell& cell, const Where& where) { check_write(cell, in_flight, where); });
   // Until it lands the destination holds neither the old bytes nor the new.

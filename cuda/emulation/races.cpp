@@ -50,6 +50,12 @@ bool knows(const Thread& thread, const Epoch& epoch) {
   return clocks && clocks->at[epoch.thread] >= epoch.clock;
 }
 
+int copy_readers(int more) {
+  if (!more) return 0;
+  reader_lists.push_back(std::vector<Epoch>(reader_lists[more - 1]));
+  return static_cast<int>(reader_lists.size());
+}
+
 void clear_readers() {
   reader_lists.clear();
   free_lists.clear();

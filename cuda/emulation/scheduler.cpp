@@ -32,7 +32,7 @@ int budget = 1;                   // accesses until the running thread gives way
 uint64_t idle_spins = 0;          // volatile loads since something last changed
 bool gives_way = true;
 
-constexpr uint64_t spin_bound = 200000;
+constexpr uint64_t spin_bound = 50000;
 
 uint64_t mix(uint64_t x) {
   x += 0x9e3779b97f4a7c15ull;
@@ -103,6 +103,7 @@ void fiber_main() {
   Thread& me = *current;
   Block& block = *me.block;
   me.state = State::done;
+  me.warp->ended |= 1u << me.lane;
   drop_copies(me);
   --block.live;
   progress();
@@ -141,7 +142,7 @@ void start_block(Block& block, int index) {
     warp.first = w * 32;
     warp.count = std::min(32, n - w * 32);
     warp.kind = Collective::none;
-    warp.arrived = 0;
+    warp.arrived = warp.ended = 0;
     warp.priority = static_cast<uint32_t>(random_bits());
     meet_warp(warp);
   }
@@ -302,11 +303,9 @@ void collective(Collective kind, uint32_t detail, void (*finish)(Warp&)) {
               name_of(warp.kind));
   }
   warp.arrived |= 1u << current->lane;
-  for (int i = 0; i < 32; ++i) {
-    const Thread& other = warp.block->threads[warp.first + i];
-    if (other.state == State::done)
-      violation("%s waits at %s for lane %d of its warp, which has ended", name_of(*current).c_str(), name_of(kind), i);
-  }
+  if (warp.ended)
+    violation("%s waits at %s for lane %d of its warp, which has ended", name_of(*current).c_str(), name_of(kind),
+              __builtin_ctz(warp.ended));
   if (warp.arrived != 0xffffffffu) {
     block_current(State::waits_for_warp);
     return;

@@ -6,6 +6,7 @@
 
 import concurrent.futures
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -57,7 +58,10 @@ def _compile(source: Path, flags: list[str], root: Path) -> Path:
                 "-I", str(root / "tests" / "emulation" / "kernels")]
     if source.suffix == ".cu":
         compiler += ["-include", str(root / "cuda" / "emulation" / "cuda.h"), "-x", "c++"]
-    text = _run([*compiler, "-E", "-P", str(source)], root)
+    if source in RUNTIME:  # includes nothing of the project but its own folder
+        text = b"".join(path.read_bytes() for path in sorted(source.parent.iterdir()))
+    else:
+        text = _run([*compiler, "-E", "-P", str(source)], root)
     key = hashlib.sha256(text + "\0".join(flags).encode()).hexdigest()[:24]
     target = cache_folder() / f"{source.stem}-{key}.o"
     if not target.exists():
@@ -102,7 +106,7 @@ def build(sources, defines=None, sanitize=False, edits=()) -> "Emulated":
             root = Path(temporary)
             _edited_copy(edits, root)
         jobs = [(_resolve(source, root), [*flags, "-O1", *macros]) for source in sources]
-        jobs += [(path, [*flags, "-O2" if sanitize else "-O3"]) for path in RUNTIME]
+        jobs += [(path, [*flags, "-O1" if sanitize else "-O3"]) for path in RUNTIME]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(
                 lambda job: _compile(job[0], job[1], REPOSITORY if job[0] in RUNTIME else root), jobs))
@@ -153,16 +157,23 @@ def _bytes(array) -> bytes:
 
 
 class Emulated:
-    """A compiled library: its extern "C" launchers, run under the checks."""
+    """A compiled library: its extern "C" launchers, run under the checks.
+
+    Loaded at the first use: a sanitized one only loads where its runtime came first (LD_PRELOAD).
+    """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.library = ctypes.CDLL(str(path))
-        self.library.emulation_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_int]
-        self.library.emulation_seed.argtypes = [ctypes.c_uint64]
-        self.library.emulation_counters.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
-        self.library.emulation_counters.restype = ctypes.c_size_t
-        self.library.emulation_error.restype = ctypes.c_char_p
+        self.path = Path(path)
+
+    @functools.cached_property
+    def library(self) -> ctypes.CDLL:
+        library = ctypes.CDLL(str(self.path))
+        library.emulation_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_int]
+        library.emulation_seed.argtypes = [ctypes.c_uint64]
+        library.emulation_counters.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+        library.emulation_counters.restype = ctypes.c_size_t
+        library.emulation_error.restype = ctypes.c_char_p
+        return library
 
     def counters(self) -> dict:
         size = self.library.emulation_counters(None, 0)

@@ -14,7 +14,8 @@ __global__ void sanitized(uint32_t* out, int planted) {
   ptx::store_shared(tile + threadIdx.x * 4, local[lane % 8]);
   ptx::barrier();
   uint32_t value = ptx::load_shared<uint32_t>(tile + (threadIdx.x ^ 32) * 4);
-  if (planted == 1) value += local[lane % 8 + 1];
+  const uint32_t* volatile past = local + 1;  // hides the array: UBSan would see its bounds first
+  if (planted == 1) value += past[lane % 8];
   if (planted == 2) value += 1u << (lane + 1);
   ptx::store_global(out + threadIdx.x, value);
 }

@@ -107,7 +107,7 @@ __global__ void accesses(Arguments p) {
   ptx::barrier();
   uint32_t value = ptx::load_shared<uint32_t>(tile + i * 4);
   if (p.planted == 1) value += ptx::load_shared<uint32_t>(tile + i * 4 + 2);
-  if (p.planted == 2) value += ptx::load_shared<uint32_t>(tile + 1024 + i * 4);
+  if (p.planted == 2) value += ptx::load_shared<uint32_t>(tile + 1280 + i * 4);
   if (p.planted == 3) value += ptx::load_shared<uint32_t>(tile + i * 4 + 256);
   if (p.planted == 4) value += ptx::load_global(p.in + 193 + i);
   if (p.planted == 5) value += ptx::load_global(p.in - 1);
@@ -134,10 +134,10 @@ __global__ void divergence(Arguments p) {
   ptx::sync_warp();
   if (p.planted == 4) ptx::named_barrier(1, 96);
   if (p.planted == 5) ptx::named_barrier(1, 48);
-  if (p.planted == 6) ptx::named_barrier(1, i < 32 ? 32 : 64);
+  if (p.planted == 6) ptx::named_barrier(1, i < 32 ? 64 : 96);
   if (i < 32)
     ptx::named_barrier_arrive(2, 64);
-  else
+  else if (i < 64)
     ptx::named_barrier(2, 64);
   ptx::barrier();
   ptx::store_global(p.out + i, value);
