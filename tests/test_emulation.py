@@ -180,7 +180,11 @@ SCENARIOS = {
     ("divergence", 4): None,
     ("divergence", 5): "multiple of 32",
     ("divergence", 6): "others wait for",
+    ("divergence", 7): "only lanes of mask 0x0000ffff",
+    ("divergence", 8): "named barrier 0",
     ("metadata", 1): "strictly ascending",
+    ("source", 1): "race|source changed",
+    ("source", 2): "source changed",
 }
 
 
@@ -198,7 +202,7 @@ def test_planted_scenario(scenarios, name, planted):
             scenarios.call(f"scenario_{name}", words, out, counter, planted, seeds=[seed], **arguments)
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in SCENARIOS}))
+@pytest.mark.parametrize("name", sorted({name for name, _ in SCENARIOS} | {"first_come"}))
 def test_right_twin(scenarios, name):
     """The same protocol without its defect passes with all seeds and gives one result."""
     words, out, counter, arguments = scenario_arguments()
@@ -213,6 +217,8 @@ def test_right_twin(scenarios, name):
         np.testing.assert_array_equal(out[:64], words[i ^ 33 ^ 1] + words[i ^ 33 ^ 32])
     elif name == "bytes":
         np.testing.assert_array_equal(out.view(np.uint8)[:64], i)
+    elif name == "first_come":
+        assert (out[:64] == 1).all()
     elif name == "copies":
         np.testing.assert_array_equal(out[:64], words[(i ^ 32) % 32 * 4 + 1])
 
@@ -241,6 +247,32 @@ def test_harness_refuses_what_it_cannot_check(scenarios):
         scenarios.call("scenario_bytes", words, out, counter, 0, names=["in"])
     with pytest.raises(ValueError, match="not among"):
         scenarios.call("scenario_bytes", words, out, counter, 0, outputs=[np.zeros(1)])
+
+
+def test_buffers_lie_far_apart(scenarios):
+    """Neighbours in memory here, yet a read past the one is no read of the other."""
+    both = np.zeros(512 + 256, np.uint32)
+    words, out, counter = both[:256], both[256:512], np.zeros(4, np.uint32)
+    for seed in SEEDS:
+        with pytest.raises(Violation, match="past the end of buffer in"):
+            scenarios.call("scenario_accesses", words, out, counter, 4, names=["in", "out", "counter"], seeds=[seed])
+    with pytest.raises(ValueError, match="out overlaps in"):
+        scenarios.call("scenario_accesses", words, both[128:384], counter, 0, names=["in", "out", "counter"])
+
+
+def test_views_keep_their_alignment(gemms):
+    """A view 4 bytes into its allocation cannot be read 16 bytes at a time, wherever the host has put it."""
+    x, w, y, _ = gemm_inputs()
+    shifted = np.zeros(x.size + 2, np.float16)[2:].reshape(x.shape)
+    with pytest.raises(Violation, match="4 modulo 16: not aligned"):
+        gemms["no defect"].call("launch_gemm", shifted, w, y, M, N, K)
+
+
+def test_results_that_depend_on_the_order_of_threads(scenarios):
+    """No race, but which thread comes first decides: the seeds disagree."""
+    words, out, counter, arguments = scenario_arguments()
+    with pytest.raises(Violation, match="seeds 0 and . disagree on out"):
+        scenarios.call("scenario_first_come", words, out, counter, 1, seeds=SEEDS, **arguments)
 
 
 # ---- counters --------------------------------------------------------------------------------------------------------

@@ -117,6 +117,10 @@ void region(const char* name);
 extern "C" {
 // Memory that kernels may access, from now until emulation_clear.
 void emulation_register(const void* p, size_t bytes, const char* name, int writable);
+// `bytes` of zeros, gigabytes from any other, at an address that is `offset` modulo 256; null when there is no room.
+void* emulation_allocate(size_t bytes, size_t offset);
+// Gives all allocations back.
+void emulation_release();
 // Forgets buffers, counters and errors.
 void emulation_clear();
 // What the order of threads and blocks, and the moment at which copies read, are drawn from.

@@ -88,6 +88,13 @@ void complete(Block& block, int id) {
   std::vector<Arrival> arrivals;
   arrivals.swap(barrier.arrivals);
   barrier.threads = barrier.arrived = 0;
+  if (id) {  // a device counts warps, not threads
+    std::vector<uint32_t> lanes(block.warps.size(), 0);
+    for (const Arrival& arrival : arrivals) lanes[arrival.thread / 32] |= 1u << arrival.thread % 32;
+    for (size_t w = 0; w < lanes.size(); ++w)
+      if (lanes[w] != 0 && lanes[w] != 0xffffffffu)
+        violation("named barrier %d of block %d: of warp %zu only lanes of mask 0x%08x came", id, block.index, w, lanes[w]);
+  }
   meet(block, arrivals, waiting.data(), waiting.size());
   count_barrier();
   for (Warp& warp : block.warps) meet_warp(warp);
@@ -324,7 +331,8 @@ void collective(Collective kind, uint32_t detail, void (*finish)(Warp&)) {
 void barrier(int id, int threads, bool wait) {
   Block& block = *current->block;
   Barrier& barrier = block.barriers[id & 15];
-  if (id < 0 || id > 15) violation("%s: barrier %d; 0 to 15 exist", name_of(*current).c_str(), id);
+  if (threads != 0 && (id < 1 || id > 15))
+    violation("%s: named barrier %d; 1 to 15 are named, 0 is the whole block's", name_of(*current).c_str(), id);
   if (id == 0) {
     threads = block.live;
   } else {

@@ -6,6 +6,7 @@
 
 import concurrent.futures
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import json
@@ -21,6 +22,8 @@ RUNTIME = sorted((REPOSITORY / "cuda" / "emulation").glob("*.cpp"))
 COPIED = ["cuda", "cpp/common", "cpp/cpu", "cpp/tersor.h", "tests/emulation/kernels"]  # what edits may touch
 
 FLAGS = ["-std=c++17", "-fPIC", "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+# Of the host run itself: without those checks that double the time of its compilation.
+SANITIZE_RUNTIME = ["-fno-sanitize=null,alignment,object-size,vptr"]
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
@@ -106,7 +109,7 @@ def build(sources, defines=None, sanitize=False, edits=()) -> "Emulated":
             root = Path(temporary)
             _edited_copy(edits, root)
         jobs = [(_resolve(source, root), [*flags, "-O1", *macros]) for source in sources]
-        jobs += [(path, [*flags, "-O1" if sanitize else "-O3"]) for path in RUNTIME]
+        jobs += [(path, [*flags, *(["-O1", *SANITIZE_RUNTIME] if sanitize else ["-O3"])]) for path in RUNTIME]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(
                 lambda job: _compile(job[0], job[1], REPOSITORY if job[0] in RUNTIME else root), jobs))
@@ -138,22 +141,27 @@ def _extent(array) -> tuple[int, int]:
     return low, span
 
 
-def _copy(array):
-    return array.clone() if hasattr(array, "clone") else array.copy()
-
-
-def _assign(array, value) -> None:
-    if hasattr(array, "copy_"):
-        array.copy_(value)
-    else:
-        array[...] = value
-
-
-def _bytes(array) -> bytes:
-    """The bits, so that NaNs compare."""
+def _offset(array) -> int:
+    """Bytes from the start of the allocation, which on a device is aligned to 256 bytes."""
     if hasattr(array, "data_ptr"):
-        return ctypes.string_at(array.contiguous().data_ptr(), array.numel() * array.element_size())
-    return array.tobytes()
+        return array.data_ptr() - array.untyped_storage().data_ptr()
+    base = array
+    while getattr(base, "base", None) is not None and hasattr(base.base, "__array_interface__"):
+        base = base.base
+    return _extent(array)[0] - base.__array_interface__["data"][0]
+
+
+@dataclasses.dataclass
+class Buffer:
+    """An array as a kernel sees it: a copy, at the offset from its allocation that it has here."""
+
+    name: str
+    address: int
+    size: int
+    offset: int
+    written: bool
+    compared: bool
+    copy: int = 0
 
 
 class Emulated:
@@ -173,6 +181,8 @@ class Emulated:
         library.emulation_counters.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
         library.emulation_counters.restype = ctypes.c_size_t
         library.emulation_error.restype = ctypes.c_char_p
+        library.emulation_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+        library.emulation_allocate.restype = ctypes.c_void_p
         return library
 
     def counters(self) -> dict:
@@ -184,46 +194,59 @@ class Emulated:
     def call(self, name, *args, names=None, outputs=None, seeds=(0,), count=True, deterministic=True) -> dict:
         """Runs launcher `name` once per seed and returns the last run's counters.
 
-        args: torch CPU tensors or numpy arrays (passed as pointers, registered with the bytes they span), ints
-        (int64), floats (float32), None (a null pointer), or ctypes values. names: of the arrays, in order of
-        argument (default arg0, arg1, ... by position). outputs: the arrays that the kernel may write (default:
-        all). Each seed starts from the same contents, and the outputs of all must agree bit for bit unless
-        `deterministic` is false or a list of the arrays that must agree.
+        args: torch CPU tensors or numpy arrays (passed as pointers to copies that lie far apart, registered with the
+        bytes they span), ints (int64), floats (float32), None (a null pointer), or ctypes values. names: of the
+        arrays, in order of argument (default arg0, arg1, ... by position). outputs: the arrays that the kernel may
+        write (default: all). Each seed starts from the same contents, and the outputs of all must agree bit for bit
+        unless `deterministic` is false or a list of the arrays that must agree.
         Raises Violation, or RuntimeError when the launcher itself returns an error.
         """
         arrays = [(i, a) for i, a in enumerate(args) if _is_array(a)]
         names = list(names) if names is not None else [f"arg{i}" for i, _ in arrays]
         if len(names) != len(arrays):
             raise ValueError(f"{name}: {len(names)} names for {len(arrays)} arrays")
-        if outputs is None:
-            written = [a for _, a in arrays]
-        else:
-            written = list(outputs)
-            strangers = [o for o in written if not any(o is a for _, a in arrays)]
-            if strangers:
-                raise ValueError(f"{name}: an output is not among the arguments")
+        written = [a for _, a in arrays] if outputs is None else list(outputs)
+        if any(all(o is not a for _, a in arrays) for o in written):
+            raise ValueError(f"{name}: an output is not among the arguments")
         compared = written if deterministic is True else list(deterministic or [])
-        before = [_copy(a) for a in written]
+        buffers = self._buffers(name, arrays, names, written, compared)
+        before = [ctypes.string_at(b.address, b.size) for b in buffers]
         first = None
         seeds = list(seeds)
         for seed in seeds:
-            for array, value in zip(written, before):
-                _assign(array, value)
-            status = self._run(name, args, arrays, names, written, seed, count)
+            status = self._run(name, args, buffers, before, seed, count)
+            for buffer in buffers:
+                if buffer.written:
+                    ctypes.memmove(buffer.address, buffer.copy, buffer.size)
             error = self.library.emulation_error().decode()
             if error:
                 raise Violation(f"{name}: {self._name_kernel(error)}")
             if status:
                 raise RuntimeError(f"{name}: returned {status}")
-            if len(seeds) > 1 and compared:
-                bits = [_bytes(a) for a in compared]
-                if first is not None and bits != first:
-                    which = [n for (_, a), n in zip(arrays, names) if any(a is c and b != f for c, b, f in
-                                                                          zip(compared, bits, first))]
-                    raise Violation(f"{name}: seeds {seeds[0]} and {seed} disagree on {', '.join(which)}: "
-                                    "the result depends on the order of threads")
-                first = bits
+            bits = {b.name: ctypes.string_at(b.address, b.size) for b in buffers if b.compared}
+            if first is not None and bits != first:
+                differ = ", ".join(n for n in bits if bits[n] != first[n])
+                raise Violation(f"{name}: seeds {seeds[0]} and {seed} disagree on {differ}: "
+                                "the result depends on the order of threads")
+            first = bits
         return self.counters()
+
+    def _buffers(self, name, arrays, names, written, compared) -> list:
+        """One buffer for each distinct array; arrays that share some of their bytes are refused."""
+        buffers = []
+        for (_, array), label in zip(arrays, names):
+            address, size = _extent(array)
+            is_written, is_compared = (any(array is a for a in group) for group in (written, compared))
+            same = next((b for b in buffers if (b.address, b.size) == (address, size)), None)
+            if same:  # the same tensor twice
+                same.written |= is_written
+                same.compared |= is_compared
+                continue
+            for other in buffers:
+                if address < other.address + other.size and other.address < address + size:
+                    raise ValueError(f"{name}: {label} overlaps {other.name}; pass separate tensors")
+            buffers.append(Buffer(label, address, size, _offset(array), is_written, is_compared))
+        return buffers
 
     def _name_kernel(self, error: str) -> str:
         """Kernels of unnamed namespaces are known by their offset in the library; nm knows their names."""
@@ -236,18 +259,23 @@ class Emulated:
                 return error.replace(found[0], f"[kernel {symbol[2:].split('(unsigned')[0].strip()}")
         return error
 
-    def _run(self, name, args, arrays, names, written, seed, count) -> int:
+    def _run(self, name, args, buffers, before, seed, count) -> int:
         self.library.emulation_clear()
+        self.library.emulation_release()
         self.library.emulation_seed(seed)
         self.library.emulation_count(int(count))
-        for (_, array), label in zip(arrays, names):
-            address, size = _extent(array)
-            writable = any(array is w for w in written)
-            self.library.emulation_register(address, size, label.encode(), int(writable))
+        for buffer, content in zip(buffers, before):
+            buffer.copy = self.library.emulation_allocate(buffer.size, buffer.offset)
+            if not buffer.copy:
+                raise MemoryError(f"{name}: no room for {buffer.name}, {buffer.size} bytes")
+            ctypes.memmove(buffer.copy, content, buffer.size)
+            self.library.emulation_register(buffer.copy, buffer.size, buffer.name.encode(), int(buffer.written))
         values = []
         for value in args:
             if _is_array(value):
-                values.append(ctypes.c_void_p(_extent(value)[0]))
+                address, size = _extent(value)
+                buffer = next(b for b in buffers if (b.address, b.size) == (address, size))
+                values.append(ctypes.c_void_p(buffer.copy))
             elif value is None:
                 values.append(ctypes.c_void_p(None))
             elif isinstance(value, float):

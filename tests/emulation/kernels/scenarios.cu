@@ -135,12 +135,34 @@ __global__ void divergence(Arguments p) {
   if (p.planted == 4) ptx::named_barrier(1, 96);
   if (p.planted == 5) ptx::named_barrier(1, 48);
   if (p.planted == 6) ptx::named_barrier(1, i < 32 ? 64 : 96);
+  if (p.planted == 7 && (i < 16 || (i >= 32 && i < 48))) ptx::named_barrier(1, 32);
+  if (p.planted == 8) ptx::named_barrier(0, 96);
   if (i < 32)
     ptx::named_barrier_arrive(2, 64);
   else if (i < 64)
     ptx::named_barrier(2, 64);
   ptx::barrier();
   ptx::store_global(p.out + i, value);
+}
+
+// The source of a copy changes while it is under way, before any thread waits.
+__global__ void source(Arguments p) {
+  const int i = threadIdx.x;
+  const shared_t tile = ptx::dynamic_shared();
+  ptx::store_global(p.out + i, 3u);
+  ptx::cp_async_4(tile + i * 4, p.out + i);
+  ptx::cp_async_commit();
+  if (p.planted != 2) ptx::cp_async_wait<0>();
+  if (p.planted != 1) ptx::barrier();
+  ptx::store_global(p.out + (i ^ 1), 4u);
+  if (p.planted == 2) ptx::cp_async_wait<0>();
+  ptx::store_global(p.out + 64 + i, ptx::load_shared<uint32_t>(tile + i * 4));
+}
+
+// Atomics that do not race: what they find depends on who comes first.
+__global__ void first_come(Arguments p) {
+  const uint32_t before = ptx::atomic_add(p.counter, 1u);
+  ptx::store_global(p.out + threadIdx.x, p.planted ? before : 1u);
 }
 
 __global__ void metadata(Arguments p) {
@@ -165,6 +187,8 @@ SCENARIO(bytes, 1, 64, launch)
 SCENARIO(copies, 1, 64, launch)
 SCENARIO(accesses, 1, 64, launch)
 SCENARIO(divergence, 1, 96, launch)
+SCENARIO(source, 1, 64, launch)
+SCENARIO(first_come, 1, 64, launch)
 SCENARIO(metadata, 1, 64, launch)
 
 // The same wait without the promise that all blocks run at once.
