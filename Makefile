@@ -36,13 +36,17 @@ $(VENV)/.torch:
 	$(PIP) install --quiet --no-deps --retries 2 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
 	touch $@
 
+# One CUDA architecture and its PTX run on every supported GPU; a wheel to be shipped has all six (pyproject.toml).
+CUDA_ARCHITECTURES ?= 80
+BUILD := -C 'cmake.define.TERSOR_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)'
+
 # The emulated instruction set serves the tests alone: without it there is less to compile.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(PIP) install --quiet --constraint constraints.txt -C cmake.define.TERSOR_EMULATE_AVX512=OFF .
+	$(PIP) install --quiet --constraint constraints.txt $(BUILD) -C cmake.define.TERSOR_EMULATE_AVX512=OFF .
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.torch $(SOURCES)
-	$(PIP) install --quiet --constraint constraints.txt '.[test]'
+	$(PIP) install --quiet --constraint constraints.txt $(BUILD) '.[test]'
 	touch $(VENV)/.installed $@
 
 clean:

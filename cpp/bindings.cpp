@@ -23,6 +23,7 @@ T* pointer(Address address) {
 void check(int status) {
   if (status == TERSOR_OK) return;
   if (status == TERSOR_NO_MEMORY) throw std::bad_alloc();
+  if (status == TERSOR_CUDA_ERROR) throw std::runtime_error(tersor_last_error());
   throw py::value_error(tersor_last_error());
 }
 
@@ -66,6 +67,52 @@ extern "C" int tersor_cuda_device(int, tersor_cuda_device_info*) { return TERSOR
 constexpr bool has_cuda_build = false;
 #else
 constexpr bool has_cuda_build = true;
+
+namespace {
+
+// Work for a GPU: `stream` is a cudaStream_t as an integer; nothing here waits for it.
+void define_cuda(py::module_& module) {
+  module.def(
+      "cuda_int_linear_plan",
+      [](int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int scale_dtype, bool has_zero_points,
+         int multiprocessors, int64_t shared_memory_per_multiprocessor) {
+        int64_t ranges = 0, partial_bytes = 0, counter_bytes = 0;
+        check(tersor_cuda_int_linear_plan(m, n, k, bits, group_size, scale_dtype, has_zero_points, multiprocessors,
+                                          shared_memory_per_multiprocessor, &ranges));
+        check(tersor_cuda_int_linear_workspace(m, n, ranges, &partial_bytes, &counter_bytes));
+        return py::make_tuple(ranges, partial_bytes, counter_bytes);
+      },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group_size"), py::arg("scale_dtype"),
+      py::arg("has_zero_points"), py::arg("multiprocessors"), py::arg("shared_memory_per_multiprocessor"),
+      "(ranges, bytes of partials, bytes of counters) for cuda_int_linear on a device");
+  module.def(
+      "cuda_int_linear",
+      [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, Address qweight, Address scales, int scale_dtype,
+         Address zero_points, Address bias, Address y, int64_t n, int64_t ldy, int bits, int64_t group_size,
+         int64_t ranges, Address partials, Address counters, Address stream) {
+        check(tersor_cuda_int_linear(pointer(x), x_dtype, m, k, ldx, pointer<const uint8_t>(qweight), pointer(scales),
+                                     scale_dtype, pointer<const uint8_t>(zero_points), pointer(bias), pointer(y), n,
+                                     ldy, bits, group_size, ranges, pointer<float>(partials),
+                                     pointer<uint32_t>(counters), pointer(stream)));
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("qweight"),
+      py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"), py::arg("bias"), py::arg("y"), py::arg("n"),
+      py::arg("ldy"), py::arg("bits"), py::arg("group_size"), py::arg("ranges"), py::arg("partials"),
+      py::arg("counters"), py::arg("stream"), "int_linear with 16-bit activations on a GPU");
+  module.def(
+      "cuda_int_dequantize",
+      [](Address qweight, Address scales, int scale_dtype, Address zero_points, int64_t n, int64_t k, int bits,
+         int64_t group_size, Address out, int out_dtype, Address stream) {
+        check(tersor_cuda_int_dequantize(pointer<const uint8_t>(qweight), pointer(scales), scale_dtype,
+                                         pointer<const uint8_t>(zero_points), n, k, bits, group_size, pointer(out),
+                                         out_dtype, pointer(stream)));
+      },
+      py::arg("qweight"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"), py::arg("n"),
+      py::arg("k"), py::arg("bits"), py::arg("group_size"), py::arg("out"), py::arg("out_dtype"), py::arg("stream"),
+      "int_dequantize on a GPU");
+}
+
+}  // namespace
 #endif
 
 PYBIND11_MODULE(_C, module) {
@@ -198,6 +245,9 @@ PYBIND11_MODULE(_C, module) {
       py::arg("threads") = 1, py::arg("seconds") = 0.3,
       "measured limits of this machine: GB/s read from memory and 1e9 operations/s; 0 where it has no such "
       "instruction");
+#if defined(TERSOR_HAVE_CUDA)
+  define_cuda(module);
+#endif
   module.def(
       "cuda_devices",
       [] {

@@ -1,7 +1,7 @@
 """One table of native operations: schema, fake, checks, CPU kernel, CUDA slot, pure-torch reference.
 
-Every check happens here, before a pointer leaves Python. Kernels never see a tensor whose dtype, device, shape or
-contiguity was not verified against the others.
+Every check (`op_checks`) happens before a pointer leaves Python. Kernels never see a tensor whose dtype, device, shape
+or contiguity was not verified against the others. What runs on CUDA is in `ops_cuda`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C
+from . import _C, ops_cuda
+from .op_checks import CODE, FLOATS, as_rows, check_bias, check_input, check_projections, check_weight, fail
 
 _LIBRARY = torch.library.Library("tersor", "DEF")
-_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FLOATS = "float32, bfloat16, float16"
 
 OPS: dict[str, "Op"] = {}
 
@@ -33,6 +32,7 @@ class Op:
     fake: Callable
     reference: Callable
     cuda: Callable | None = None
+    cuda_kernel: str = ""
 
     def __post_init__(self):
         _LIBRARY.define(self.name + self.schema)
@@ -51,7 +51,7 @@ class Op:
         if device.type == "cpu":
             return f"{self.name} {_C.isa()}"
         if device.type == "cuda" and self.cuda is not None:
-            return f"{self.name} cuda"
+            return self.cuda_kernel or f"{self.name} cuda"
         return f"reference: {self.name} has no kernel for device {device.type!r}"
 
 
@@ -65,77 +65,24 @@ def plain(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and not _is_compiling() and not _listening()
 
 
-def _fail(op: str, argument: str, found: object, accepted: str) -> None:
-    raise ValueError(f"tersor.{op}: {argument}: found {found}, accepted is {accepted}")
-
-
 _threads = torch.get_num_threads
 _CPU = torch.device("cpu")
-
-
-# -- checks -----------------------------------------------------------------------------------------------------
-
-
-def _check_weight(op, k, qweight, scales, zero_points, n, bits, group_size, device):
-    """Everything a kernel takes on trust about one stored weight."""
-    if not 2 <= bits <= 8:
-        _fail(op, "bits", bits, "2 to 8")
-    if group_size < 0 or group_size % 32:
-        _fail(op, "group_size", group_size, "a multiple of 32, or 0 for one scale per row")
-    rows, blocks = -(-n // 16), -(-k // 32)
-    groups = -(-k // group_size) if group_size else 1
-    if qweight.dtype is not torch.uint8 or qweight.shape != (rows, blocks, 64 * bits):
-        _fail(op, "qweight", f"{qweight.dtype} {list(qweight.shape)}",
-              f"torch.uint8 {[rows, blocks, 64 * bits]} for {n} x {k} weights of {bits} bits")
-    if scales.dtype not in _CODE or scales.shape != (rows, groups, 16):
-        _fail(op, "scales", f"{scales.dtype} {list(scales.shape)}", f"{_FLOATS} {[rows, groups, 16]}")
-    if zero_points is not None and (zero_points.dtype is not torch.uint8 or zero_points.shape != scales.shape):
-        _fail(op, "zero_points", f"{zero_points.dtype} {list(zero_points.shape)}",
-              f"torch.uint8 {list(scales.shape)}")
-    for name, tensor in (("qweight", qweight), ("scales", scales), ("zero_points", zero_points)):
-        if tensor is not None and (tensor.device != device or not tensor.is_contiguous()):
-            _fail(op, name, f"{tensor.device}, contiguous={tensor.is_contiguous()}", f"contiguous on {device}")
-
-
-def _check_input(op, x, act_bits):
-    if x.dtype not in _CODE:
-        _fail(op, "x", x.dtype, _FLOATS)
-    if x.dim() < 1:
-        _fail(op, "x", "a scalar", "a tensor [..., in_features]")
-    if act_bits not in (8, 16):
-        _fail(op, "act_bits", act_bits, "8 or 16")
-
-
-def _check_bias(op, x, bias, n):
-    if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.device != x.device
-                             or not bias.is_contiguous()):
-        _fail(op, "bias", f"{bias.dtype} {list(bias.shape)} on {bias.device}",
-              f"contiguous {x.dtype} {[n]} on {x.device}")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` as ``[tokens, in]`` with unit stride along ``in``."""
-    if x.dim() != 2:
-        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if x.stride(1) != 1 and x.shape[1] > 1 or x.stride(0) < x.shape[1] and x.shape[0] > 1:
-        x = x.contiguous()
-    return x
 
 
 # -- int_linear -------------------------------------------------------------------------------------------------
 
 
 def _int_linear_cpu(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
-    _check_input("int_linear", x, act_bits)
+    check_input("int_linear", x, act_bits)
     k = x.shape[-1]
-    _check_weight("int_linear", k, qweight, scales, zero_points, out_features, bits, group_size, x.device)
-    _check_bias("int_linear", x, bias, out_features)
-    rows = _rows(x)
+    check_weight("int_linear", k, qweight, scales, zero_points, out_features, bits, group_size, x.device)
+    check_bias("int_linear", x, bias, out_features)
+    rows = as_rows(x)
     m = rows.shape[0]
     y = x.new_empty((m, out_features) if x.dim() == 2 else (*x.shape[:-1], out_features))
     _C.int_linear(
-        rows.data_ptr(), _CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, qweight.data_ptr(), scales.data_ptr(),
-        _CODE[scales.dtype], 0 if zero_points is None else zero_points.data_ptr(),
+        rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, qweight.data_ptr(), scales.data_ptr(),
+        CODE[scales.dtype], 0 if zero_points is None else zero_points.data_ptr(),
         0 if bias is None else bias.data_ptr(), y.data_ptr(), out_features, out_features, bits, group_size, act_bits,
         _threads(),
     )
@@ -159,11 +106,11 @@ class BoundIntLinear:
     def _check(self) -> None:
         qweight, scales, zero_points = self.tensors
         n, k = self.shape
-        _check_weight("int_linear", k, qweight, scales, zero_points, n, self.bits, self.group_size, _CPU)
+        check_weight("int_linear", k, qweight, scales, zero_points, n, self.bits, self.group_size, _CPU)
         self.pointers = (qweight.data_ptr(), scales.data_ptr(), 0 if zero_points is None else zero_points.data_ptr())
-        self.scale_code = _CODE[scales.dtype]
+        self.scale_code = CODE[scales.dtype]
         if n and k and not (self.pointers[0] and self.pointers[1] and (zero_points is None or self.pointers[2])):
-            _fail("int_linear", "qweight, scales and zero_points", "freed storage", "tensors with storage")
+            fail("int_linear", "qweight, scales and zero_points", "freed storage", "tensors with storage")
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         qweight, scales, zero_points = self.tensors
@@ -171,14 +118,14 @@ class BoundIntLinear:
         if qweight.data_ptr() != q or scales.data_ptr() != s or z and zero_points.data_ptr() != z:
             self._check()
             q, s, z = self.pointers
-        code = _CODE.get(x.dtype)
+        code = CODE.get(x.dtype)
         n, k = self.shape
         size = x.shape
         if code is None or size[-1] != k:
-            _check_input("int_linear", x, self.act_bits)
-            _fail("int_linear", "x", list(size), f"[..., {k}]")
+            check_input("int_linear", x, self.act_bits)
+            fail("int_linear", "x", list(size), f"[..., {k}]")
         if bias is not None:
-            _check_bias("int_linear", x, bias, n)
+            check_bias("int_linear", x, bias, n)
         if len(size) == 2:
             rows, m = x, size[0]
             y = x.new_empty((m, n))
@@ -214,7 +161,8 @@ int_linear = Op(
     "int_linear",
     "(Tensor x, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int out_features, int bits, "
     "int group_size, int act_bits) -> Tensor",
-    _int_linear_cpu, _int_linear_fake, _int_linear_reference,
+    _int_linear_cpu, _int_linear_fake, _int_linear_reference, ops_cuda.int_linear if _C.has_cuda_build else None,
+    f"int_linear cuda; over {ops_cuda.MAX_ROWS} rows or in float32 int_dequantize cuda and a dense product",
 )
 
 
@@ -223,29 +171,25 @@ int_linear = Op(
 
 def _int_linear_multi_cpu(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits):
     op = "int_linear_multi"
-    _check_input(op, x, act_bits)
-    count = len(qweights)
-    if not count or len(scales) != count or len(out_features) != count or len(zero_points) not in (0, count) \
-            or len(biases) not in (0, count):
-        _fail(op, "lists", [count, len(scales), len(zero_points), len(biases), len(out_features)],
-              "one entry per projection (zero_points and biases may be empty)")
+    check_input(op, x, act_bits)
+    check_projections(op, qweights, scales, zero_points, biases, out_features)
     k = x.shape[-1]
-    rows = _rows(x)
+    rows = as_rows(x)
     m = rows.shape[0]
     outputs, projections = [], []
     for i, n in enumerate(out_features):
         zero = zero_points[i] if zero_points else None
         bias = biases[i] if biases else None
-        _check_weight(op, k, qweights[i], scales[i], zero, n, bits, group_size, x.device)
+        check_weight(op, k, qweights[i], scales[i], zero, n, bits, group_size, x.device)
         if scales[i].dtype is not scales[0].dtype:
-            _fail(op, f"scales[{i}]", scales[i].dtype, f"the dtype of the first, {scales[0].dtype}")
-        _check_bias(op, x, bias, n)
+            fail(op, f"scales[{i}]", scales[i].dtype, f"the dtype of the first, {scales[0].dtype}")
+        check_bias(op, x, bias, n)
         y = x.new_empty((*x.shape[:-1], n))
         outputs.append(y)
         projections.append((qweights[i].data_ptr(), scales[i].data_ptr(), 0 if zero is None else zero.data_ptr(),
                             0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n))
-    _C.int_linear_multi(rows.data_ptr(), _CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, projections,
-                        _CODE[scales[0].dtype], bits, group_size, act_bits, _threads())
+    _C.int_linear_multi(rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, projections,
+                        CODE[scales[0].dtype], bits, group_size, act_bits, _threads())
     return outputs
 
 
@@ -266,6 +210,7 @@ int_linear_multi = Op(
     "(Tensor x, Tensor[] qweights, Tensor[] scales, Tensor[] zero_points, Tensor[] biases, int[] out_features, "
     "int bits, int group_size, int act_bits) -> Tensor[]",
     _int_linear_multi_cpu, _int_linear_multi_fake, _int_linear_multi_reference,
+    ops_cuda.int_linear_multi if _C.has_cuda_build else None, "int_linear cuda, once for each projection",
 )
 
 
@@ -274,11 +219,11 @@ int_linear_multi = Op(
 
 def _int_pack_cpu(codes, bits):
     if not 2 <= bits <= 8:
-        _fail("int_pack", "bits", bits, "2 to 8")
+        fail("int_pack", "bits", bits, "2 to 8")
     if codes.dtype is not torch.uint8 or codes.dim() != 2 or not codes.is_contiguous():
-        _fail("int_pack", "codes", f"{codes.dtype} {list(codes.shape)}", "contiguous torch.uint8 [out, in]")
+        fail("int_pack", "codes", f"{codes.dtype} {list(codes.shape)}", "contiguous torch.uint8 [out, in]")
     if codes.numel() and int(codes.max()) >= 2**bits:
-        _fail("int_pack", "codes", int(codes.max()), f"0 to {2**bits - 1}")
+        fail("int_pack", "codes", int(codes.max()), f"0 to {2**bits - 1}")
     n, k = codes.shape
     qweight = torch.empty((-(-n // 16), -(-k // 32), 64 * bits), dtype=torch.uint8)
     _C.int_pack(codes.data_ptr(), n, k, bits, qweight.data_ptr(), _threads())
@@ -317,10 +262,10 @@ int_pack = Op("int_pack", "(Tensor codes, int bits) -> Tensor", _int_pack_cpu, _
 
 def _check_packed(op, qweight, n, k, bits):
     if not 2 <= bits <= 8:
-        _fail(op, "bits", bits, "2 to 8")
+        fail(op, "bits", bits, "2 to 8")
     shape = (-(-n // 16), -(-k // 32), 64 * bits)
     if n < 0 or k < 0 or qweight.dtype is not torch.uint8 or qweight.shape != shape or not qweight.is_contiguous():
-        _fail(op, "qweight", f"{qweight.dtype} {list(qweight.shape)}", f"contiguous torch.uint8 {list(shape)}")
+        fail(op, "qweight", f"{qweight.dtype} {list(qweight.shape)}", f"contiguous torch.uint8 {list(shape)}")
 
 
 def _int_unpack_cpu(qweight, out_features, in_features, bits):
@@ -353,14 +298,14 @@ int_unpack = Op("int_unpack", "(Tensor qweight, int out_features, int in_feature
 
 
 def _int_dequantize_cpu(qweight, scales, zero_points, out_features, in_features, bits, group_size, dtype):
-    _check_weight("int_dequantize", in_features, qweight, scales, zero_points, out_features, bits, group_size,
+    check_weight("int_dequantize", in_features, qweight, scales, zero_points, out_features, bits, group_size,
                   qweight.device)
-    if dtype not in _CODE:
-        _fail("int_dequantize", "dtype", dtype, _FLOATS)
+    if dtype not in CODE:
+        fail("int_dequantize", "dtype", dtype, FLOATS)
     w = torch.empty((out_features, in_features), dtype=dtype)
-    _C.int_dequantize(qweight.data_ptr(), scales.data_ptr(), _CODE[scales.dtype],
+    _C.int_dequantize(qweight.data_ptr(), scales.data_ptr(), CODE[scales.dtype],
                       0 if zero_points is None else zero_points.data_ptr(), out_features, in_features, bits,
-                      group_size, w.data_ptr(), _CODE[dtype], _threads())
+                      group_size, w.data_ptr(), CODE[dtype], _threads())
     return w
 
 
@@ -382,6 +327,7 @@ int_dequantize = Op(
     "(Tensor qweight, Tensor scales, Tensor? zero_points, int out_features, int in_features, int bits, "
     "int group_size, ScalarType dtype) -> Tensor",
     _int_dequantize_cpu, _int_dequantize_fake, _int_dequantize_reference,
+    ops_cuda.int_dequantize if _C.has_cuda_build else None,
 )
 
 
@@ -391,24 +337,24 @@ int_dequantize = Op(
 def _int_fit_cpu(w, importance, bits, group_size, symmetric, steps, dtype):
     op = "int_fit"
     if not 2 <= bits <= 8:
-        _fail(op, "bits", bits, "2 to 8")
+        fail(op, "bits", bits, "2 to 8")
     if group_size < 0 or group_size % 32:
-        _fail(op, "group_size", group_size, "a multiple of 32, or 0 for one scale per row")
+        fail(op, "group_size", group_size, "a multiple of 32, or 0 for one scale per row")
     if w.dtype is not torch.float32 or w.dim() != 2 or not w.shape[1]:
-        _fail(op, "w", f"{w.dtype} {list(w.shape)}", "torch.float32 [out, in] with in >= 1")
+        fail(op, "w", f"{w.dtype} {list(w.shape)}", "torch.float32 [out, in] with in >= 1")
     if not 1 <= steps <= 100:
-        _fail(op, "steps", steps, "1 to 100")
-    if dtype not in _CODE:
-        _fail(op, "dtype", dtype, _FLOATS)
+        fail(op, "steps", steps, "1 to 100")
+    if dtype not in CODE:
+        fail(op, "dtype", dtype, FLOATS)
     n, k = w.shape
     if importance is not None and (importance.dtype is not torch.float32 or importance.shape != (k,)
                                    or not importance.is_contiguous() or importance.device != w.device):
-        _fail(op, "importance", f"{importance.dtype} {list(importance.shape)}", f"contiguous torch.float32 {[k]}")
-    w = _rows(w)
+        fail(op, "importance", f"{importance.dtype} {list(importance.shape)}", f"contiguous torch.float32 {[k]}")
+    w = as_rows(w)
     groups = -(-k // group_size) if group_size else 1
     scales, zero_points = w.new_empty((n, groups)), w.new_empty((n, groups))
     _C.int_fit(w.data_ptr(), n, k, w.stride(0) if n > 1 else k, 0 if importance is None else importance.data_ptr(),
-               bits, group_size, symmetric, steps, _CODE[dtype], scales.data_ptr(), zero_points.data_ptr(), _threads())
+               bits, group_size, symmetric, steps, CODE[dtype], scales.data_ptr(), zero_points.data_ptr(), _threads())
     return scales, zero_points
 
 
@@ -441,24 +387,24 @@ def add_gram(gram: Tensor, x: Tensor) -> None:
     ``x [tokens, k]`` of any supported dtype and ``gram [k, k]`` float32, contiguous, both on the CPU.
     """
     op = "add_gram"
-    if x.dtype not in _CODE or x.dim() != 2 or not x.is_cpu:
-        _fail(op, "x", f"{x.dtype} {list(x.shape)} on {x.device}", f"{_FLOATS} [tokens, k] on cpu")
+    if x.dtype not in CODE or x.dim() != 2 or not x.is_cpu:
+        fail(op, "x", f"{x.dtype} {list(x.shape)} on {x.device}", f"{FLOATS} [tokens, k] on cpu")
     tokens, k = x.shape
     if gram.dtype is not torch.float32 or gram.shape != (k, k) or not gram.is_contiguous() or not gram.is_cpu:
-        _fail(op, "gram", f"{gram.dtype} {list(gram.shape)} on {gram.device}",
-              f"contiguous torch.float32 {[k, k]} on cpu")
-    x = _rows(x)
-    _C.gram(x.data_ptr(), _CODE[x.dtype], tokens, k, x.stride(0) if tokens > 1 else k, gram.data_ptr(), _threads())
+        fail(op, "gram", f"{gram.dtype} {list(gram.shape)} on {gram.device}",
+             f"contiguous torch.float32 {[k, k]} on cpu")
+    x = as_rows(x)
+    _C.gram(x.data_ptr(), CODE[x.dtype], tokens, k, x.stride(0) if tokens > 1 else k, gram.data_ptr(), _threads())
 
 
 def _rms_norm_cpu(x, weight, epsilon):
-    code = _CODE.get(x.dtype)
+    code = CODE.get(x.dtype)
     if code is None or x.dim() < 1:
-        _fail("rms_norm", "x", f"{x.dtype} {list(x.shape)}", f"{_FLOATS} [..., k]")
+        fail("rms_norm", "x", f"{x.dtype} {list(x.shape)}", f"{FLOATS} [..., k]")
     k = x.shape[-1]
     if weight.dtype is not x.dtype or weight.shape != (k,) or not weight.is_contiguous() or not weight.is_cpu:
-        _fail("rms_norm", "weight", f"{weight.dtype} {list(weight.shape)} on {weight.device}",
-              f"contiguous {x.dtype} {[k]} on {x.device}")
+        fail("rms_norm", "weight", f"{weight.dtype} {list(weight.shape)} on {weight.device}",
+             f"contiguous {x.dtype} {[k]} on {x.device}")
     rows = x if x.is_contiguous() else x.contiguous()
     y = torch.empty_like(rows)
     _C.rms_norm(rows.data_ptr(), weight.data_ptr(), y.data_ptr(), code, rows.numel() // k if k else 0, k, k, epsilon,

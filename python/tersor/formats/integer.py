@@ -182,6 +182,8 @@ class Int(Format):
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         if self.activation == 4:
             return "reference: no kernel for 4-bit activations"
+        if self.activation == 8 and torch.device(device).type == "cuda":
+            return "reference: no CUDA kernel for 8-bit activations, torch rounds them for int_linear cuda"
         return ops.int_linear.kernel(torch.device(device))
 
     def text(self) -> str:

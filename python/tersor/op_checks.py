@@ -1,0 +1,70 @@
+"""What every native operation checks before a pointer leaves Python. Each raises ValueError that names the operation,
+the argument, what was found and what is accepted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum tersor_dtype
+FLOATS = "float32, bfloat16, float16"
+
+
+def fail(op: str, argument: str, found: object, accepted: str) -> None:
+    raise ValueError(f"tersor.{op}: {argument}: found {found}, accepted is {accepted}")
+
+
+def check_weight(op, k, qweight, scales, zero_points, n, bits, group_size, device):
+    """Everything a kernel takes on trust about one stored weight."""
+    if not 2 <= bits <= 8:
+        fail(op, "bits", bits, "2 to 8")
+    if group_size < 0 or group_size % 32:
+        fail(op, "group_size", group_size, "a multiple of 32, or 0 for one scale per row")
+    rows, blocks = -(-n // 16), -(-k // 32)
+    groups = -(-k // group_size) if group_size else 1
+    if qweight.dtype is not torch.uint8 or qweight.shape != (rows, blocks, 64 * bits):
+        fail(op, "qweight", f"{qweight.dtype} {list(qweight.shape)}",
+             f"torch.uint8 {[rows, blocks, 64 * bits]} for {n} x {k} weights of {bits} bits")
+    if scales.dtype not in CODE or scales.shape != (rows, groups, 16):
+        fail(op, "scales", f"{scales.dtype} {list(scales.shape)}", f"{FLOATS} {[rows, groups, 16]}")
+    if zero_points is not None and (zero_points.dtype is not torch.uint8 or zero_points.shape != scales.shape):
+        fail(op, "zero_points", f"{zero_points.dtype} {list(zero_points.shape)}",
+             f"torch.uint8 {list(scales.shape)}")
+    for name, tensor in (("qweight", qweight), ("scales", scales), ("zero_points", zero_points)):
+        if tensor is not None and (tensor.device != device or not tensor.is_contiguous()):
+            fail(op, name, f"{tensor.device}, contiguous={tensor.is_contiguous()}", f"contiguous on {device}")
+
+
+def check_input(op, x, act_bits):
+    if x.dtype not in CODE:
+        fail(op, "x", x.dtype, FLOATS)
+    if x.dim() < 1:
+        fail(op, "x", "a scalar", "a tensor [..., in_features]")
+    if act_bits not in (8, 16):
+        fail(op, "act_bits", act_bits, "8 or 16")
+
+
+def check_bias(op, x, bias, n):
+    if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.device != x.device
+                             or not bias.is_contiguous()):
+        fail(op, "bias", f"{bias.dtype} {list(bias.shape)} on {bias.device}",
+             f"contiguous {x.dtype} {[n]} on {x.device}")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` as ``[tokens, in]`` with unit stride along ``in``."""
+    if x.dim() != 2:
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if x.stride(1) != 1 and x.shape[1] > 1 or x.stride(0) < x.shape[1] and x.shape[0] > 1:
+        x = x.contiguous()
+    return x
+
+
+def check_projections(op, qweights, scales, zero_points, biases, out_features):
+    count = len(qweights)
+    if not count or len(scales) != count or len(out_features) != count or len(zero_points) not in (0, count) \
+            or len(biases) not in (0, count):
+        fail(op, "lists", [count, len(scales), len(zero_points), len(biases), len(out_features)],
+             "one entry per projection (zero_points and biases may be empty)")

@@ -1,0 +1,120 @@
+"""The operations of `ops` on CUDA: checks, scratch memory, the current stream, then the kernels of cuda/.
+
+Above `MAX_ROWS` rows, and for float32, `int_linear` is `int_dequantize` and a dense product; `Op.kernel` says so.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _C
+from .op_checks import CODE, FLOATS, as_rows, check_bias, check_input, check_projections, check_weight, fail
+
+# Above so many rows a dense product of the dequantized weight is the faster way. Not measured on hardware yet.
+MAX_ROWS = 256
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _device(index: int) -> tuple[int, int]:
+    """Multiprocessors of a GPU, and bytes of shared memory of each (1 KB of it the driver's)."""
+    device = _C.cuda_devices()[index]
+    return device["multiprocessors"], device["shared_memory_per_block"] + 1024
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(m, n, k, bits, group_size, scale_code, has_zero_points, index):
+    return _C.cuda_int_linear_plan(m, n, k, bits, group_size, scale_code, has_zero_points, *_device(index))
+
+
+_scratch: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+
+def _workspace(device: torch.device, stream: int, partial_bytes: int, counter_bytes: int):
+    """Scratch memory of one stream: partial sums, and counters that every launch leaves at zero. A graph that is being
+    captured gets its own, since it may be replayed beside other work."""
+    if torch.cuda.is_current_stream_capturing():
+        return (torch.empty(partial_bytes, dtype=torch.uint8, device=device),
+                torch.zeros(counter_bytes, dtype=torch.uint8, device=device))
+    partials, counters = _scratch.get((device.index, stream), (None, None))
+    if partials is None or partials.numel() < partial_bytes:
+        partials = torch.empty(partial_bytes, dtype=torch.uint8, device=device)
+    if counters is None or counters.numel() < counter_bytes:
+        counters = torch.zeros(counter_bytes, dtype=torch.uint8, device=device)
+    _scratch[device.index, stream] = partials, counters
+    return partials, counters
+
+
+def _as_int8(x: Tensor) -> Tensor:
+    """``x`` rounded to what int8 holds, by torch: no CUDA kernel takes 8-bit activations (`Int.kernel` says so)."""
+    from .formats.integer import quantize_activations
+
+    return quantize_activations(x, 8)
+
+
+def _aligned_rows(x: Tensor) -> Tensor:
+    """``x [tokens, in]`` with rows that start at multiples of 16 bytes; a copy where they do not."""
+    if x.data_ptr() % 16 == 0 and (x.shape[0] <= 1 or x.stride(0) % 8 == 0):
+        return x
+    return x.new_empty((x.shape[0], -(-x.shape[1] // 8) * 8))[:, : x.shape[1]].copy_(x)
+
+
+def int_linear(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+    op, index = "int_linear", x.device.index
+    check_input(op, x, act_bits)
+    k, n = x.shape[-1], out_features
+    check_weight(op, k, qweight, scales, zero_points, n, bits, group_size, x.device)
+    check_bias(op, x, bias, n)
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return int_linear(x, qweight, scales, zero_points, bias, n, bits, group_size, act_bits)
+    if act_bits == 8:
+        x = _as_int8(x)
+    rows = as_rows(x)
+    m = rows.shape[0]
+    if x.dtype not in _HALVES or m > MAX_ROWS:
+        return F.linear(x, int_dequantize(qweight, scales, zero_points, n, k, bits, group_size, x.dtype), bias)
+    rows = _aligned_rows(rows)
+    y = x.new_empty((*x.shape[:-1], n))
+    scale_code = CODE[scales.dtype]
+    ranges, partial_bytes, counter_bytes = _plan(m, n, k, bits, group_size, scale_code, zero_points is not None,
+                                                 index)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    partials, counters = _workspace(x.device, stream, partial_bytes, counter_bytes)
+    _C.cuda_int_linear(
+        rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, qweight.data_ptr(), scales.data_ptr(),
+        scale_code, 0 if zero_points is None else zero_points.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        y.data_ptr(), n, n, bits, group_size, ranges, partials.data_ptr(), counters.data_ptr(), stream,
+    )
+    return y
+
+
+def int_linear_multi(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits):
+    check_input("int_linear_multi", x, act_bits)
+    check_projections("int_linear_multi", qweights, scales, zero_points, biases, out_features)
+    if act_bits == 8:
+        x, act_bits = _as_int8(x), 16
+    return [
+        int_linear(x, qweights[i], scales[i], zero_points[i] if zero_points else None,
+                   biases[i] if biases else None, n, bits, group_size, act_bits)
+        for i, n in enumerate(out_features)
+    ]
+
+
+def int_dequantize(qweight, scales, zero_points, out_features, in_features, bits, group_size, dtype):
+    device = qweight.device
+    check_weight("int_dequantize", in_features, qweight, scales, zero_points, out_features, bits, group_size, device)
+    if dtype not in CODE:
+        fail("int_dequantize", "dtype", dtype, FLOATS)
+    w = qweight.new_empty((out_features, in_features), dtype=dtype)
+    with torch.cuda.device(device):
+        _C.cuda_int_dequantize(
+            qweight.data_ptr(), scales.data_ptr(), CODE[scales.dtype],
+            0 if zero_points is None else zero_points.data_ptr(), out_features, in_features, bits, group_size,
+            w.data_ptr(), CODE[dtype], torch._C._cuda_getCurrentRawStream(device.index),
+        )
+    return w
