@@ -7,6 +7,10 @@
 //   one rounding.
 //
 //   No shared memory. Limits: k up to 2^23 (grid); rows of `out` that are not 16-byte aligned are stored by elements.
+//
+// gate: defines TERSOR_BITS=2,3,4,5,6,7,8
+// gate: registers 64
+// gate: wants LDG.E.128.CONSTANT
 #include "kernels/int_dequantize.h"
 
 #include "ptx/ptx.h"

@@ -1,3 +1,9 @@
+// gate: defines TERSOR_BITS=2,3,4,5,6,7,8
+// gate: registers 128 where [2-6], 1>
+// gate: registers 168 where [78], 1>|, 2>
+// gate: registers 255
+// gate: wants HMMA.16816.F32 where Float16
+// gate: wants LDGSTS.E.BYPASS LDS.128
 #include "kernels/sm80_int_linear.h"
 
 #include "ptx/ptx.h"
