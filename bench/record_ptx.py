@@ -41,8 +41,8 @@ def compile_library(architectures: list[str], target: Path) -> None:
     if nvcc is None:
         raise RuntimeError("no nvcc: looked at CUDACXX, CUDA_HOME, PATH and /usr/local/cuda")
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    command = [nvcc, "-std=c++17", "-O2", "--threads", "2", *codes, "-shared", "-Xcompiler", "-fPIC", "-cudart", "static",
-               "-I", str(ROOT / "cuda"), "-I", str(ROOT / "cpp"), *map(str, SOURCES), "-o", str(target)]
+    command = [nvcc, "-std=c++17", "-O2", "--threads", "2", *codes, "-shared", "-Xcompiler", "-fPIC", "-cudart",
+               "static", "-I", str(ROOT / "cuda"), "-I", str(ROOT / "cpp"), *map(str, SOURCES), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed:\n{done.stdout}{done.stderr}")
@@ -66,8 +66,8 @@ class Device:
     def run(self, case: cases.Case, words: np.ndarray) -> np.ndarray:
         out = np.zeros(case.words, np.uint32)
         launcher = ctypes.cast(getattr(self.library, f"case_{case.name}"), ctypes.c_void_p)
-        status = self.library.record_run(case.name.encode(), words.ctypes.data, words.nbytes, out.ctypes.data, out.nbytes,
-                                         launcher, case.n)
+        status = self.library.record_run(case.name.encode(), words.ctypes.data, words.nbytes, out.ctypes.data,
+                                         out.nbytes, launcher, case.n)
         if status:
             raise RuntimeError(self.library.record_message().decode())
         return out

@@ -30,7 +30,7 @@ def scenarios():
     return build(["scenarios.cu"])
 
 
-# ---- wrappers ------------------------------------------------------------------------------------------------------
+# ---- wrappers ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
 def test_wrapper_against_numpy(wrappers, case):
     words, out = case.draw(), np.zeros(case.words, np.uint32)
@@ -90,10 +90,11 @@ def test_integer_mma_wraps(wrappers):
     assert (out == (0x7FFFFFFF + 32 * 127 * 127) % 2**32).all()
 
 
-# ---- planted defects -----------------------------------------------------------------------------------------------
+# ---- planted defects -----------------------------------------------------------------------------------------
 M, N, K = 13, 64, 96
 PLANTED = {
-    "missing barrier before use": ([("ptx::barrier();  // the tile is there", "")], "race|in flight|nothing has written"),
+    "missing barrier before use": ([("ptx::barrier();  // the tile is there", "")],
+                                   "race|in flight|nothing has written"),
     "missing barrier after use": ([("ptx::barrier();  // the tile may be overwritten", "")], "race"),
     "missing wait": ([("    ptx::cp_async_wait<1>();\n", "")], "in flight"),
     "wrong wait count": ([("cp_async_wait<1>", "cp_async_wait<2>")], "in flight"),
@@ -275,7 +276,7 @@ def test_results_that_depend_on_the_order_of_threads(scenarios):
         scenarios.call("scenario_first_come", words, out, counter, 1, seeds=SEEDS, **arguments)
 
 
-# ---- counters --------------------------------------------------------------------------------------------------------
+# ---- counters ------------------------------------------------------------------------------------------------
 def test_counters_of_a_gemm(gemms):
     x, w, y, _ = gemm_inputs()
     for seed in SEEDS:  # the counts do not depend on the order of threads
@@ -303,7 +304,8 @@ def test_counters_of_a_gemm(gemms):
 
 
 @pytest.mark.parametrize("stride,width,cycles", [(1, 4, 1), (2, 4, 2), (32, 4, 32), (33, 4, 1), (0, 4, 1), (2, 8, 2),
-                                                 (4, 8, 4), (4, 16, 4), (8, 16, 8), (32, 16, 32), (36, 16, 4), (0, 16, 4)])
+                                                 (4, 8, 4), (4, 16, 4), (8, 16, 8), (32, 16, 32), (36, 16, 4),
+                                                 (0, 16, 4)])
 def test_bank_conflicts(banks, stride, width, cycles):
     """One warp loads `width` bytes at a distance of `stride` words from lane to lane."""
     out = np.zeros(32, np.uint32)
@@ -315,7 +317,7 @@ def test_bank_conflicts(banks, stride, width, cycles):
     assert off["total"]["shared"]["cycles"] == 0
 
 
-# ---- sanitizers --------------------------------------------------------------------------------------------------------
+# ---- sanitizers ----------------------------------------------------------------------------------------------
 SANITIZED = """
 import sys
 from pathlib import Path

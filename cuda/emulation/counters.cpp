@@ -194,8 +194,9 @@ void add(int space, const void* place, int width, const Access& access) {
     group.mask = 0;
     if (at == 0) {
       // All lanes are past it: drop it, and complete ones behind it.
-      uint32_t least = *std::min_element(site.seen, site.seen + 32);
-      site.groups.erase(site.groups.begin(), site.groups.begin() + std::min<size_t>(least - site.first, site.groups.size()));
+      const uint32_t least = *std::min_element(site.seen, site.seen + 32);
+      const size_t complete = std::min<size_t>(least - site.first, site.groups.size());
+      site.groups.erase(site.groups.begin(), site.groups.begin() + static_cast<std::ptrdiff_t>(complete));
       site.first = least;
     }
   }

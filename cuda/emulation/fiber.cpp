@@ -169,7 +169,8 @@ char* stacks(size_t n) {
   static size_t held = 0;
   if (n > held) {
     if (memory) munmap(memory, held * stack_bytes);
-    void* p = mmap(nullptr, n * stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* p = mmap(nullptr, n * stack_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     memory = static_cast<char*>(p);
     held = n;

@@ -128,8 +128,8 @@ void expand(Warp& warp, int k, bool wide, int selector, const T* stored, T* a) {
       const uint32_t indices = warp.in[source.lane][8] >> (source.bit + 2 * (column & 7)) & 15;
       const int first = indices & 3, second = indices >> 2;
       if (first >= second)
-        violation("sparse mma: row %d, columns %d to %d: metadata of lane %d has indices %d, %d; strictly ascending ones "
-                  "are wanted", row, pair * 4, pair * 4 + 3, source.lane, first, second);
+        violation("sparse mma: row %d, columns %d to %d: metadata of lane %d has indices %d, %d; strictly ascending "
+                  "ones are wanted", row, pair * 4, pair * 4 + 3, source.lane, first, second);
       a[row * k + pair * 4 + first] = stored[row * (k / 2) + column];
       a[row * k + pair * 4 + second] = stored[row * (k / 2) + column + 1];
     }

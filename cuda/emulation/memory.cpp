@@ -60,8 +60,8 @@ Buffer& find(const void* p, int bytes, bool store) {
 
 void check_alignment(uint64_t at, int bytes, const char* what, bool store) {
   if (at % bytes)
-    violation("%s %s %d bytes of %s memory at an address that is %llu modulo %d: not aligned", name_of(*current).c_str(),
-              verb(store), bytes, what, static_cast<unsigned long long>(at % bytes), bytes);
+    violation("%s %s %d bytes of %s memory at an address that is %llu modulo %d: not aligned",
+              name_of(*current).c_str(), verb(store), bytes, what, static_cast<unsigned long long>(at % bytes), bytes);
 }
 
 Cell* split(Cell* cells, size_t count) {  // words into bytes

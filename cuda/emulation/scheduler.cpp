@@ -47,7 +47,8 @@ void switch_to(Thread* next) {
   Fiber& from = current ? current->fiber : launcher;
   const bool leaving = current && current->state == State::done;
   if (current && overflowed(current->fiber)) {
-    std::fprintf(stderr, "tersor emulation: %s ran past its stack of %zu bytes\n", name_of(*current).c_str(), stack_bytes);
+    std::fprintf(stderr, "tersor emulation: %s ran past its stack of %zu bytes\n", name_of(*current).c_str(),
+                 stack_bytes);
     std::abort();
   }
   current = next;
@@ -93,7 +94,8 @@ void complete(Block& block, int id) {
     for (const Arrival& arrival : arrivals) lanes[arrival.thread / 32] |= 1u << arrival.thread % 32;
     for (size_t w = 0; w < lanes.size(); ++w)
       if (lanes[w] != 0 && lanes[w] != 0xffffffffu)
-        violation("named barrier %d of block %d: of warp %zu only lanes of mask 0x%08x came", id, block.index, w, lanes[w]);
+        violation("named barrier %d of block %d: of warp %zu only lanes of mask 0x%08x came", id, block.index, w,
+                  lanes[w]);
   }
   meet(block, arrivals, waiting.data(), waiting.size());
   count_barrier();
@@ -292,7 +294,8 @@ void spin() {
   if (++idle_spins > spin_bound)
     violation("deadlock: %llu volatile loads in which nothing changed, the last by %s%s%s",
               static_cast<unsigned long long>(spin_bound), name_of(*current).c_str(), describe_waiting().c_str(),
-              pending_blocks.empty() ? "" : "; some blocks have not started: blocks that wait for others need launch_resident");
+              pending_blocks.empty() ? ""
+                                     : "; some blocks have not started: launch_resident starts all at once");
   if (runnable.empty()) return;
   yield();
 }
@@ -375,7 +378,8 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, bool all_resident, const voi
   aborted = false;
   if (threads == 0 || threads > 1024 || blocks == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) {
     record("launch of a " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) +
-           " grid of " + std::to_string(threads) + " threads; 1 to 1024 threads and at most 65535 blocks in y and z run");
+           " grid of " + std::to_string(threads) +
+           " threads; 1 to 1024 threads and at most 65535 blocks in y and z run");
     return 1;
   }
   if (shared_bytes > 227 * 1024) {

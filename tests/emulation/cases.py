@@ -48,7 +48,7 @@ def wrappers() -> set[str]:
     return names
 
 
-# ---- 16-bit floats ---------------------------------------------------------------------------------------------
+# ---- 16-bit floats -------------------------------------------------------------------------------------------
 SPECIAL_F16 = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00,
                0xFE01, 0x7C01, 0x6400, 0x1400, 0x3BFF]
 SPECIAL_BF16 = [0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x0080, 0x3F80, 0xBF80, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0,
@@ -118,15 +118,13 @@ def _pairs(kind):
 
 
 def _fma(kind, operands):
-    one, minus_one, minus_zero = 1.0, -1.0, -0.0
-
     def expected(words):
         a, b, c = words.reshape(3, -1)
         out = np.zeros(a.shape, np.uint32)
         for shift in (0, 16):
             x, y, z = (decode((v >> shift) & 0xFFFF, kind) for v in (a, b, c))
             for i in range(len(a)):
-                values = {"a": float(x[i]), "b": float(y[i]), "c": float(z[i]), "1": one, "-1": minus_one, "-0": minus_zero}
+                values = {"a": float(x[i]), "b": float(y[i]), "c": float(z[i]), "1": 1.0, "-1": -1.0, "-0": -0.0}
                 out[i] |= np.uint32(fma_exact(*(values[o] for o in operands), kind) << shift)
         return out
 
@@ -171,7 +169,7 @@ def _canonical(words):
     return np.where((words & 0x7FFFFFFF) > 0x7F800000, np.uint32(0x7FFFFFFF), words)
 
 
-# ---- bits --------------------------------------------------------------------------------------------------------
+# ---- bits ----------------------------------------------------------------------------------------------------
 def _lop3(words):
     a, b, c = words.reshape(3, -1)
     out = np.zeros((len(a), 8), np.uint32)
@@ -199,7 +197,7 @@ def _funnel(words):
     return ((high << np.uint64(32) | low) >> (shift & np.uint64(31))).astype(np.uint32)
 
 
-# ---- warps ---------------------------------------------------------------------------------------------------------
+# ---- warps ---------------------------------------------------------------------------------------------------
 def _rounds(limit):
     def inputs(rng):
         values = _words(ROUNDS * 64)(rng).reshape(ROUNDS, 2, 32)
@@ -241,7 +239,7 @@ def _wide(words):
     return rounds[:, :, (LANES + 5) % 32].reshape(-1)
 
 
-# ---- matrices --------------------------------------------------------------------------------------------------------
+# ---- matrices ------------------------------------------------------------------------------------------------
 def elements(words: np.ndarray, bits: int) -> np.ndarray:
     """Patterns of `bits` bits in the words, lowest first: [..., 32 / bits]."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
@@ -351,7 +349,7 @@ def _mma(kind, sparse=False, selector=0):
             else:
                 results.append(to_fragment_d((d + a @ b).astype(np.uint64).astype(np.uint32)))
         if bits == 16:
-            return np.stack([np.stack([r[0] for r in results]).reshape(-1), np.stack([r[1] for r in results]).reshape(-1)])
+            return np.stack([np.stack(part).reshape(-1) for part in zip(*results)])
         return np.stack(results).reshape(-1)
 
     return expected
@@ -389,7 +387,7 @@ def _ldmatrix(count, transposed):
     return expected
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------------------
 def _neighbours(words):
     data = words.tobytes()
     out = b""
@@ -465,17 +463,19 @@ def _cases():
     add("shuffle_xor", ROUNDS, warp, _same_argument(32), _warp(lambda v, a: v[(LANES ^ a) % 32]))
     add("shuffle_down", ROUNDS, warp, _same_argument(32), _warp(_down))
     add("shuffle_wide", ROUNDS, 2 * warp, _rounds(32), _wide, ["shuffle"])
-    add("ballot", ROUNDS, warp, _rounds(32), _warp(lambda v, a: np.full(32, int(((v & 1).astype(np.int64) << LANES).sum()))))
+    add("ballot", ROUNDS, warp, _rounds(32),
+        _warp(lambda v, a: np.full(32, int(((v & 1).astype(np.int64) << LANES).sum()))))
     add("any", ROUNDS, warp, _rounds(32), _warp(lambda v, a: np.full(32, int((v & 1).any()))))
     add("all", ROUNDS, warp, _rounds(32), _warp(lambda v, a: np.full(32, int((v & 1).all()))))
     add("lane_index", ROUNDS, warp, _rounds(32), _warp(lambda v, a: LANES))
 
-    for shape, kind in (("m16n8k16", "f16"), ("m16n8k16", "bf16"), ("m16n8k32", "s8"), ("m16n8k64", "s4"), ("m16n8k256", "b1")):
+    for shape, kind in (("m16n8k16", "f16"), ("m16n8k16", "bf16"), ("m16n8k32", "s8"), ("m16n8k64", "s4"),
+                        ("m16n8k256", "b1")):
         add(f"mma_{shape}_{kind}", ROUNDS, ROUNDS * 128, _mma_inputs(kind), _mma(kind), tolerance="f" in kind)
     for kind in ("f16", "bf16"):
         for selector in (0, 1):
-            add(f"mma_sp_m16n8k32_{kind}_{selector}", ROUNDS, ROUNDS * 128, _mma_inputs(kind), _mma(kind, True, selector),
-                [f"mma_sp_m16n8k32_{kind}"], tolerance=True)
+            add(f"mma_sp_m16n8k32_{kind}_{selector}", ROUNDS, ROUNDS * 128, _mma_inputs(kind),
+                _mma(kind, True, selector), [f"mma_sp_m16n8k32_{kind}"], tolerance=True)
     add("mma_sp_m16n8k64_s8", ROUNDS, ROUNDS * 128, _mma_inputs("s8"), _mma("s8", True))
     for count in (1, 2, 4):
         for suffix in ("", "_transposed"):

@@ -193,5 +193,6 @@ SCENARIO(metadata, 1, 64, launch)
 
 // The same wait without the promise that all blocks run at once.
 extern "C" int scenario_not_resident(const uint32_t* in, uint32_t* out, uint32_t* counter, int) {
-  return tersor::launch(tersor::wait_for_block, dim3(3), dim3(32), 128, nullptr, tersor::Arguments{in, out, counter, 0});
+  return tersor::launch(tersor::wait_for_block, dim3(3), dim3(32), 128, nullptr,
+                        tersor::Arguments{in, out, counter, 0});
 }

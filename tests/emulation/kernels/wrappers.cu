@@ -104,7 +104,8 @@ CASE(shuffle_wide, 32, 0, for (int i = 0; i < n; ++i) {
     type d[4];                                                                                           \
     for (int j = 0; j < 4; ++j) a[j] = word(p, lane * 4 + j);                                            \
     for (int j = 0; j < words_b; ++j) b[j] = word(p, 128 + lane * 4 + j);                                \
-    for (int j = 0; j < 4; ++j) d[j] = ptx::load_global_constant(reinterpret_cast<const type*>(p) + 256 + lane * 4 + j); \
+    const type* sums = reinterpret_cast<const type*>(p) + 256;                                           \
+    for (int j = 0; j < 4; ++j) d[j] = ptx::load_global_constant(sums + lane * 4 + j);                   \
     const uint32_t metadata = word(p, 384 + lane);                                                       \
     (void)metadata;                                                                                      \
     ptx::__VA_ARGS__;                                                                                    \
