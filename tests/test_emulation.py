@@ -183,6 +183,7 @@ SCENARIOS = {
     ("divergence", 6): "others wait for",
     ("divergence", 7): "only lanes of mask 0x0000ffff",
     ("divergence", 8): "named barrier 0",
+    ("divergence", 9): r"deadlock.*threads 0 to 63 at barrier 4 \(64 of 96 threads there\)",
     ("metadata", 1): "strictly ascending",
     ("source", 1): "race|source changed",
     ("source", 2): "source changed",

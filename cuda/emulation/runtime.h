@@ -102,7 +102,15 @@ constexpr int mma_kinds = 8;
 void mma(Mma kind, void* d, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector);
 void load_matrix(uint32_t* registers, int count, uint32_t row_address, bool transposed);
 
-// ---- 16-bit floats ---------------------------------------------------------------------------------------
+// ---- floats ---------------------------------------------------------------------------------------
+inline float flush_subnormal(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7f800000u) == 0) bits &= 0x80000000u;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 enum Format16 { f16, bf16 };
 float f16_to_float(uint32_t bits);
 uint32_t pack(Format16 format, float low, float high);

@@ -65,9 +65,12 @@ TERSOR_PTX uint32_t atomic_add(uint32_t* p, uint32_t value) {
 #endif
 }
 
+// In global memory subnormal operands and sums become zeros of their sign.
 TERSOR_PTX float atomic_add(float* p, float value) {
 #if defined(TERSOR_EMULATION)
-  return emulation::atomic(p, value, [](float old, float v) { return old + v; });
+  return emulation::atomic(p, value, [](float old, float v) {
+    return emulation::flush_subnormal(emulation::flush_subnormal(old) + emulation::flush_subnormal(v));
+  });
 #else
   float old;
   asm volatile("atom.relaxed.gpu.global.add.f32 %0, [%1], %2;" : "=f"(old) : "l"(p), "f"(value) : "memory");

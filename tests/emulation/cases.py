@@ -425,7 +425,16 @@ def _atomic_inputs(rng):
 
 
 def _atomic_floats(rng):
-    return rng.standard_normal((4, 32)).astype(np.float32).view(np.uint32).reshape(-1)
+    values = rng.standard_normal((4, 32)).astype(np.float32)
+    values[:, 0] = [1e-40, 1e-40, -3e-39, 1.0]  # subnormal operands
+    values[:, 1] = [1.5e-38, -1.25e-38, 2e-38, 0]  # a subnormal sum
+    values[:, 2] = [-2e-38, 1.9e-38, -0.0, -1e-42]  # and a negative one
+    return values.view(np.uint32).reshape(-1)
+
+
+def _flush(values):
+    bits = values.astype(np.float32).view(np.uint32)
+    return np.where(bits & 0x7F800000, bits, bits & 0x80000000).astype(np.uint32).view(np.float32)
 
 
 def _atomic(update, dtype=np.uint32):
@@ -490,7 +499,8 @@ def _cases():
         add(name, 1, 128, _copy_inputs(limit), _copied(limit), [name, "cp_async_commit", "cp_async_wait"])
 
     add("atomic_add", 1, 128, _atomic_inputs, _atomic(lambda v, o: v + o))
-    add("atomic_add_float", 1, 128, _atomic_floats, _atomic(lambda v, o: v + o, np.float32), ["atomic_add"])
+    add("atomic_add_float", 1, 128, _atomic_floats, _atomic(lambda v, o: _flush(_flush(v) + _flush(o)), np.float32),
+        ["atomic_add"])
     add("atomic_max", 1, 128, _atomic_inputs, _atomic(np.maximum))
     add("atomic_exchange", 1, 128, _atomic_inputs, _atomic(lambda v, o: o))
     add("atomic_compare_exchange", 1, 128, _atomic_inputs, _atomic(lambda v, o: np.where(v == 7, o, v)))

@@ -137,6 +137,7 @@ __global__ void divergence(Arguments p) {
   if (p.planted == 6) ptx::named_barrier(1, i < 32 ? 64 : 96);
   if (p.planted == 7 && (i < 16 || (i >= 32 && i < 48))) ptx::named_barrier(1, 32);
   if (p.planted == 8) ptx::named_barrier(0, 96);
+  if (p.planted == 9 && i < 64) ptx::named_barrier(4, 96);
   if (i < 32)
     ptx::named_barrier_arrive(2, 64);
   else if (i < 64)
