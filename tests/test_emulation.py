@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulation import REPOSITORY, Violation, build, cases
+from emulation import REPOSITORY, BuildError, Violation, build, cases
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the host run is compiled by g++")
 SEEDS = range(8)
@@ -249,6 +249,21 @@ def test_harness_refuses_what_it_cannot_check(scenarios):
         scenarios.call("scenario_bytes", words, out, counter, 0, names=["in"])
     with pytest.raises(ValueError, match="not among"):
         scenarios.call("scenario_bytes", words, out, counter, 0, outputs=[np.zeros(1)])
+
+
+@pytest.mark.parametrize("threads,shared,sentence", [(1056, 0, "1056 threads"), (0, 0, "0 threads"),
+                                                     (32, 240 * 1024, "232448"), (40, 0, "has only 8 threads")])
+def test_launches_that_no_device_accepts(scenarios, threads, shared, sentence):
+    words, out, counter, arguments = scenario_arguments()
+    with pytest.raises(Violation, match=sentence):
+        scenarios.call("scenario_shape", words, out, counter, threads, shared, **arguments)
+    scenarios.call("scenario_shape", words, out, counter, 64, 227 * 1024, **arguments)
+
+
+def test_shared_arrays_do_not_compile():
+    """They would be unchecked; the compiler names what to use."""
+    with pytest.raises(BuildError, match="dynamic_shared"):
+        build(["banks.cu"], edits=[("banks.cu", "  uint32_t value;\n", "  __shared__ uint32_t value;\n")])
 
 
 def test_buffers_lie_far_apart(scenarios):

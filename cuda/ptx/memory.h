@@ -137,7 +137,7 @@ TERSOR_PTX T load_global_volatile(const T* p) {
   emulation::read_global(&value, p, sizeof(T), emulation::Order::relaxed);
   return value;
 #else
-  TERSOR_LOAD_GLOBAL("ld.volatile.global", volatile)
+  TERSOR_LOAD_GLOBAL("ld.relaxed.gpu.global", volatile)
 #endif
 }
 
@@ -173,7 +173,7 @@ TERSOR_PTX void store_global_volatile(T* p, T value) {
 #if defined(TERSOR_EMULATION)
   emulation::write_global(p, &value, sizeof(T), emulation::Order::relaxed);
 #else
-  TERSOR_STORE_GLOBAL("st.volatile.global")
+  TERSOR_STORE_GLOBAL("st.relaxed.gpu.global")
 #endif
 }
 

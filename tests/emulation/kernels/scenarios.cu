@@ -192,6 +192,12 @@ SCENARIO(source, 1, 64, launch)
 SCENARIO(first_come, 1, 64, launch)
 SCENARIO(metadata, 1, 64, launch)
 
+// A launch of any shape.
+extern "C" int scenario_shape(const uint32_t* in, uint32_t* out, uint32_t* counter, int threads, int shared_bytes) {
+  return tersor::launch(tersor::metadata, dim3(1), dim3(threads), shared_bytes, nullptr,
+                        tersor::Arguments{in, out, counter, 0});
+}
+
 // The same wait without the promise that all blocks run at once.
 extern "C" int scenario_not_resident(const uint32_t* in, uint32_t* out, uint32_t* counter, int) {
   return tersor::launch(tersor::wait_for_block, dim3(3), dim3(32), 128, nullptr,
