@@ -185,6 +185,8 @@ SCENARIOS = {
     ("divergence", 8): "named barrier 0",
     ("divergence", 9): r"deadlock.*threads 0 to 63 at barrier 4 \(64 of 96 threads there\)",
     ("metadata", 1): "strictly ascending",
+    ("pipeline", 1): r"deadlock.*at barrier 2 \(64 of 128 threads there\)",
+    ("pipeline", 2): "race|nothing has written",
     ("source", 1): "race|source changed",
     ("source", 2): "source changed",
 }
@@ -219,10 +221,26 @@ def test_right_twin(scenarios, name):
         np.testing.assert_array_equal(out[:64], words[i ^ 33 ^ 1] + words[i ^ 33 ^ 32])
     elif name == "bytes":
         np.testing.assert_array_equal(out.view(np.uint8)[:64], i)
+    elif name == "pipeline":
+        np.testing.assert_array_equal(out, words)
     elif name == "first_come":
         assert (out[:64] == 1).all()
     elif name == "copies":
         np.testing.assert_array_equal(out[:64], words[(i ^ 32) % 32 * 4 + 1])
+
+
+@pytest.mark.parametrize("name", ["neighbours", "bytes", "copies", "divergence", "metadata", "pipeline", "hand_over"])
+def test_counters_do_not_depend_on_the_order_of_threads(scenarios, name):
+    """Warp-wide accesses are put together alike, also while other warps pass barriers of their own."""
+    found = []
+    for seed in SEEDS:
+        words, out, counter, arguments = scenario_arguments()
+        found.append(scenarios.call(f"scenario_{name}", words, out, counter, 0, seeds=[seed], **arguments))
+    assert all(counters == found[0] for counters in found)
+    if name == "pipeline":
+        total = found[0]["total"]
+        assert [total["shared"][kind]["requests"] for kind in ("store", "load")] == [8, 8]
+        assert total["global"]["in"]["requests"] == 8 and total["barriers"] == 6
 
 
 def test_all_threads_of_a_named_barrier_suffice(scenarios):

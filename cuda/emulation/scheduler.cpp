@@ -99,7 +99,10 @@ void complete(Block& block, int id) {
   }
   meet(block, arrivals, waiting.data(), waiting.size());
   count_barrier();
-  for (Warp& warp : block.warps) meet_warp(warp);
+  std::vector<uint32_t> together(block.warps.size(), id ? 0u : 0xffffffffu);
+  for (const Thread* thread : waiting) together[thread->index / 32] |= 1u << thread->lane;
+  for (size_t w = 0; w < together.size(); ++w)  // not the warps that only arrived or are elsewhere
+    if (together[w] == 0xffffffffu) meet_warp(block.warps[w]);
   for (Thread* thread : waiting)
     if (thread != current) release(thread);
   current->state = State::runnable;

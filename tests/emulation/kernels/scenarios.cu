@@ -146,6 +146,25 @@ __global__ void divergence(Arguments p) {
   ptx::store_global(p.out + i, value);
 }
 
+// Two warps produce, two consume, each at its own pace: twice over, through two stages of shared memory.
+__global__ void pipeline(Arguments p) {
+  const int i = threadIdx.x % 64;
+  const shared_t tile = ptx::dynamic_shared();
+  for (int step = 0; step < 4; ++step) {
+    const int stage = step % 2;
+    const shared_t mine = tile + stage * 256 + i * 4;
+    if (threadIdx.x < 64) {
+      if (step >= 2) ptx::named_barrier(3 + stage, 128);  // the stage is free
+      ptx::store_shared(mine, ptx::load_global_constant(p.in + step * 64 + i));
+      if (p.planted != 1 || step != 3) ptx::named_barrier_arrive(1 + stage, 128);  // the stage is full
+    } else {
+      if (p.planted != 2 || step != 3) ptx::named_barrier(1 + stage, 128);
+      ptx::store_global(p.out + step * 64 + i, ptx::load_shared<uint32_t>(mine));
+      if (step < 2) ptx::named_barrier_arrive(3 + stage, 128);
+    }
+  }
+}
+
 // The source of a copy changes while it is under way, before any thread waits.
 __global__ void source(Arguments p) {
   const int i = threadIdx.x;
@@ -188,6 +207,7 @@ SCENARIO(bytes, 1, 64, launch)
 SCENARIO(copies, 1, 64, launch)
 SCENARIO(accesses, 1, 64, launch)
 SCENARIO(divergence, 1, 96, launch)
+SCENARIO(pipeline, 1, 128, launch)
 SCENARIO(source, 1, 64, launch)
 SCENARIO(first_come, 1, 64, launch)
 SCENARIO(metadata, 1, 64, launch)
