@@ -248,16 +248,20 @@ class Emulated:
             buffers.append(Buffer(label, address, size, _offset(array), is_written, is_compared))
         return buffers
 
+    @functools.cached_property
+    def _symbols(self) -> dict[int, str]:
+        """Offset to name of the library's symbols, those of unnamed namespaces included."""
+        if not shutil.which("nm"):
+            return {}
+        lines = subprocess.run(["nm", "-C", str(self.path)], capture_output=True, text=True).stdout.splitlines()
+        parts = (line.partition(" ") for line in lines)
+        return {int(address, 16): symbol[2:] for address, _, symbol in parts if address}
+
     def _name_kernel(self, error: str) -> str:
-        """Kernels of unnamed namespaces are known by their offset in the library; nm knows their names."""
+        """The violation's sentence with the kernel's name where the library could give only its offset."""
         found = re.search(r"\[kernel \+0x([0-9a-f]+)", error)
-        if not found or not shutil.which("nm"):
-            return error
-        for line in subprocess.run(["nm", "-C", str(self.path)], capture_output=True, text=True).stdout.splitlines():
-            address, _, symbol = line.partition(" ")
-            if address and int(address, 16) == int(found[1], 16):
-                return error.replace(found[0], f"[kernel {symbol[2:].split('(unsigned')[0].strip()}")
-        return error
+        symbol = self._symbols.get(int(found[1], 16)) if found else None
+        return error.replace(found[0], f"[kernel {symbol}") if symbol else error
 
     def _run(self, name, args, buffers, before, seed, count) -> int:
         self.library.emulation_clear()
