@@ -23,16 +23,27 @@ struct IntLinear {
   static constexpr int kBlockBytes = 64 * kBits;
   static constexpr int kBlockPieces = kBlockBytes / kPieceBytes;
   static constexpr int kTilePieces = kIntLinearStageBlocks * kBlockPieces;  // one tile, one stage
+  static constexpr int kTileBytes = kTilePieces * kPieceBytes;
   static constexpr int kWeightBytes = int_linear_weight_bytes(kBits);
   static constexpr int kTokenBytes = int_linear_token_bytes(kTokenTiles);
   // With 64 tokens the sums fill the registers, and 16 products hide the loads of a block's codes.
   static constexpr bool kLoadAhead = kTokenTiles < 8;
-  static constexpr int kTokenRowBytes = 2 * kIntLinearStageK;
+  static constexpr int kTokenRowBytes = 2 * kIntLinearStageK, kTokenRowPieces = kTokenRowBytes / kPieceBytes;
+  static constexpr int kRowsAtOnce = kIntLinearThreads / kTokenRowPieces;  // of tokens, fetched by the block
+  static_assert(kRowsAtOnce % 2 == 0, "the pieces that a thread fetches have one swizzle");
   static_assert(kTokenRowBytes % 128 == 0, "swizzled_token_piece is for rows of whole bank cycles");
 
   // Where in the sequence of units a range stands.
   struct Position {
     int row_block, stage;
+  };
+  // The same for what is fetched: the group of the stage's first block, that block's place in it, and where the lane's
+  // first piece of weights and the thread's first piece of tokens lie. Kept up by additions: divisions and 64-bit
+  // products would cost as much as the copies.
+  struct Source : Position {
+    int group, in_group;
+    const uint8_t* weights;
+    const char* tokens;
   };
 
   const IntLinearArguments& a;
@@ -40,6 +51,8 @@ struct IntLinear {
   const int g = lane / 4, c = lane % 4, quad = g % 4;
   const int warp_tile = 2 * warp + g / 4;  // the lane's storage tile among the block's eight
   const int token0 = blockIdx.x * kTokens;
+  const int token = thread / kTokenRowPieces, token_piece = thread % kTokenRowPieces;  // the first that it fetches
+  const int first_token = token0 + token;
   const uint32_t begin = first_unit(blockIdx.y), end = first_unit(blockIdx.y + 1);
   const shared_t shared = ptx::dynamic_shared();
   const int scale_bytes = a.scale_dtype == 0 ? 4 : 2;
@@ -63,70 +76,92 @@ struct IntLinear {
   // ---- global to shared ---------------------------------------------------------------------------------------
   // A copy of 0 bytes fills its 16 with zeros and reads nothing, wherever its source points.
 
+  TERSOR_DEVICE Source source_at(int row_block, int stage) const {
+    const int first_block = stage * kIntLinearStageBlocks, group = first_block / a.group_blocks;
+    const int64_t tile = row_block * 8 + 2 * warp;
+    return {{row_block, stage}, group, first_block - group * a.group_blocks,
+            a.qweight + tile * a.blocks * kBlockBytes + stage * kTileBytes + lane * kPieceBytes,
+            static_cast<const char*>(a.x) + 2 * (int64_t(first_token) * a.ldx + kIntLinearStageK * stage) +
+                token_piece * kPieceBytes};
+  }
+
+  TERSOR_DEVICE void advance(Source& at) const {
+    if (at.stage + 1 == a.stages) {
+      at = source_at(at.row_block + 1, 0);
+      return;
+    }
+    ++at.stage;
+    at.weights += kTileBytes;
+    at.tokens += kTokenRowBytes;
+    at.in_group += kIntLinearStageBlocks;
+    while (at.in_group >= a.group_blocks) {
+      at.in_group -= a.group_blocks;
+      ++at.group;
+    }
+  }
+
   // A warp fetches the two storage tiles that it multiplies: whole 16-byte pieces, 512 contiguous bytes at a time.
-  TERSOR_DEVICE void fetch_weights(shared_t stage, const Position& at) const {
-    const int first_block = at.stage * kIntLinearStageBlocks;
-    const int64_t tile_bytes = int64_t(a.blocks) * kBlockBytes;
+  TERSOR_DEVICE void fetch_weights(shared_t stage, const Source& at) const {
+    const int tiles_left = a.tiles - (at.row_block * 8 + 2 * warp);
+    const int blocks_left = a.blocks - at.stage * kIntLinearStageBlocks;
+    const int64_t next_tile = int64_t(a.blocks) * kBlockBytes - kTileBytes;
+    const shared_t targets = stage + 2 * warp * kTileBytes;
 #pragma unroll(kTokenTiles < 8 ? kBits : 1)  // with 64 tokens the addresses of all pieces would not fit
     for (int i = 0; i < kBits; ++i) {
-      const int index = lane + 32 * i;
-      const int tile = 2 * warp + index / kTilePieces, piece = index % kTilePieces;
-      const int block = piece / kBlockPieces, storage_tile = at.row_block * 8 + tile;
-      const bool inside = storage_tile < a.tiles && first_block + block < a.blocks;
-      const uint8_t* source = a.qweight + storage_tile * tile_bytes + first_block * kBlockBytes + piece * kPieceBytes;
-      const shared_t target = stage + (tile * kIntLinearStageBlocks + block) * kBlockBytes +
-                              swizzled_piece(kBits, piece % kBlockPieces) * kPieceBytes;
+      const int index = lane + 32 * i;  // of a piece in both tiles: shared memory has them in this order
+      const int tile = index / kTilePieces, block = index % kTilePieces / kBlockPieces;
+      const int piece = 32 % kBlockPieces == 0 ? lane % kBlockPieces : index % kBlockPieces;
+      const bool inside = tile < tiles_left && block < blocks_left;
+      const uint8_t* source = at.weights + 32 * i * kPieceBytes + (tile == 0 ? 0 : next_tile);
+      const shared_t target = targets + (swizzled_piece(kBits, piece) - piece + lane) * kPieceBytes +
+                              32 * i * kPieceBytes;
       ptx::cp_async_16_once(target, source, inside ? kPieceBytes : 0);
     }
   }
 
   // Rows past m and columns past k become zeros, so what the padding of the weights holds does not matter.
-  TERSOR_DEVICE void fetch_tokens(shared_t stage, const Position& at) const {
-    constexpr int row_pieces = kTokenRowBytes / kPieceBytes, rows_at_once = kIntLinearThreads / row_pieces;
-    static_assert(rows_at_once % 2 == 0, "a thread's pieces have one swizzle");
-    const int piece = thread % row_pieces, token = thread / row_pieces;
-    const int column = at.stage * kIntLinearStageK + piece * (kPieceBytes / 2), left = 2 * (a.k - column);
+  TERSOR_DEVICE void fetch_tokens(shared_t stage, const Source& at) const {
+    const int left = 2 * (a.k - at.stage * kIntLinearStageK) - token_piece * kPieceBytes;
     const int bytes = left <= 0 ? 0 : left < kPieceBytes ? left : kPieceBytes;
-    const char* source = static_cast<const char*>(a.x) + 2 * ((token0 + token) * a.ldx + column);
-    const shared_t target = stage + token * kTokenRowBytes + swizzled_token_piece(token, piece) * kPieceBytes;
+    const char* source = at.tokens;
+    const shared_t target = stage + token * kTokenRowBytes + swizzled_token_piece(token, token_piece) * kPieceBytes;
 #pragma unroll
-    for (int i = 0; i < kTokens / rows_at_once; ++i) {
-      const bool inside = token0 + token + rows_at_once * i < a.m && bytes > 0;
-      ptx::cp_async_16(target + rows_at_once * i * kTokenRowBytes, source, inside ? bytes : 0);
-      source += 2 * rows_at_once * a.ldx;
+    for (int i = 0; i < kTokens / kRowsAtOnce; ++i) {
+      const bool inside = first_token + kRowsAtOnce * i < a.m;
+      ptx::cp_async_16(target + kRowsAtOnce * i * kTokenRowBytes, source, inside ? bytes : 0);
+      source += 2 * kRowsAtOnce * a.ldx;
     }
   }
 
   // Scales and zero points of the groups that begin in the stage; at the start of a range also of the group that
   // it begins in. A slot holds 16 scales (and zero points) of each of the eight tiles.
-  TERSOR_DEVICE void fetch_groups(shared_t stage, const Position& at, bool range_starts) const {
-    const int first_block = at.stage * kIntLinearStageBlocks;
-    const int last_block = first_block + kIntLinearStageBlocks < a.blocks ? first_block + kIntLinearStageBlocks - 1
-                                                                           : a.blocks - 1;
-    const int first_group = first_block / a.group_blocks, last_group = last_block / a.group_blocks;
-    const bool skip_first = !range_starts && first_group * a.group_blocks < first_block;
+  TERSOR_DEVICE void fetch_groups(shared_t stage, const Source& at, bool range_starts) const {
+    const int left = a.blocks - at.stage * kIntLinearStageBlocks;
+    const int blocks = left < kIntLinearStageBlocks ? left : kIntLinearStageBlocks;
+    const int first_slot = at.in_group > 0 && !range_starts ? 1 : 0;
+    const auto begins = [&](int slot) { return slot >= first_slot && slot * a.group_blocks - at.in_group < blocks; };
     const int shift = a.scale_dtype == 0 ? 2 : 1, pieces = 1 << shift;  // of 16 scales
     for (int index = thread; index < a.group_slots * 8 * pieces; index += kIntLinearThreads) {
       const int piece = index & (pieces - 1), tile = index >> shift & 7, slot = index >> (shift + 3);
-      if (first_group + slot > last_group || (slot == 0 && skip_first)) continue;
+      if (!begins(slot)) continue;
       const bool inside = at.row_block * 8 + tile < a.tiles;
-      const int64_t at_group = int64_t(at.row_block * 8 + tile) * a.groups + first_group + slot;
-      const char* source = static_cast<const char*>(a.scales) + at_group * 16 * scale_bytes;
+      const int64_t group = int64_t(at.row_block * 8 + tile) * a.groups + at.group + slot;
       ptx::cp_async_16(stage + slot * a.group_bytes + (tile * pieces + piece) * kPieceBytes,
-                       source + piece * kPieceBytes, inside ? kPieceBytes : 0);
+                       static_cast<const char*>(a.scales) + (group * pieces + piece) * kPieceBytes,
+                       inside ? kPieceBytes : 0);
     }
     if (a.zero_points == nullptr) return;
     for (int index = kIntLinearThreads - 1 - thread; index < a.group_slots * 8; index += kIntLinearThreads) {
       const int tile = index % 8, slot = index / 8;
-      if (first_group + slot > last_group || (slot == 0 && skip_first)) continue;
+      if (!begins(slot)) continue;
       const bool inside = at.row_block * 8 + tile < a.tiles;
-      const int64_t at_group = int64_t(at.row_block * 8 + tile) * a.groups + first_group + slot;
+      const int64_t group = int64_t(at.row_block * 8 + tile) * a.groups + at.group + slot;
       ptx::cp_async_16(stage + slot * a.group_bytes + kIntLinearRows * scale_bytes + tile * kPieceBytes,
-                       a.zero_points + at_group * 16, inside ? kPieceBytes : 0);
+                       a.zero_points + group * kPieceBytes, inside ? kPieceBytes : 0);
     }
   }
 
-  TERSOR_DEVICE void fetch(int slot, const Position& at, bool range_starts) const {
+  TERSOR_DEVICE void fetch(int slot, const Source& at, bool range_starts) const {
     const shared_t stage = shared + slot * a.stage_bytes;
     fetch_weights(stage, at);
     fetch_tokens(stage + kWeightBytes, at);
@@ -325,7 +360,7 @@ struct IntLinear {
 
   TERSOR_DEVICE void run() {
     Position at = {static_cast<int>(begin / a.stages), static_cast<int>(begin % a.stages)};
-    Position ahead = at;
+    Source ahead = source_at(at.row_block, at.stage);
     const auto fetch_next = [&](uint32_t unit, int slot) {
       if (unit < end) {
         fetch(slot, ahead, unit == begin);
