@@ -154,6 +154,22 @@ PYBIND11_MODULE(_C, module) {
       "(qweight, scales, zero_points, bias, y, n, ldy)");
 
   module.def(
+      "int_linear_grouped",
+      [](Address x, int x_dtype, int64_t rows, int64_t k, int64_t ldx, Address ends, int64_t experts, Address qweight,
+         Address scales, int scale_dtype, Address zero_points, Address bias, Address y, int64_t n, int64_t ldy, int bits,
+         int64_t group_size, int act_bits, int threads) {
+        const tersor_projection weights = projection(qweight, scales, zero_points, bias, y, n, ldy);
+        run([&] {
+          return tersor_int_linear_grouped(pointer(x), x_dtype, rows, k, ldx, pointer<const int32_t>(ends), experts,
+                                           &weights, scale_dtype, bits, group_size, act_bits, threads);
+        });
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("k"), py::arg("ldx"), py::arg("ends"),
+      py::arg("experts"), py::arg("qweight"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"),
+      py::arg("bias"), py::arg("y"), py::arg("n"), py::arg("ldy"), py::arg("bits"), py::arg("group_size"),
+      py::arg("act_bits"), py::arg("threads"), "int_linear for rows sorted by expert, each with its expert's weight");
+
+  module.def(
       "int_pack",
       [](Address codes, int64_t n, int64_t k, int bits, Address qweight, int threads) {
         run([&] { return tersor_int_pack(pointer<const uint8_t>(codes), n, k, bits, pointer<uint8_t>(qweight), threads); });

@@ -35,6 +35,13 @@ int tersor_int_linear(const void* x, int x_dtype, int64_t m, int64_t k, int64_t 
                       const tersor_projection* projections, int count, int scale_dtype, int bits,
                       int64_t group_size, int act_bits, int threads);
 
+/* The same for a mixture of experts: x [rows, k] sorted by expert, ends [experts] the row after each expert's last one
+ * (ascending, at most rows). The weights of all experts follow one another; bias is [experts, n]. Rows from the last
+ * end on become 0. */
+int tersor_int_linear_grouped(const void* x, int x_dtype, int64_t rows, int64_t k, int64_t ldx, const int32_t* ends,
+                              int64_t experts, const tersor_projection* weights, int scale_dtype, int bits,
+                              int64_t group_size, int act_bits, int threads);
+
 int tersor_int_pack(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t* qweight, int threads);
 int tersor_int_unpack(const uint8_t* qweight, int64_t n, int64_t k, int bits, uint8_t* codes, int threads);
 int tersor_int_dequantize(const uint8_t* qweight, const void* scales, int scale_dtype,

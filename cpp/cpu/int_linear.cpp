@@ -1,6 +1,8 @@
 // tersor_int_linear: checks what can be checked from sizes, then hands over to the instruction set.
+#include <cstring>
 #include <vector>
 
+#include "common/float16.h"
 #include "common/status.h"
 #include "cpu/int_layout.h"
 #include "cpu/isa.h"
@@ -46,4 +48,50 @@ extern "C" int tersor_int_linear(const void* x, int x_dtype, int64_t m, int64_t 
   if (!kernel) return fail(TERSOR_INVALID, "act_bits 8 has no kernel for %s in this build; accepted: 16", isa.name);
   return kernel({x, x_dtype, m, k, ldx, used.data(), static_cast<int>(used.size()), scale_dtype, bits, group_size,
                  threads});
+}
+
+extern "C" int tersor_int_linear_grouped(const void* x, int x_dtype, int64_t rows, int64_t k, int64_t ldx,
+                                         const int32_t* ends, int64_t experts, const tersor_projection* weights,
+                                         int scale_dtype, int bits, int64_t group_size, int act_bits, int threads) {
+  const int64_t n = weights->n;
+  if (int status = check_int_arguments(n, k, bits, group_size, threads)) return status;
+  if (x_dtype < 0 || x_dtype > 2 || scale_dtype < 0 || scale_dtype > 2) {
+    return fail(TERSOR_INVALID, "dtype codes are %d (x) and %d (scales); accepted: 0 float32, 1 bfloat16, 2 float16",
+                x_dtype, scale_dtype);
+  }
+  if (rows < 0 || experts < 0 || (rows > 1 && (ldx < k || weights->ldy < n))) {
+    return fail(TERSOR_INVALID, "rows, experts, ldx, ldy are %lld, %lld, %lld, %lld; accepted: 0 or more, at least k and n",
+                (long long)rows, (long long)experts, (long long)ldx, (long long)weights->ldy);
+  }
+  if (rows == 0 || n == 0) return TERSOR_OK;
+  if (!x || !ends || !weights->qweight || !weights->scales || !weights->y) {
+    return fail(TERSOR_INVALID, "x, ends, qweight, scales or y is absent");
+  }
+  // All are looked at before anything is written.
+  for (int64_t e = 0, last = 0; e < experts; last = ends[e++]) {
+    if (ends[e] < last || ends[e] > rows) {
+      return fail(TERSOR_INVALID, "ends[%lld] is %d after %lld; accepted: ascending, up to %lld rows", (long long)e,
+                  ends[e], (long long)last, (long long)rows);
+    }
+  }
+  const IntShape shape = int_shape(n, k, bits, group_size);
+  const int64_t size = dtype_size(x_dtype), entries = shape.tiles * shape.groups * kTileRows;
+  int64_t begin = 0;
+  for (int64_t e = 0; e < experts; begin = ends[e++]) {
+    if (ends[e] == begin) continue;
+    tersor_projection p = *weights;
+    p.qweight += e * shape.tiles * shape.tile_bytes();
+    p.scales = static_cast<const char*>(p.scales) + e * entries * dtype_size(scale_dtype);
+    if (p.zero_points) p.zero_points += e * entries;
+    if (p.bias) p.bias = static_cast<const char*>(p.bias) + e * n * size;
+    p.y = static_cast<char*>(p.y) + begin * p.ldy * size;
+    if (int status = tersor_int_linear(static_cast<const char*>(x) + begin * ldx * size, x_dtype, ends[e] - begin, k,
+                                       ldx, &p, 1, scale_dtype, bits, group_size, act_bits, threads)) {
+      return status;
+    }
+  }
+  for (int64_t row = begin; row < rows; ++row) {
+    std::memset(static_cast<char*>(weights->y) + row * weights->ldy * size, 0, n * size);
+  }
+  return TERSOR_OK;
 }

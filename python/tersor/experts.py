@@ -189,6 +189,19 @@ class Experts(nn.Module):
             return _Multiply.apply(x, bias, self.format, shape, tuple(tensors), *tensors.values())
         return self.format.linear(x, tensors, bias, shape)
 
+    def _linear_grouped(self, x: Tensor, ends: Tensor, projection: str) -> Tensor:
+        bias = self._parameters.get(projection + "_bias")
+        if bias is not None:
+            bias = bias.detach().to(x.dtype).contiguous()
+        held = {name: self._buffers[_buffer(projection, name)] for name in self._names[projection]}
+        return self.format.linear_grouped(x, ends, held, bias, self.projections[projection])
+
+    def _grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """All experts on rows sorted by expert, one call for each projection."""
+        up, down = self.projections
+        y = self._linear_grouped(_activate(self._rule, self._linear_grouped(x, ends, up)), ends, down)
+        return self.post_expert_norm(y) if getattr(self._rule, "has_post_expert_norm", False) else y
+
     def _expert(self, x: Tensor, expert: int) -> Tensor:
         up, down = self.projections
         y = self._linear(_activate(self._rule, self._linear(x, up, expert)), down, expert)
@@ -200,6 +213,8 @@ class Experts(nn.Module):
         if hidden_states.shape[-1] != hidden:
             raise ValueError(f"input of experts of width {hidden}: found {list(hidden_states.shape)}, accepted is "
                              f"[tokens, {hidden}]")
+        if not _is_grad_enabled() or not (hidden_states.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return self._inference(hidden_states, top_k_index, top_k_weights)
         if self._sorted:
             parts = hidden_states.view(self.num_experts, -1, hidden)
             return torch.stack([self._expert(part, e) for e, part in enumerate(parts)]).view(-1, hidden)
@@ -211,6 +226,23 @@ class Experts(nn.Module):
             y = self._expert(hidden_states[token], expert) * top_k_weights[token, slot, None]
             result.index_add_(0, token, y.to(result.dtype))
         return result
+
+    def _inference(self, x: Tensor, top_k_index: Tensor | None, top_k_weights: Tensor | None) -> Tensor:
+        if self._sorted:
+            each = x.shape[0] // self.num_experts
+            ends = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=x.device) * each
+            return self._grouped(x, ends)
+        # Nothing here depends on values that would have to be read back, so a GPU's work can be captured in a graph.
+        slots = top_k_index.shape[-1]
+        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        numbers = torch.arange(self.num_experts, dtype=experts.dtype, device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        y = self._grouped(x[order // slots], ends) * top_k_weights.reshape(-1)[order, None]
+        # Tokens that expert parallelism sends elsewhere come last; their rows may hold what post-processing made of 0.
+        y = y.masked_fill((experts >= self.num_experts)[:, None], 0)
+        restored = torch.empty_like(y)
+        restored[order] = y
+        return restored.view(*top_k_index.shape, -1).sum(1).to(x.dtype)
 
     def _apply(self, fn, recurse=True):
         # Dtype casts of the model change the dtype of `weights`, never the stored tensors.

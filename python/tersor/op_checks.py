@@ -37,6 +37,27 @@ def check_weight(op, k, qweight, scales, zero_points, n, bits, group_size, devic
             fail(op, name, f"{tensor.device}, contiguous={tensor.is_contiguous()}", f"contiguous on {device}")
 
 
+def check_experts(op, x, ends, qweight, scales, zero_points, bias, n, bits, group_size):
+    """`check_weight` for weights with a leading expert dimension, and the rest of a grouped operation."""
+    count = ends.numel()
+    if ends.dtype is not torch.int32 or ends.dim() != 1 or ends.device != x.device or not ends.is_contiguous():
+        fail(op, "ends", f"{ends.dtype} {list(ends.shape)} on {ends.device}",
+             f"contiguous torch.int32 [experts] on {x.device}")
+    if x.dim() != 2:
+        fail(op, "x", list(x.shape), "[rows, in_features], sorted by expert")
+    for name, tensor in (("qweight", qweight), ("scales", scales), ("zero_points", zero_points)):
+        if tensor is not None and (tensor.dim() != 4 or len(tensor) != count or not tensor.is_contiguous()):
+            fail(op, name, f"{list(tensor.shape)}, contiguous={tensor.is_contiguous()}",
+                 f"contiguous, {count} experts first")
+    if count:
+        check_weight(op, x.shape[-1], qweight[0], scales[0], None if zero_points is None else zero_points[0], n, bits,
+                     group_size, x.device)
+    if bias is not None and (bias.dtype is not x.dtype or bias.shape != (count, n) or bias.device != x.device
+                             or not bias.is_contiguous()):
+        fail(op, "bias", f"{bias.dtype} {list(bias.shape)} on {bias.device}",
+             f"contiguous {x.dtype} {[count, n]} on {x.device}")
+
+
 def check_input(op, x, act_bits):
     if x.dtype not in CODE:
         fail(op, "x", x.dtype, FLOATS)

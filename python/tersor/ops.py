@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C, ops_cuda
-from .op_checks import CODE, FLOATS, as_rows, check_bias, check_input, check_projections, check_weight, fail
+from .op_checks import (CODE, FLOATS, as_rows, check_bias, check_experts, check_input, check_projections, check_weight,
+                        fail)
 
 _LIBRARY = torch.library.Library("tersor", "DEF")
 
@@ -211,6 +212,49 @@ int_linear_multi = Op(
     "int bits, int group_size, int act_bits) -> Tensor[]",
     _int_linear_multi_cpu, _int_linear_multi_fake, _int_linear_multi_reference,
     ops_cuda.int_linear_multi if _C.has_cuda_build else None, "int_linear cuda, once for each projection",
+)
+
+
+# -- int_linear_grouped: the experts of a mixture ------------------------------------------------------------------
+
+
+def _int_linear_grouped_cpu(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+    op = "int_linear_grouped"
+    check_input(op, x, act_bits)
+    check_experts(op, x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size)
+    x = as_rows(x)
+    rows, k = x.shape
+    y = x.new_empty((rows, out_features))
+    _C.int_linear_grouped(
+        x.data_ptr(), CODE[x.dtype], rows, k, x.stride(0) if rows > 1 else k, ends.data_ptr(), ends.numel(),
+        qweight.data_ptr(), scales.data_ptr(), CODE[scales.dtype],
+        0 if zero_points is None else zero_points.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        out_features, out_features, bits, group_size, act_bits, _threads(),
+    )
+    return y
+
+
+def _int_linear_grouped_fake(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+    return x.new_empty((x.shape[0], out_features))
+
+
+def _int_linear_grouped_reference(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size,
+                                  act_bits):
+    y, begin = x.new_zeros((x.shape[0], out_features)), 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > begin:
+            y[begin:end] = _int_linear_reference(
+                x[begin:end], qweight[expert], scales[expert], None if zero_points is None else zero_points[expert],
+                None if bias is None else bias[expert], out_features, bits, group_size, act_bits)
+        begin = end
+    return y
+
+
+int_linear_grouped = Op(
+    "int_linear_grouped",
+    "(Tensor x, Tensor ends, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int out_features, "
+    "int bits, int group_size, int act_bits) -> Tensor",
+    _int_linear_grouped_cpu, _int_linear_grouped_fake, _int_linear_grouped_reference,
 )
 
 

@@ -84,6 +84,19 @@ class Format:
         """``x [..., in] @ W.T + bias``. This default is the reference; a format with a kernel makes one op call."""
         return F.linear(self.quantize_input(x), self.unpack(tensors, shape, x.dtype), bias)
 
+    def linear_grouped(self, x: Tensor, ends: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None,
+                       shape: Shape) -> Tensor:
+        """`linear` for a mixture of experts: ``x [rows, in]`` sorted by expert, ``ends [experts]`` int32 the row after
+        each expert's last one, tensors and ``bias [experts, out]`` with experts first. Rows from the last end on give
+        0. This default makes one `linear` call for each expert; a format with a grouped kernel makes one op call."""
+        y, begin = x.new_zeros((x.shape[0], shape[0])), 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > begin:
+                y[begin:end] = self.linear(x[begin:end], {name: tensor[expert] for name, tensor in tensors.items()},
+                                           None if bias is None else bias[expert], shape)
+            begin = end
+        return y
+
     def bind(self, tensors: Mapping[str, Tensor], shape: Shape) -> Callable[[Tensor, Tensor | None], Tensor] | None:
         """`linear` on these very tensors as a callable ``(x, bias) -> y`` for plain eager CPU inputs, checked once
         instead of in every call; None where there is no such short cut."""

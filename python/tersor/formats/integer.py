@@ -173,6 +173,13 @@ class Int(Format):
         return ops.int_linear(x, tensors["qweight"], tensors["scales"], tensors.get("zero_points"), bias,
                               shape[0], self.num_bits, self.group_size, self.activation)
 
+    def linear_grouped(self, x: Tensor, ends: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None,
+                       shape: Shape) -> Tensor:
+        if self.activation == 4:
+            return super().linear_grouped(x, ends, tensors, bias, shape)
+        return ops.int_linear_grouped(x, ends, tensors["qweight"], tensors["scales"], tensors.get("zero_points"), bias,
+                                      shape[0], self.num_bits, self.group_size, self.activation)
+
     def bind(self, tensors: Mapping[str, Tensor], shape: Shape):
         if self.activation == 4 or not tensors["qweight"].is_cpu:
             return None
