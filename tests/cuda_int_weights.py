@@ -50,8 +50,8 @@ def multiply(library, weight, x, bias=None, ranges=1, seeds=(0,), count=False, p
     # The whole of y's rows is registered: what is written behind them is found below.
     result = library.call(
         "tersor_cuda_int_linear", x, CODE[x.dtype], m, weight.k, x.stride(0), weight.qweight, weight.scales,
-        CODE[weight.scale_dtype], weight.zeros, bias, out, n, out.stride(0), weight.bits, weight.group, ranges, partials,
-        counters, None, names=[name for name, tensor in names.items() if tensor is not None],
+        CODE[weight.scale_dtype], weight.zeros, bias, out, n, out.stride(0), weight.bits, weight.group, ranges,
+        partials, counters, None, names=[name for name, tensor in names.items() if tensor is not None],
         outputs=[out, partials, counters], seeds=seeds, count=count)
     assert not counters.any(), "the counters are not zero again"
     assert torch.isnan(out[:, n:]).all(), "wrote past the row"

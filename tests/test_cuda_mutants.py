@@ -43,7 +43,8 @@ def check(library, problems):
 
 MUTANTS = {
     # synchronisation
-    "no barrier in the main loop": (KERNEL, "      ptx::barrier();                     // everyone's", "      // everyone's"),
+    "no barrier in the main loop": (KERNEL, "      ptx::barrier();                     // everyone's",
+                                    "      // everyone's"),
     "no wait for copies": (KERNEL, "ptx::cp_async_wait<kStages - 2>();", ""),
     "a wait one group short": (KERNEL, "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
     "no commit": (KERNEL, "      ptx::cp_async_commit();  // also", "      // also"),
@@ -59,21 +60,25 @@ MUTANTS = {
     "no fence after the arrival": (KERNEL, "      ptx::fence();  // the others'", "      // the others'"),
     "a counter that does not wrap": (KERNEL, "atomic_inc_wrap(counter, last - first)",
                                      "atomic_inc_wrap(counter, last - first + 1)"),
-    "the first arriver adds up": (KERNEL, "load_shared<uint32_t>(flag) != last - first", "load_shared<uint32_t>(flag) != 0"),
+    "the first arriver adds up": (KERNEL, "load_shared<uint32_t>(flag) != last - first",
+                                  "load_shared<uint32_t>(flag) != 0"),
     # bounds
     "no bound on storage tiles": (KERNEL, "tile < tiles_left && block < blocks_left", "block < blocks_left"),
     "no bound on blocks": (KERNEL, "tile < tiles_left && block < blocks_left", "tile < tiles_left"),
     "no bound on tokens read": (KERNEL, "first_token + kRowsAtOnce * i < a.m", "true"),
     "no bound on k": (KERNEL, "left <= 0 ? 0 : left < kPieceBytes ? left : kPieceBytes", "kPieceBytes"),
     "the last piece of a row whole": (KERNEL, "left < kPieceBytes ? left : kPieceBytes", "kPieceBytes"),
-    "no bound on the tiles of scales": (KERNEL, "                       inside ? kPieceBytes : 0);",
-                                        "                       kPieceBytes);"),
-    "no bound on the tiles of zero points": (KERNEL, "a.zero_points + group * kPieceBytes, inside ? kPieceBytes : 0",
-                                             "a.zero_points + group * kPieceBytes, kPieceBytes"),
+    "no bound on the tiles of scales": (
+        KERNEL, "(group * pieces + piece) * kPieceBytes,\n                         at.row_block * 8 + tile < a.tiles ?",
+        "(group * pieces + piece) * kPieceBytes,\n                         true ?"),
+    "no bound on the tiles of zero points": (
+        KERNEL, "a.zero_points + group * kPieceBytes, at.row_block * 8 + tile < a.tiles ? kPieceBytes : 0",
+        "a.zero_points + group * kPieceBytes, kPieceBytes"),
     "no bound on groups": (KERNEL, " && slot * a.group_blocks - at.in_group < blocks;", ";"),
     "groups of a whole stage at its end": (KERNEL, "slot * a.group_blocks - at.in_group < blocks;",
                                            "slot * a.group_blocks - at.in_group < kIntLinearStageBlocks;"),
-    "groups begin past the last block": (KERNEL, "group_left == 0 && first_block + block < a.blocks", "group_left == 0"),
+    "groups begin past the last block": (KERNEL, "group_left == 0 && first_block + block < a.blocks",
+                                         "group_left == 0"),
     "no bound on tokens stored": (KERNEL, "        if (token >= a.m) continue;\n", ""),
     "no bound on rows stored": (KERNEL, "if (i < rows) ptx::store_global", "ptx::store_global"),
     "no bound on rows stored as a whole": (KERNEL, "rows >= 4 && a.wide_stores", "a.wide_stores"),
@@ -83,7 +88,8 @@ MUTANTS = {
     "a partial sum left out": (KERNEL, "for (uint32_t range = first; range <= last; ++range) {",
                                "for (uint32_t range = first + 1; range <= last; ++range) {"),
     "own sum added twice": (KERNEL, "    clear();\n    for (uint32_t range", "    for (uint32_t range"),
-    "sums in the order of arrival": (KERNEL, "    clear();\n    for (uint32_t range = first; range <= last; ++range) {\n",
+    "sums in the order of arrival": (KERNEL,
+                                     "    clear();\n    for (uint32_t range = first; range <= last; ++range) {\n",
                                      "    for (uint32_t range = first; range <= last; ++range) {\n"
                                      "      if (range == blockIdx.y) continue;\n"),
     "sums carried to the next row block": (KERNEL, "      clear();\n      begin_group(groups, 0);",
@@ -123,7 +129,8 @@ MUTANTS = {
                                       "dequantizer.pairs(lower, codes, 2 * j, c);"),
     "steps of the tokens exchanged": (KERNEL, "{{x[0], x[1]}, {x[2], x[3]}}", "{{x[2], x[3]}, {x[0], x[1]}}"),
     "the wrong lane's tokens": (KERNEL, "token = token0 + 8 * t + 2 * c + e", "token = token0 + 8 * t + c + 4 * e"),
-    "the wrong quad of rows": (KERNEL, "const int row = 16 * warp_tile + 4 * quad;", "const int row = 16 * warp_tile + 4 * c;"),
+    "the wrong quad of rows": (KERNEL, "const int row = 16 * warp_tile + 4 * quad;",
+                               "const int row = 16 * warp_tile + 4 * c;"),
 }  # fmt: skip
 # With 70 tokens: the others are caught with few.
 NEEDS_MANY = {"tokens' blocks share counters", "tokens' blocks share partial sums"}

@@ -36,8 +36,8 @@ class Launchers:
         assert status == 0, self.native.emulation_error().decode() or status
         self.calls.append(name)
 
-    def int_linear(self, x, x_dtype, m, k, ldx, qweight, scales, scale_dtype, zeros, bias, y, n, ldy, bits, group, ranges,
-                   partials, counters, stream):
+    def int_linear(self, x, x_dtype, m, k, ldx, qweight, scales, scale_dtype, zeros, bias, y, n, ldy, bits, group,
+                   ranges, partials, counters, stream):
         tiles, blocks, groups = -(-n // 16), -(-k // 32), -(-k // group) if group else 1
         _, partial_bytes, counter_bytes = ops_cuda._plan(m, n, k, bits, group, scale_dtype, bool(zeros), None)
         self.run("tersor_cuda_int_linear",
@@ -52,7 +52,8 @@ class Launchers:
         tiles, blocks, groups = -(-n // 16), -(-k // 32), -(-k // group) if group else 1
         self.run("tersor_cuda_int_dequantize",
                  (qweight, scales, scale_dtype, zeros, n, k, bits, group, out, out_dtype, stream),
-                 [(qweight, tiles * blocks * 64 * bits, 0), (scales, tiles * groups * 16 * (4 if scale_dtype == 0 else 2), 0),
+                 [(qweight, tiles * blocks * 64 * bits, 0),
+                  (scales, tiles * groups * 16 * (4 if scale_dtype == 0 else 2), 0),
                   (zeros, tiles * groups * 16, 0), (out, n * k * (4 if out_dtype == 0 else 2), 1)])
 
 

@@ -41,7 +41,8 @@ int describe(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int 
   p->stages = static_cast<int>(div_up(shape.blocks, kIntLinearStageBlocks));
   p->units = int64_t(p->row_blocks) * p->stages;
   if (p->units > INT32_MAX) {
-    return fail(TERSOR_INVALID, "n x k is %lld x %lld; accepted on CUDA: up to 2^45 weights", (long long)n, (long long)k);
+    return fail(TERSOR_INVALID, "n x k is %lld x %lld; accepted on CUDA: up to 2^45 weights", (long long)n,
+                (long long)k);
   }
   p->groups = static_cast<int>(shape.groups);
   p->group_blocks = static_cast<int>(shape.group_blocks);
@@ -119,7 +120,8 @@ extern "C" int tersor_cuda_int_linear(const void* x, int x_dtype, int64_t m, int
                 (long long)(p.units < 65535 ? p.units : 65535));
   }
   if (ranges > 1 && (!partials || !counters || !aligned(partials, 16))) {
-    return fail(TERSOR_INVALID, "partials and counters: accepted is the workspace, 16-byte aligned, for ranges above 1");
+    return fail(TERSOR_INVALID, "partials and counters: accepted is the workspace, 16-byte aligned, for ranges "
+                "above 1");
   }
   IntLinearChooser* chooser = int_linear_choosers[bits];
   IntLinearKernel* kernel = chooser ? chooser(x_dtype == TERSOR_BFLOAT16, p.token_tiles) : nullptr;

@@ -71,9 +71,11 @@ __global__ void __launch_bounds__(kIntDequantizeThreads) int_dequantize(const In
         reinterpret_cast<const decltype(type)*>(static_cast<const char*>(a.scales) + first * bytes));
   });
   IntDequantizer<Float16, bits> dequantizer;
-  dequantizer.set_zero_points(a.zero_points == nullptr
-                                  ? (1u << (bits - 1)) * 0x01010101u
-                                  : ptx::load_global_constant(reinterpret_cast<const uint32_t*>(a.zero_points + first)));
+  dequantizer.set_zero_points((1u << (bits - 1)) * 0x01010101u);
+  if (a.zero_points != nullptr) {
+    const auto* zeros = reinterpret_cast<const uint32_t*>(a.zero_points + first);
+    dequantizer.set_zero_points(ptx::load_global_constant(zeros));
+  }
 
   const int column = 32 * block + 8 * c, count = a.k - column;
   const bool wide = a.wide_stores && count >= 8;

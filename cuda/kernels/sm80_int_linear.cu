@@ -1,9 +1,41 @@
+// y[m, n] = x[m, k] ((codes - zero_points) * scales)^T + bias: 16-bit activations, integer weights of 2 to 8 bits.
+//
+// LAYOUT. The stored layout (cpp/cpu/int_layout.h) is the fragment layout: weights are operand A of mma.m16n8k16,
+// tokens are its n, and a lane's share of a 16-row x 32-k block is 16 contiguous bytes of each plane (int_tile.h):
+//
+//     lane = (g, c)      rows of a warp (two storage tiles)          tokens
+//     g / 4  tile        quad g % 4: rows 0 1 | 2 3 of four          x[token g, 32 block + 8c .. + 7]: 16 bytes
+//     c      k 8c..8c+7  product j = 0: rows 0, 1   j = 1: rows 2, 3 registers 0, 1: step 0    2, 3: step 1
+//     result of product j: rows 2j, 2j + 1 for tokens 2c, 2c + 1: four consecutive features, one 8-byte store a token
+//
+// A block of 4 warps computes 128 rows x 8 * kTokenTiles tokens (tokens 8, 16, 32, 64: dispatch/int_linear_tiles.h) in
+// stages of 128 k. Codes become integers code - zero_point without rounding (int_dequantize.h); the scale is applied
+// to the fp32 sum of each group. STREAM-K: all (row block, stage) units, cut into equal ranges, one for each block that
+// is resident; see reduce(). Sums are taken in a fixed order: results are the same to the bit in every launch.
+//
+// SHARED MEMORY, bytes: stages x (2048 bits + 2048 kTokenTiles + group slots x 128 x (scale + zero point)) + 16. With
+// 16-bit scales and one slot (groups of 128, 256, .. or a whole row), for 2, 3, 4, 5, 6, 7, 8 bits:
+//     kTokenTiles 1   4 stages: 25616  33808  42000  50192  58384  66576  74768
+//                 2   4 stages: 33808  42000  50192  58384  66576  74768  82960
+//                 4   4 stages: 50192  58384  66576  74768  82960  91152; 8 bits 3 stages: 74512
+//                 8   4 stages: 82960  91152; 4 to 7 bits 3 stages: 74512  80656  86800  92944; 8 bits 2 stages: 66064
+// The main loop reads and writes it without bank conflicts (int_tile.h proves it, the tests count it).
+// REGISTERS: 65536 / (128 x blocks that share a multiprocessor), no spills; what the gate asserts:
 // gate: defines TERSOR_BITS=2,3,4,5,6,7,8
 // gate: registers 128 where [2-6], 1>
 // gate: registers 168 where [78], 1>|, 2>
 // gate: registers 255
 // gate: wants HMMA.16816.F32 where Float16
 // gate: wants LDGSTS.E.BYPASS LDS.128
+//
+// FLOORS for 4 bits, bf16, groups of 128, up to 8 tokens, a stage (8192 bytes of codes, 256 of scales): a warp issues
+// about 420 instructions on sm_90, 176 of them dequantization and 16 mma; four warps on four schedulers take 420 cycles
+// at best, 20 bytes a cycle, where an H200 brings 20.8 a multiprocessor. With 64 tokens 512 mma at two cycles each make
+// it 1024 cycles, 8 bytes a cycle. Predictions from counted instructions: nothing here was measured on hardware.
+//
+// LIMITS. Instruction issue, not memory, is the tightest bound for few tokens; mma.sync keeps Hopper from its peak for
+// many. Weights are read again for each 64 tokens. m, n, k below 2^30; rows of x 16-byte aligned (ops_cuda.py copies
+// others); with bf16 and fewer than 8 bits zero points are at most 2^bits. fp32 activations are not taken.
 #include "kernels/sm80_int_linear.h"
 
 #include "ptx/ptx.h"
@@ -140,26 +172,28 @@ struct IntLinear {
     const int blocks = left < kIntLinearStageBlocks ? left : kIntLinearStageBlocks;
     const int first_slot = at.in_group > 0 && !range_starts ? 1 : 0;
     const auto begins = [&](int slot) { return slot >= first_slot && slot * a.group_blocks - at.in_group < blocks; };
+    // One piece of scales at most for a thread, and one of zero points, from the other end of the block.
     const int shift = a.scale_dtype == 0 ? 2 : 1, pieces = 1 << shift;  // of 16 scales
-    for (int index = thread; index < a.group_slots * 8 * pieces; index += kIntLinearThreads) {
-      const int piece = index & (pieces - 1), tile = index >> shift & 7, slot = index >> (shift + 3);
-      if (!begins(slot)) continue;
-      const bool inside = at.row_block * 8 + tile < a.tiles;
+    if (thread < a.group_slots * 8 * pieces) {
+      const int piece = thread & (pieces - 1), tile = thread >> shift & 7, slot = thread >> (shift + 3);
       const int64_t group = int64_t(at.row_block * 8 + tile) * a.groups + at.group + slot;
-      ptx::cp_async_16(stage + slot * a.group_bytes + (tile * pieces + piece) * kPieceBytes,
-                       static_cast<const char*>(a.scales) + (group * pieces + piece) * kPieceBytes,
-                       inside ? kPieceBytes : 0);
+      if (begins(slot)) {
+        ptx::cp_async_16(stage + slot * a.group_bytes + (tile * pieces + piece) * kPieceBytes,
+                         static_cast<const char*>(a.scales) + (group * pieces + piece) * kPieceBytes,
+                         at.row_block * 8 + tile < a.tiles ? kPieceBytes : 0);
+      }
     }
-    if (a.zero_points == nullptr) return;
-    for (int index = kIntLinearThreads - 1 - thread; index < a.group_slots * 8; index += kIntLinearThreads) {
+    const int index = kIntLinearThreads - 1 - thread;
+    if (a.zero_points != nullptr && index < a.group_slots * 8) {
       const int tile = index % 8, slot = index / 8;
-      if (!begins(slot)) continue;
-      const bool inside = at.row_block * 8 + tile < a.tiles;
       const int64_t group = int64_t(at.row_block * 8 + tile) * a.groups + at.group + slot;
-      ptx::cp_async_16(stage + slot * a.group_bytes + kIntLinearRows * scale_bytes + tile * kPieceBytes,
-                       a.zero_points + group * kPieceBytes, inside ? kPieceBytes : 0);
+      if (begins(slot)) {
+        ptx::cp_async_16(stage + slot * a.group_bytes + kIntLinearRows * scale_bytes + tile * kPieceBytes,
+                         a.zero_points + group * kPieceBytes, at.row_block * 8 + tile < a.tiles ? kPieceBytes : 0);
+      }
     }
   }
+  static_assert(4 * 8 * 4 <= kIntLinearThreads, "four slots of fp32 scales are one piece for a thread");
 
   TERSOR_DEVICE void fetch(int slot, const Source& at, bool range_starts) const {
     const shared_t stage = shared + slot * a.stage_bytes;
@@ -181,11 +215,11 @@ struct IntLinear {
   TERSOR_DEVICE void begin_group(shared_t groups, int slot) {
     const shared_t at = groups + slot * a.group_bytes;
     const int row = 16 * warp_tile + 4 * quad;
-    load_four(scale, a.scale_dtype, [&](auto type) { return ptx::load_shared<decltype(type)>(at + row * scale_bytes); });
-    constexpr uint32_t middle = (1u << (kBits - 1)) * 0x01010101u;
-    dequantizer.set_zero_points(a.zero_points == nullptr
-                                    ? middle
-                                    : ptx::load_shared<uint32_t>(at + kIntLinearRows * scale_bytes + row));
+    const shared_t scales = at + row * scale_bytes;
+    load_four(scale, a.scale_dtype, [&](auto type) { return ptx::load_shared<decltype(type)>(scales); });
+    if (a.zero_points != nullptr) {
+      dequantizer.set_zero_points(ptx::load_shared<uint32_t>(at + kIntLinearRows * scale_bytes + row));
+    }
     group_left = a.group_blocks;
   }
 
@@ -205,7 +239,8 @@ struct IntLinear {
   TERSOR_DEVICE IntFragment<kBits> load_codes(shared_t stage, int block) const {
     const shared_t at = stage + (warp_tile * kIntLinearStageBlocks + block) * kBlockBytes;
     IntFragment<kBits> codes;
-    codes.template load<true>([&](int offset) { return ptx::load_shared<ptx::Vec<uint32_t, 4>>(at + offset); }, c, quad);
+    const auto load_piece = [&](int offset) { return ptx::load_shared<ptx::Vec<uint32_t, 4>>(at + offset); };
+    codes.template load<true>(load_piece, c, quad);
     return codes;
   }
 
@@ -359,6 +394,7 @@ struct IntLinear {
   // ---- the pipeline -------------------------------------------------------------------------------------------
 
   TERSOR_DEVICE void run() {
+    dequantizer.set_zero_points((1u << (kBits - 1)) * 0x01010101u);
     Position at = {static_cast<int>(begin / a.stages), static_cast<int>(begin % a.stages)};
     Source ahead = source_at(at.row_block, at.stage);
     const auto fetch_next = [&](uint32_t unit, int slot) {

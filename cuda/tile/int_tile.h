@@ -25,7 +25,9 @@ __host__ __device__ constexpr int lane_chunk(int width, int c) { return c * widt
 // Right shift that brings the lane's codes to the bottom of each half of its dwords.
 __host__ __device__ constexpr int lane_shift(int width, int c) { return width * (2 * c % (8 / width)); }
 // Bit of pair p in a half that lane_shift was applied to; 8-bit planes: in dword p % 2 of the row's two.
-__host__ __device__ constexpr int pair_shift(int width, int p) { return 8 * (p / 2) + (width < 8 ? width * (p % 2) : 0); }
+__host__ __device__ constexpr int pair_shift(int width, int p) {
+  return 8 * (p / 2) + (width < 8 ? width * (p % 2) : 0);
+}
 
 constexpr bool agrees_with_storage(int width) {
   for (int k = 0; k < kBlockK; ++k) {
