@@ -2,6 +2,7 @@
 
     python bench/linear.py                      # the full table, about 12 minutes on 2 cores
     python bench/linear.py --quick              # about a minute
+    python bench/linear.py --device cuda        # on a GPU
     python bench/linear.py --specs W4A16,W8A16 --shapes 1024x4096 --m 1,8 --threads 2 --peers onnxruntime
 
 Every contender runs in a process of its own, in enough copies of the weight that a pass reads memory and not a cache,
@@ -264,9 +265,10 @@ def say(text: str) -> None:
 
 def arguments_of(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: bench/linear_cuda.py")
     parser.add_argument("--shapes", help="K x N: input and output width, such as 4096x14336,14336x4096")
     parser.add_argument("--m", help="tokens of a call, such as 1,4,16")
-    parser.add_argument("--specs", default="W4A16,W4A8", help="tersor specs (default W4A16,W4A8)")
+    parser.add_argument("--specs", help="tersor specs (default W4A16,W4A8; on cuda W4A16,W8A16,W3A16)")
     parser.add_argument("--threads", help="such as 1,2 (default: 1 and all cores; with --quick all cores)")
     parser.add_argument("--peers", default="auto", help="auto (what is installed), none, or names: torch_int4, "
                         "torch_dyn4, bitsandbytes, onnxruntime, openvino, torchao")
@@ -283,6 +285,11 @@ def arguments_of(argv) -> argparse.Namespace:
     parser.add_argument("--out", help="JSON file; the picture goes beside it (default bench/results/linear.json, "
                         "with --quick linear-quick.json)")
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda":
+        arguments.out = arguments.out or common.RESULTS / "linear-cuda.json"
+        arguments.specs = common.names("W4A16,W8A16,W3A16" if arguments.specs is None else arguments.specs)
+        return arguments
+    arguments.specs = arguments.specs or "W4A16,W4A8"
     for name, value in (QUICK if arguments.quick else FULL).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -295,8 +302,23 @@ def arguments_of(argv) -> argparse.Namespace:
     return arguments
 
 
+def on_cuda(arguments) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        say("error: --device cuda: torch sees no GPU")
+        return 2
+    import linear_cuda
+
+    linear_cuda.run(arguments)
+    say(f"written: {arguments.out}")
+    return 0
+
+
 def main(argv=None) -> int:
     arguments = arguments_of(argv)
+    if arguments.device == "cuda":
+        return on_cuda(arguments)
     size = arguments.megabytes * 1e6 if arguments.megabytes else min(2e9, max(260e6, 8 * common.last_level_cache()))
     options = Options(arguments.dtype, int(size), arguments.specs, arguments.quick)
     try:

@@ -3,7 +3,7 @@
     python tests/compile_gate.py                  # compile what changed since cuda/gate.json, check, update it
     python tests/compile_gate.py --all            # the full matrix
     python tests/compile_gate.py --all --nvcc PATH/TO/nvcc --no-record       # another compiler (13.5 is on PyPI)
-    python tests/compile_gate.py --all --ptxas PATH/TO/ptxas --no-record     # an older assembler: of 12.8 PyPI has no more
+    python tests/compile_gate.py --all --ptxas PATH/TO/ptxas --no-record     # an older assembler: all PyPI has of 12.8
     python tests/compile_gate.py --table          # the record as a markdown table
 
 A kernel states its budget in its head comment, and each line is checked for each instance and target:
@@ -149,6 +149,10 @@ def _count(instance: Instance, prefix: str) -> int:
     return sum(n for name, n in instance.opcodes.items() if name == prefix or name.startswith(prefix + "."))
 
 
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill")
+_OPCODE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
 def parse_ptxas(text: str) -> dict[str, Instance]:
     """What ``-Xptxas -v`` says, by mangled name."""
     instances: dict[str, Instance] = {}
@@ -158,7 +162,7 @@ def parse_ptxas(text: str) -> dict[str, Instance]:
             current = instances[found[1]] = Instance(found[1])
         elif found := re.search(r"Function properties for (\S+)", line):
             current = instances.get(found[1])
-        elif current and (found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", line)):
+        elif current and (found := _SPILLS.search(line)):
             current.stack, current.spills = int(found[1]), int(found[2]) + int(found[3])
         elif current and (found := re.search(r"Used (\d+) registers", line)):
             current.registers = int(found[1])
@@ -174,7 +178,7 @@ def parse_sass(text: str) -> dict[str, dict[str, int]]:
     for line in text.splitlines():
         if found := re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line):
             current = opcodes.setdefault(found[1], Counter())
-        elif current is not None and (found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line)):
+        elif current is not None and (found := _OPCODE.match(line)):
             current[found[1]] += 1
     return {name: dict(counter) for name, counter in opcodes.items()}
 
@@ -222,8 +226,8 @@ class Nvcc:
         options = ["-std=c++17", "-O3", *(f"-I{folder}" for folder in INCLUDES), *([f"-D{define}"] if define else [])]
         what = f"{source.name} {define} sm_{target}"
         if not self.ptxas:
-            return self._run([self.path, *options, f"-arch=sm_{target}", "-cubin", "-Xptxas", "-v", "-o", cubin, source],
-                             what)
+            options += [f"-arch=sm_{target}", "-cubin", "-Xptxas", "-v"]
+            return self._run([self.path, *options, "-o", cubin, source], what)
         ptx = cubin.with_suffix(".ptx")
         self._run([self.path, *options, f"-arch=compute_{target}", "-ptx", "-o", ptx, source], what)
         ptx.write_text(re.sub(r"^\.version \d+\.\d+", ".version 8.7", ptx.read_text(), flags=re.M))
@@ -247,8 +251,8 @@ def examine(kernel: Kernel, define: str, target: str, nvcc: Nvcc) -> list[Instan
         sass = subprocess.run([tool("nvdisasm"), str(cubin)], capture_output=True, text=True, check=True).stdout
     opcodes, names = parse_sass(sass), demangle(list(instances))
     if not instances or set(opcodes) < set(instances):
-        raise GateError(f"{kernel.name} {define} sm_{target}: found {len(instances)} kernels and {len(opcodes)} sections "
-                        "of code, accepted is one section for each kernel")
+        raise GateError(f"{kernel.name} {define} sm_{target}: found {len(instances)} kernels and {len(opcodes)} "
+                        "sections of code, accepted is one section for each kernel")
     for mangled, instance in instances.items():
         instance.name, instance.opcodes = names[mangled], opcodes[mangled]
     return list(instances.values())
@@ -303,10 +307,10 @@ def table(record: dict) -> str:
             if not instances:
                 continue
             registers = sorted({one["registers"] for one in instances})
+            local = sum(one["opcodes"].get(op, 0) for one in instances for op in NEVER)
             mma = sum(one["opcodes"].get(op, 0) for one in instances for op in ("HMMA", "IMMA", "QMMA"))
             lines.append(f"| {name} | sm_{target} | {len(instances)} | {registers[0]} to {registers[-1]} | "
-                         f"{sum(one['spills'] for one in instances)} | "
-                         f"{sum(one['opcodes'].get('LDL', 0) + one['opcodes'].get('STL', 0) for one in instances)} | {mma} |")
+                         f"{sum(one['spills'] for one in instances)} | {local} | {mma} |")
     return "\n".join(lines)
 
 
