@@ -2,6 +2,10 @@
 
 import ctypes
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,3 +201,36 @@ def test_a_graph_replays_a_decode_step():
         y.zero_()
         graph.replay()
         assert torch.equal(y, expected)
+
+
+SANITIZED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from cuda_int_weights import Weight, dequantize, inputs, multiply, relative_error
+from emulation import Emulated
+native = Emulated(Path({library!r}))
+for m, n, k, group, symmetric, dtype, ranges in (
+        (11, 204, 300, 96, False, torch.bfloat16, 4), (1, 130, 97, 32, True, torch.float16, 1),
+        (70, 136, 300, 0, False, torch.float16, 3)):
+    weight = Weight(n, k, {bits}, group, symmetric, torch.float16)
+    x, bias = inputs(m, weight, dtype, m > 1)
+    y, _ = multiply(native, weight, x, bias, ranges)
+    assert relative_error(y, x, weight, bias) < 5e-3
+    assert torch.equal(dequantize(native, weight, dtype)[0], weight.truth.float().to(dtype))
+print("clean", flush=True)
+"""
+
+
+@pytest.mark.parametrize("bits", (4, 7, 8))
+def test_sanitizers_find_nothing(bits):
+    """The same source under AddressSanitizer and UBSan."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("g++ has no AddressSanitizer runtime here")
+    native = library(bits, sanitize=True)
+    script = SANITIZED.format(tests=str(Path(__file__).parent), library=str(native.path), bits=bits)
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "clean" and done.returncode == 0, done.stderr[-4000:]
