@@ -135,6 +135,17 @@ def test_checks_come_before_pointers(launchers):
     assert not launchers.calls
 
 
+def test_zero_points_beyond_the_codes_are_refused_in_bfloat16(launchers):
+    weight = Weight(32, 64, 4, 32, False, torch.float16)
+    x = torch.randn(2, 64)
+    for _ in range(2):
+        assert relative_error(call(weight, x.bfloat16()), x.bfloat16(), weight) < 5e-3
+    weight.zeros[0, 0, 0] = 17
+    with pytest.raises(ValueError, match="zero_points: found values up to 17, accepted is at most 16"):
+        call(weight, x.bfloat16())
+    call(weight, x.half())  # exact there
+
+
 def test_the_kernel_is_named():
     name = ops.int_linear.kernel(torch.device("cuda"))
     if ops.int_linear.cuda is None:

@@ -10,6 +10,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _C
 from .op_checks import CODE, FLOATS, as_rows, check_bias, check_input, check_projections, check_weight, fail
@@ -49,6 +50,20 @@ def _workspace(device: torch.device, stream: int, partial_bytes: int, counter_by
     return partials, counters
 
 
+_zero_points_seen = WeakIdKeyDictionary()  # zero points that were looked at, to their version
+
+
+def _check_zero_points(zero_points: Tensor, bits: int) -> None:
+    """The bf16 kernel is exact for zero points up to 2^bits. Each tensor is looked at once, since that waits for the
+    GPU; a graph that is being captured cannot wait, so one not seen before is taken on trust there."""
+    version = 0 if zero_points.is_inference() else zero_points._version
+    if _zero_points_seen.get(zero_points) == version or torch.cuda.is_current_stream_capturing():
+        return
+    if zero_points.numel() and (largest := int(zero_points.max())) > 2**bits:
+        fail("int_linear", "zero_points", f"values up to {largest}", f"at most {2**bits} for {bits} bits with bfloat16")
+    _zero_points_seen[zero_points] = version
+
+
 def _as_int8(x: Tensor) -> Tensor:
     """``x`` rounded to what int8 holds, by torch: no CUDA kernel takes 8-bit activations (`Int.kernel` says so)."""
     from .formats.integer import quantize_activations
@@ -78,6 +93,8 @@ def int_linear(x, qweight, scales, zero_points, bias, out_features, bits, group_
     m = rows.shape[0]
     if x.dtype not in _HALVES or m > MAX_ROWS:
         return F.linear(x, int_dequantize(qweight, scales, zero_points, n, k, bits, group_size, x.dtype), bias)
+    if zero_points is not None and bits < 8 and x.dtype is torch.bfloat16:
+        _check_zero_points(zero_points, bits)
     rows = _aligned_rows(rows)
     y = x.new_empty((*x.shape[:-1], n))
     scale_code = CODE[scales.dtype]
