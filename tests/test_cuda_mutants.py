@@ -85,13 +85,13 @@ MUTANTS = {
     "no bound on the bias": (KERNEL, "a.bias != nullptr && i < rows", "a.bias != nullptr"),
     # stream-K
     "one slot for a range's two partial sums": (KERNEL, "(first_unit(range) < first_unit_of_rows ? 1 : 0)", "0"),
-    "a partial sum left out": (KERNEL, "for (uint32_t range = first; range <= last; ++range) {",
-                               "for (uint32_t range = first + 1; range <= last; ++range) {"),
-    "own sum added twice": (KERNEL, "    clear();\n    for (uint32_t range", "    for (uint32_t range"),
-    "sums in the order of arrival": (KERNEL,
-                                     "    clear();\n    for (uint32_t range = first; range <= last; ++range) {\n",
-                                     "    for (uint32_t range = first; range <= last; ++range) {\n"
-                                     "      if (range == blockIdx.y) continue;\n"),
+    "a partial sum left out": (KERNEL, "for (uint32_t range = first; range <= last; range += at_once) {",
+                               "for (uint32_t range = first + 1; range <= last; range += at_once) {"),
+    "the last partial sum added again": (KERNEL, "if (range + r <= last) total", "total"),
+    "own sum added twice": (KERNEL, "    clear();\n    // A load", "    // A load"),
+    "sums in the order of arrival": (KERNEL, "partial(slot_of(range + r < last ? range + r : last))",
+                                     "partial(slot_of(first + (range + r + blockIdx.y - 2 * first) % "
+                                     "(last - first + 1)))"),
     "sums carried to the next row block": (KERNEL, "      clear();\n      begin_group(groups, 0);",
                                            "      if (at.row_block == 0) clear();\n      begin_group(groups, 0);"),
     "tokens' blocks share counters": (KERNEL, "blockIdx.x * ((a.tiles + 7) / 8) + row_block", "row_block"),
