@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -59,6 +61,90 @@ py::dict describe_device(int index) {
   return result;
 }
 
+using Strides = std::array<int64_t, 3>;
+
+tersor_kv_tokens kv_tokens(Address keys, Address values, int64_t tokens, const Strides& key_strides,
+                           const Strides& value_strides) {
+  tersor_kv_tokens fresh{pointer(keys), pointer(values), tokens, {}, {}};
+  std::copy(key_strides.begin(), key_strides.end(), fresh.key_strides);
+  std::copy(value_strides.begin(), value_strides.end(), fresh.value_strides);
+  return fresh;
+}
+
+// A layer's cache. The table's memory belongs to the caller.
+void define_kv(py::module_& module) {
+  py::class_<tersor_kv>(module, "Kv", "the cache of one layer as the kernels see it; see tersor_kv in cpp/tersor.h")
+      .def(py::init([](int64_t batch, int64_t kv_heads, int64_t key_dim, int64_t value_dim, int dtype, int key_bits,
+                       int value_bits, int64_t page_tokens, int64_t value_group) {
+             return tersor_kv{batch,      kv_heads,    key_dim,     value_dim, dtype, key_bits,
+                              value_bits, page_tokens, value_group, 0,         nullptr};
+           }),
+           py::arg("batch"), py::arg("kv_heads"), py::arg("key_dim"), py::arg("value_dim"), py::arg("dtype"),
+           py::arg("key_bits"), py::arg("value_bits"), py::arg("page_tokens"), py::arg("value_group"))
+      .def("page_bytes",
+           [](const tersor_kv& kv, bool packed) {
+             const int64_t bytes = tersor_kv_page_bytes(&kv, packed);
+             check(bytes < 0 ? TERSOR_INVALID : TERSOR_OK);
+             return bytes;
+           },
+           py::arg("packed"), "bytes of a page for one sequence and one head")
+      .def("set_table",
+           [](tersor_kv& kv, Address table, int64_t pages) {
+             kv.table = pointer<const int64_t>(table);
+             kv.pages = pages;
+           },
+           py::arg("table"), py::arg("pages"))
+      .def("append",
+           [](const tersor_kv& kv, int64_t page, int64_t slot, Address keys, Address values, int64_t tokens,
+              const Strides& key_strides, const Strides& value_strides, int threads) {
+             const tersor_kv_tokens fresh = kv_tokens(keys, values, tokens, key_strides, value_strides);
+             run([&] { return tersor_kv_append(&kv, page, slot, &fresh, threads); });
+           },
+           py::arg("page"), py::arg("slot"), py::arg("keys"), py::arg("values"), py::arg("tokens"),
+           py::arg("key_strides"), py::arg("value_strides"), py::arg("threads"))
+      .def("pack",
+           [](const tersor_kv& kv, const std::vector<int64_t>& raw, const std::vector<int64_t>& packed, int threads) {
+             if (static_cast<int64_t>(raw.size()) != kv.batch || raw.size() != packed.size()) {
+               throw py::value_error("raw and packed: one address for each sequence is accepted");
+             }
+             run([&] { return tersor_kv_pack(&kv, raw.data(), packed.data(), threads); });
+           },
+           py::arg("raw"), py::arg("packed"), py::arg("threads"))
+      .def("attention",
+           [](const tersor_kv& kv, Address q, int64_t heads, int64_t queries, const Strides& strides, Address out,
+              Address log_sum_exp, int64_t first, int64_t position, int64_t window, bool causal, Address mask,
+              const std::array<int64_t, 4>& mask_strides, int64_t mask_first, int64_t mask_tokens, Address sinks,
+              float scale, float softcap, int64_t page, int64_t slot, Address keys, Address values, int64_t tokens,
+              const Strides& key_strides, const Strides& value_strides, int threads) {
+             tersor_kv_query query{};
+             query.q = pointer(q);
+             query.heads = heads;
+             query.queries = queries;
+             std::copy(strides.begin(), strides.end(), query.strides);
+             query.out = pointer(out);
+             query.log_sum_exp = pointer<float>(log_sum_exp);
+             query.first = first;
+             query.position = position;
+             query.window = window;
+             query.causal = causal;
+             query.mask = pointer<const uint8_t>(mask);
+             std::copy(mask_strides.begin(), mask_strides.end(), query.mask_strides);
+             query.mask_first = mask_first;
+             query.mask_tokens = mask_tokens;
+             query.sinks = pointer<const float>(sinks);
+             query.scale = scale;
+             query.softcap = softcap;
+             const tersor_kv_tokens fresh = kv_tokens(keys, values, tokens, key_strides, value_strides);
+             run([&] { return tersor_kv_attention(&kv, &query, page, slot, tokens ? &fresh : nullptr, threads); });
+           },
+           py::arg("q"), py::arg("heads"), py::arg("queries"), py::arg("strides"), py::arg("out"),
+           py::arg("log_sum_exp"), py::arg("first"), py::arg("position"), py::arg("window"), py::arg("causal"),
+           py::arg("mask"), py::arg("mask_strides"), py::arg("mask_first"), py::arg("mask_tokens"), py::arg("sinks"),
+           py::arg("scale"), py::arg("softcap"), py::arg("page"), py::arg("slot"), py::arg("keys"), py::arg("values"),
+           py::arg("tokens"), py::arg("key_strides"), py::arg("value_strides"), py::arg("threads"),
+           "attention over the cache, after appending `tokens` fresh tokens from slot `slot` of page `page` on");
+}
+
 }  // namespace
 
 #if !defined(TERSOR_HAVE_CUDA)
@@ -99,6 +185,35 @@ void define_cuda(py::module_& module) {
       py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"), py::arg("bias"), py::arg("y"), py::arg("n"),
       py::arg("ldy"), py::arg("bits"), py::arg("group_size"), py::arg("ranges"), py::arg("partials"),
       py::arg("counters"), py::arg("stream"), "int_linear with 16-bit activations on a GPU");
+  module.def(
+      "cuda_int_linear_grouped_plan",
+      [](int64_t rows, int64_t n, int64_t k, int bits, int64_t group_size, int scale_dtype, bool has_zero_points,
+         int64_t experts, int multiprocessors, int64_t shared_memory_per_multiprocessor) {
+        int64_t ranges = 0, partial_bytes = 0, counter_bytes = 0;
+        check(tersor_cuda_int_linear_grouped_plan(rows, n, k, bits, group_size, scale_dtype, has_zero_points, experts,
+                                                  multiprocessors, shared_memory_per_multiprocessor, &ranges,
+                                                  &partial_bytes, &counter_bytes));
+        return py::make_tuple(ranges, partial_bytes, counter_bytes);
+      },
+      py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group_size"), py::arg("scale_dtype"),
+      py::arg("has_zero_points"), py::arg("experts"), py::arg("multiprocessors"),
+      py::arg("shared_memory_per_multiprocessor"),
+      "(ranges, bytes of partials, bytes of counters) for cuda_int_linear_grouped on a device");
+  module.def(
+      "cuda_int_linear_grouped",
+      [](Address x, int x_dtype, int64_t rows, int64_t k, int64_t ldx, Address ends, int64_t experts, Address qweight,
+         Address scales, int scale_dtype, Address zero_points, Address bias, Address y, int64_t n, int64_t ldy, int bits,
+         int64_t group_size, int64_t ranges, Address partials, Address counters, Address stream) {
+        check(tersor_cuda_int_linear_grouped(
+            pointer(x), x_dtype, rows, k, ldx, pointer<const int32_t>(ends), experts, pointer<const uint8_t>(qweight),
+            pointer(scales), scale_dtype, pointer<const uint8_t>(zero_points), pointer(bias), pointer(y), n, ldy, bits,
+            group_size, ranges, pointer<float>(partials), pointer<uint32_t>(counters), pointer(stream)));
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("k"), py::arg("ldx"), py::arg("ends"),
+      py::arg("experts"), py::arg("qweight"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"),
+      py::arg("bias"), py::arg("y"), py::arg("n"), py::arg("ldy"), py::arg("bits"), py::arg("group_size"),
+      py::arg("ranges"), py::arg("partials"), py::arg("counters"), py::arg("stream"),
+      "int_linear_grouped with 16-bit activations on a GPU");
   module.def(
       "cuda_int_dequantize",
       [](Address qweight, Address scales, int scale_dtype, Address zero_points, int64_t n, int64_t k, int bits,
@@ -261,6 +376,7 @@ PYBIND11_MODULE(_C, module) {
       py::arg("threads") = 1, py::arg("seconds") = 0.3,
       "measured limits of this machine: GB/s read from memory and 1e9 operations/s; 0 where it has no such "
       "instruction");
+  define_kv(module);
 #if defined(TERSOR_HAVE_CUDA)
   define_cuda(module);
 #endif

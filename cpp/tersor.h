@@ -62,6 +62,57 @@ int tersor_gram(const void* x, int x_dtype, int64_t tokens, int64_t k, int64_t l
 int tersor_rms_norm(const void* x, const void* weight, void* y, int dtype, int64_t rows, int64_t k, int64_t ldx,
                     float epsilon, int threads);
 
+/* A layer's cache of keys and values: a list of pages of at most page_tokens tokens, each a block of memory for every
+ * sequence with its heads one after another (cpp/cpu/kv_layout.h). All fields are int64 or pointers. */
+typedef struct tersor_kv {
+  int64_t batch, kv_heads, key_dim, value_dim; /* dimensions: multiples of 16 */
+  int64_t dtype;                               /* of queries, fresh keys and values, and raw pages */
+  int64_t key_bits, value_bits;                /* of packed pages: 2, 3, 4, 8, or 16 for as in raw pages */
+  int64_t page_tokens;                         /* a multiple of 32, to 256; the group of a key's scale */
+  int64_t value_group;                         /* channels that share a value's scale: a multiple of 16 */
+  int64_t pages;
+  const int64_t* table; /* [pages, 2 + batch]: tokens held, 1 if packed, the address for each sequence */
+} tersor_kv;
+
+/* Tokens [batch, kv_heads, tokens, dim] in kv's dtype; strides of the first three dimensions, the last one's is 1. */
+typedef struct tersor_kv_tokens {
+  const void *keys, *values;
+  int64_t tokens;
+  int64_t key_strides[3], value_strides[3];
+} tersor_kv_tokens;
+
+/* Bytes of a page for one sequence and one head. */
+int64_t tersor_kv_page_bytes(const tersor_kv* kv, int packed);
+
+/* Writes tokens from slot `slot` of page `page` on, across as many pages as they need. The tokens held by each page,
+ * as the table says, are those after this call; a packed page is written whole, from slot 0. */
+int tersor_kv_append(const tersor_kv* kv, int64_t page, int64_t slot, const tersor_kv_tokens* fresh, int threads);
+
+/* Packs a full raw page: addresses [batch] of the raw memory and of the packed memory. */
+int tersor_kv_pack(const tersor_kv* kv, const int64_t* raw, const int64_t* packed, int threads);
+
+typedef struct tersor_kv_query {
+  const void* q; /* [batch, heads, queries, key_dim]; the last stride is 1 */
+  int64_t heads, queries, strides[3];
+  void* out;              /* [batch, queries, heads, value_dim] */
+  float* log_sum_exp;     /* [batch, heads, queries], or NULL */
+  int64_t first;          /* position of the first token of the first page */
+  int64_t position;       /* position of the first query; each next one follows */
+  int64_t window;         /* a query sees the last `window` positions up to its own; 0: all */
+  int64_t causal;         /* a query sees no position after its own */
+  const uint8_t* mask;    /* 1 where a query sees a position, or NULL */
+  int64_t mask_strides[4]; /* of batch, head, query, position */
+  int64_t mask_first, mask_tokens; /* positions that the mask covers; others are not seen */
+  const float* sinks;     /* [heads]: logits that only take part in the denominator, or NULL */
+  float scale, softcap;   /* softcap 0: none */
+} tersor_kv_query;
+
+/* softmax(cap(q k^T scale)) v over all tokens of the cache, after appending `fresh` (or NULL) as tersor_kv_append does.
+ * Products of packed codes with fp32 coefficients, sums in fp32. A query that sees nothing gives 0 (log-sum-exp -inf).
+ * The result does not depend on the number of threads. */
+int tersor_kv_attention(const tersor_kv* kv, const tersor_kv_query* query, int64_t page, int64_t slot,
+                        const tersor_kv_tokens* fresh, int threads);
+
 /* Instruction sets: the i-th that this machine can run (best first, NULL past the end). */
 const char* tersor_isa_name(int index);
 const char* tersor_current_isa(void);
@@ -96,6 +147,17 @@ int tersor_cuda_int_linear(const void* x, int x_dtype, int64_t m, int64_t k, int
                            const void* scales, int scale_dtype, const uint8_t* zero_points, const void* bias, void* y,
                            int64_t n, int64_t ldy, int bits, int64_t group_size, int64_t ranges, float* partials,
                            uint32_t* counters, void* stream);
+/* tersor_int_linear_grouped there: ends lie on the device and are not looked at before the launch; those out of order or
+ * range are cut to the rows that there are. */
+int tersor_cuda_int_linear_grouped_plan(int64_t rows, int64_t n, int64_t k, int bits, int64_t group_size,
+                                        int scale_dtype, int has_zero_points, int64_t experts, int multiprocessors,
+                                        int64_t shared_memory_per_multiprocessor, int64_t* ranges,
+                                        int64_t* partial_bytes, int64_t* counter_bytes);
+int tersor_cuda_int_linear_grouped(const void* x, int x_dtype, int64_t rows, int64_t k, int64_t ldx,
+                                   const int32_t* ends, int64_t experts, const uint8_t* qweight, const void* scales,
+                                   int scale_dtype, const uint8_t* zero_points, const void* bias, void* y, int64_t n,
+                                   int64_t ldy, int bits, int64_t group_size, int64_t ranges, float* partials,
+                                   uint32_t* counters, void* stream);
 int tersor_cuda_int_dequantize(const uint8_t* qweight, const void* scales, int scale_dtype, const uint8_t* zero_points,
                                int64_t n, int64_t k, int bits, int64_t group_size, void* out, int out_dtype,
                                void* stream);

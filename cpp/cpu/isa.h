@@ -51,6 +51,19 @@ struct RmsNormArgs {
   int threads;
 };
 
+// Arguments of tersor_kv_append and tersor_kv_attention after validation; fresh may be null for the latter.
+struct KvAppendArgs {
+  const tersor_kv* kv;
+  int64_t page, slot;
+  const tersor_kv_tokens* fresh;
+  int threads;
+};
+struct KvAttentionArgs {
+  const tersor_kv* kv;
+  const tersor_kv_query* query;
+  int threads;
+};
+
 using IntLinearFunction = int (*)(const IntLinearArgs&);
 
 struct IsaKernels {
@@ -60,6 +73,9 @@ struct IsaKernels {
   int (*fit)(const IntFitArgs&);
   int (*gram)(const GramArgs&);
   void (*rms_norm)(const RmsNormArgs&);
+  int (*kv_append)(const KvAppendArgs&);
+  int (*kv_pack)(const tersor_kv& kv, const int64_t* raw, const int64_t* packed, int threads);
+  int (*kv_attention)(const KvAttentionArgs&);
   // Loops that only do one thing, for machine.cpp to time: bytes read, and operations done in
   // `rounds` rounds (0: the instruction set has no such instruction).
   uint64_t (*read)(const void* data, size_t bytes);
@@ -77,6 +93,9 @@ struct IsaKernels {
   int int_fit(const IntFitArgs& arguments);             \
   int gram(const GramArgs& arguments);                  \
   void rms_norm(const RmsNormArgs& arguments);          \
+  int kv_append(const KvAppendArgs& arguments);         \
+  int kv_pack(const tersor_kv& kv, const int64_t* raw, const int64_t* packed, int threads); \
+  int kv_attention(const KvAttentionArgs& arguments);   \
   uint64_t floor_read(const void* data, size_t bytes);  \
   double floor_fp32(long rounds);    \
   double floor_int8(long rounds);    \
