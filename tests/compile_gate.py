@@ -290,6 +290,19 @@ def read_record() -> dict:
     return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
 
 
+def written(record: dict) -> str:
+    """As JSON, one line for each variant and target."""
+    kernels_ = []
+    for name, entry in sorted(record.items()):
+        variants = ",\n".join(
+            f"   {json.dumps(define)}: {{\n" + ",\n".join(
+                f"    {json.dumps(target)}: {json.dumps(targets[target])}" for target in TARGETS if target in targets)
+            + "\n   }" for define, targets in sorted(entry["variants"].items()))
+        head = "".join(f"  {json.dumps(key)}: {json.dumps(entry[key])},\n" for key in ("compiler", "digest"))
+        kernels_.append(f' {json.dumps(name)}: {{\n{head}  "variants": {{\n{variants}\n  }}\n }}')
+    return "{\n" + ",\n".join(kernels_) + "\n}\n"
+
+
 def stale(record: dict) -> list[Kernel]:
     """Kernels that changed since they were recorded, or whose record is not of all variants and targets."""
     return [kernel for kernel in kernels()
@@ -342,7 +355,7 @@ def main() -> None:
     if not args.no_record and targets == TARGETS:
         names = {kernel.name for kernel in kernels()}
         record = {name: entry for name, entry in {**record, **found}.items() if name in names}
-        RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        RECORD.write_text(written(record), encoding="utf-8")
     print(f"compile gate: {len(found)} kernels pass")
 
 

@@ -22,6 +22,8 @@ def instance(token_tiles):
     """The edits that leave one instance of the kernel to compile."""
     cases = [(KERNEL, f"    case {t}: return int_linear<Type, TERSOR_BITS, {t}>;\n", "")
              for t in (1, 2, 4, 8) if t != token_tiles]
+    cases.append((KERNEL, "const bool entered_grouped = (int_linear_grouped_choosers[TERSOR_BITS] = "
+                          "choose_grouped<TERSOR_BITS>, true);\n", ""))
     return [*cases, (KERNEL, "is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles)",
                      "is_bfloat16 ? choose<BFloat16>(token_tiles) : nullptr")]
 

@@ -222,3 +222,34 @@ def test_calibrated_experts_beat_rounding():
         with torch.no_grad():
             errors[method] = float((model(tokens).logits - wanted).norm())
     assert errors["gptq"] < 0.95 * errors["rtn"], errors
+
+
+def test_experts_implementation_by_name():
+    import tersor
+    import tersor.auto  # registers it  # noqa: F401
+    from transformers import Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(qwen()).eval()
+    ids = torch.randint(0, 97, (2, 7))
+    with torch.no_grad():
+        wanted = model(ids).logits
+        model.set_experts_implementation("tersor")
+        torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+        tersor.compress(model, "rtn:W8A16[group=32]")
+        assert (model(ids).logits - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_one_call_for_each_projection(monkeypatch):
+    from tersor import ops
+
+    layer, twin = compressed(original("qwen3_moe"), Int(4, 32))
+    calls, inner = [], ops.int_linear_grouped.cpu
+    monkeypatch.setattr(ops.int_linear_grouped, "cpu", lambda *given: calls.append(given) or inner(*given))
+    x, index, weights = routing("qwen3_moe")
+    index[2, 0], index[3, 1] = -1, EXPERTS  # both are nobody's
+    with torch.no_grad():
+        y = layer(x, index, weights)
+        assert len(calls) == 2
+        index[2, 0] = EXPERTS
+        torch.testing.assert_close(y, twin(x, index, weights), rtol=1e-4, atol=1e-5)

@@ -11,10 +11,19 @@
 namespace tersor {
 
 IntLinearChooser* int_linear_choosers[9] = {};
+IntLinearGroupedChooser* int_linear_grouped_choosers[9] = {};
 
 namespace {
 
 constexpr int kRowTiles = kIntLinearRows / kTileRows;  // storage tiles of a row block
+
+// Blocks of tokens that a launch has. Where rows belong to experts as they fall, each expert, and the rows of none, can
+// leave one block unfilled: the most there can be.
+int64_t token_block_count(int64_t m, int64_t tokens, int64_t experts) {
+  if (!experts) return div_up(m, tokens);
+  const int64_t parts = m < experts + 1 ? m : experts + 1;
+  return m / tokens + parts;
+}
 
 // What a launch needs to know about one problem; valid: sizes are in range.
 struct Problem {
@@ -23,8 +32,9 @@ struct Problem {
   int64_t units;  // (row block, stage) pairs
 };
 
+// experts 0: one weight for all rows.
 int describe(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int scale_dtype, bool zero_points,
-             Problem* p) {
+             int64_t experts, Problem* p) {
   if (int status = check_int_arguments(n, k, bits, group_size, 1)) return status;
   constexpr int64_t limit = int64_t(1) << 30;
   if (n > limit || k > limit || m < 0 || m > limit) {
@@ -35,8 +45,11 @@ int describe(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int 
     return fail(TERSOR_INVALID, "scale_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", scale_dtype);
   }
   const IntShape shape = int_shape(n, k, bits, group_size);
-  p->token_tiles = int_linear_token_tiles(m);
-  p->token_blocks = static_cast<int>(div_up(m, 8 * p->token_tiles));
+  if (experts < 0 || experts > 65535) {
+    return fail(TERSOR_INVALID, "experts is %lld; accepted on CUDA: 0 to 65535", (long long)experts);
+  }
+  p->token_tiles = experts ? int_linear_grouped_token_tiles(m, experts) : int_linear_token_tiles(m);
+  p->token_blocks = static_cast<int>(token_block_count(m, 8 * p->token_tiles, experts));
   p->row_blocks = static_cast<int>(div_up(shape.tiles, kRowTiles));
   p->stages = static_cast<int>(div_up(shape.blocks, kIntLinearStageBlocks));
   p->units = int64_t(p->row_blocks) * p->stages;
@@ -56,16 +69,10 @@ int describe(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int 
 
 bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-}  // namespace
-}  // namespace tersor
-
-using namespace tersor;
-
-extern "C" int tersor_cuda_int_linear_plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size,
-                                           int scale_dtype, int has_zero_points, int multiprocessors,
-                                           int64_t shared_memory_per_multiprocessor, int64_t* ranges) {
+int plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int scale_dtype, bool zero_points,
+         int64_t experts, int multiprocessors, int64_t shared_memory_per_multiprocessor, int64_t* ranges) {
   Problem p;
-  if (int status = describe(m, n, k, bits, group_size, scale_dtype, has_zero_points != 0, &p)) return status;
+  if (int status = describe(m, n, k, bits, group_size, scale_dtype, zero_points, experts, &p)) return status;
   if (multiprocessors < 1) return fail(TERSOR_INVALID, "multiprocessors is %d; accepted: 1 or more", multiprocessors);
   // The driver keeps 1 KB of each block's shared memory for itself.
   int64_t resident = shared_memory_per_multiprocessor / (p.shared_bytes + 1024);
@@ -79,71 +86,85 @@ extern "C" int tersor_cuda_int_linear_plan(int64_t m, int64_t n, int64_t k, int 
   return TERSOR_OK;
 }
 
-extern "C" int tersor_cuda_int_linear_workspace(int64_t m, int64_t n, int64_t ranges, int64_t* partial_bytes,
-                                                int64_t* counter_bytes) {
-  if (m < 0 || n < 0 || ranges < 1) {
+int workspace(int64_t m, int64_t n, int64_t experts, int64_t ranges, int64_t* partial_bytes, int64_t* counter_bytes) {
+  if (m < 0 || n < 0 || experts < 0 || ranges < 1) {
     return fail(TERSOR_INVALID, "m, n, ranges are %lld, %lld, %lld; accepted: m, n from 0 and ranges from 1",
                 (long long)m, (long long)n, (long long)ranges);
   }
-  const int64_t tokens = 8 * int_linear_token_tiles(m), token_blocks = div_up(m, tokens);
+  const int64_t tokens = 8 * (experts ? int_linear_grouped_token_tiles(m, experts) : int_linear_token_tiles(m));
+  const int64_t token_blocks = token_block_count(m, tokens, experts);
   *partial_bytes = token_blocks * ranges * 2 * kIntLinearRows * tokens * 4;
   *counter_bytes = token_blocks * div_up(n, kIntLinearRows) * 4;
   return TERSOR_OK;
 }
 
-extern "C" int tersor_cuda_int_linear(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx,
-                                      const uint8_t* qweight, const void* scales, int scale_dtype,
-                                      const uint8_t* zero_points, const void* bias, void* y, int64_t n, int64_t ldy,
-                                      int bits, int64_t group_size, int64_t ranges, float* partials,
-                                      uint32_t* counters, void* stream) {
-  Problem p;
-  if (int status = describe(m, n, k, bits, group_size, scale_dtype, zero_points != nullptr, &p)) return status;
-  if (x_dtype != TERSOR_BFLOAT16 && x_dtype != TERSOR_FLOAT16) {
-    return fail(TERSOR_INVALID, "x_dtype is %d; accepted by the CUDA kernel: 1 bfloat16, 2 float16", x_dtype);
+// What a call brings; experts 0 and ends null: one weight for all rows.
+struct Call {
+  const void* x;
+  int x_dtype;
+  int64_t m, k, ldx;
+  const uint8_t* qweight;
+  const void* scales;
+  int scale_dtype;
+  const uint8_t* zero_points;
+  const void* bias;
+  void* y;
+  int64_t n, ldy;
+  int bits;
+  int64_t group_size, ranges;
+  float* partials;
+  uint32_t* counters;
+  void* stream;
+  const int32_t* ends;
+  int64_t experts;
+};
+
+int check_call(const Call& c, const Problem& p) {
+  if (c.x_dtype != TERSOR_BFLOAT16 && c.x_dtype != TERSOR_FLOAT16) {
+    return fail(TERSOR_INVALID, "x_dtype is %d; accepted by the CUDA kernel: 1 bfloat16, 2 float16", c.x_dtype);
   }
-  if (m == 0 || n == 0) return TERSOR_OK;
-  if (m > 1 && (ldx < k || ldy < n)) {
-    return fail(TERSOR_INVALID, "ldx, ldy are %lld, %lld; accepted: at least k = %lld and n = %lld", (long long)ldx,
-                (long long)ldy, (long long)k, (long long)n);
+  if (c.m > 1 && (c.ldx < c.k || c.ldy < c.n)) {
+    return fail(TERSOR_INVALID, "ldx, ldy are %lld, %lld; accepted: at least k = %lld and n = %lld", (long long)c.ldx,
+                (long long)c.ldy, (long long)c.k, (long long)c.n);
   }
-  if (!x || !qweight || !scales || !y) {
-    return fail(TERSOR_INVALID, "%s is absent", !x ? "x" : !qweight ? "qweight" : !scales ? "scales" : "y");
+  if (!c.x || !c.qweight || !c.scales || !c.y || (c.experts && !c.ends)) {
+    return fail(TERSOR_INVALID, "%s is absent",
+                !c.x ? "x" : !c.qweight ? "qweight" : !c.scales ? "scales" : !c.y ? "y" : "ends");
   }
-  if (!aligned(x, 16) || (m > 1 && ldx % 8 != 0)) {
-    return fail(TERSOR_INVALID, "x starts at %p with ldx %lld; accepted: 16-byte aligned rows", x, (long long)ldx);
+  if (!aligned(c.x, 16) || (c.m > 1 && c.ldx % 8 != 0)) {
+    return fail(TERSOR_INVALID, "x starts at %p with ldx %lld; accepted: 16-byte aligned rows", c.x, (long long)c.ldx);
   }
-  if (!aligned(qweight, 16) || !aligned(scales, 16) || (zero_points && !aligned(zero_points, 16)) || !aligned(y, 2)) {
+  if (!aligned(c.qweight, 16) || !aligned(c.scales, 16) || (c.zero_points && !aligned(c.zero_points, 16)) ||
+      !aligned(c.y, 2)) {
     return fail(TERSOR_INVALID, "qweight, scales, zero_points: accepted are 16-byte aligned addresses");
   }
-  if (ranges < 1 || ranges > p.units || ranges > 65535) {
-    return fail(TERSOR_INVALID, "ranges is %lld; accepted: 1 to %lld", (long long)ranges,
+  if (c.ranges < 1 || c.ranges > p.units || c.ranges > 65535) {
+    return fail(TERSOR_INVALID, "ranges is %lld; accepted: 1 to %lld", (long long)c.ranges,
                 (long long)(p.units < 65535 ? p.units : 65535));
   }
-  if (ranges > 1 && (!partials || !counters || !aligned(partials, 16))) {
-    return fail(TERSOR_INVALID, "partials and counters: accepted is the workspace, 16-byte aligned, for ranges "
-                "above 1");
+  if (c.ranges > 1 && (!c.partials || !c.counters || !aligned(c.partials, 16))) {
+    return fail(TERSOR_INVALID,
+                "partials and counters: accepted is the workspace, 16-byte aligned, for ranges above 1");
   }
-  IntLinearChooser* chooser = int_linear_choosers[bits];
-  IntLinearKernel* kernel = chooser ? chooser(x_dtype == TERSOR_BFLOAT16, p.token_tiles) : nullptr;
-  if (!kernel) {
-    return fail(TERSOR_INVALID, "bits %d with %d tokens at once: not in this build", bits, 8 * p.token_tiles);
-  }
+  return TERSOR_OK;
+}
 
-  const IntShape shape = int_shape(n, k, bits, group_size);
+IntLinearArguments arguments_of(const Call& c, const Problem& p) {
+  const IntShape shape = int_shape(c.n, c.k, c.bits, c.group_size);
   IntLinearArguments a{};
-  a.x = x;
-  a.qweight = qweight;
-  a.scales = scales;
-  a.zero_points = zero_points;
-  a.bias = bias;
-  a.y = y;
-  a.partials = partials;
-  a.counters = counters;
-  a.ldx = m > 1 ? ldx : 0;
-  a.ldy = m > 1 ? ldy : 0;
-  a.m = static_cast<int>(m);
-  a.n = static_cast<int>(n);
-  a.k = static_cast<int>(k);
+  a.x = c.x;
+  a.qweight = c.qweight;
+  a.scales = c.scales;
+  a.zero_points = c.zero_points;
+  a.bias = c.bias;
+  a.y = c.y;
+  a.partials = c.partials;
+  a.counters = c.counters;
+  a.ldx = c.m > 1 ? c.ldx : 0;
+  a.ldy = c.m > 1 ? c.ldy : 0;
+  a.m = static_cast<int>(c.m);
+  a.n = static_cast<int>(c.n);
+  a.k = static_cast<int>(c.k);
   a.tiles = static_cast<int>(shape.tiles);
   a.blocks = static_cast<int>(shape.blocks);
   a.groups = p.groups;
@@ -152,12 +173,93 @@ extern "C" int tersor_cuda_int_linear(const void* x, int x_dtype, int64_t m, int
   a.group_slots = p.group_slots;
   a.group_bytes = p.group_bytes;
   a.stage_bytes = p.stage_bytes;
-  a.scale_dtype = scale_dtype;
-  a.wide_stores = aligned(y, 8) && (m == 1 || ldy % 4 == 0);
-  a.share = static_cast<uint32_t>(p.units / ranges);
-  a.extra = static_cast<uint32_t>(p.units % ranges);
-  const int error = launch(kernel, dim3(p.token_blocks, static_cast<unsigned>(ranges)), dim3(kIntLinearThreads),
-                           p.shared_bytes, static_cast<cudaStream_t>(stream), a);
+  a.scale_dtype = c.scale_dtype;
+  a.wide_stores = aligned(c.y, 8) && (c.m == 1 || c.ldy % 4 == 0);
+  a.share = static_cast<uint32_t>(p.units / c.ranges);
+  a.extra = static_cast<uint32_t>(p.units % c.ranges);
+  return a;
+}
+
+int start(const Call& c) {
+  Problem p;
+  if (int status = describe(c.m, c.n, c.k, c.bits, c.group_size, c.scale_dtype, c.zero_points != nullptr, c.experts,
+                            &p)) {
+    return status;
+  }
+  if (c.m == 0 || c.n == 0) return TERSOR_OK;
+  if (int status = check_call(c, p)) return status;
+  const IntLinearArguments a = arguments_of(c, p);
+  const bool bfloat16 = c.x_dtype == TERSOR_BFLOAT16;
+  const dim3 grid(p.token_blocks, static_cast<unsigned>(c.ranges));
+  const auto stream = static_cast<cudaStream_t>(c.stream);
+  int error = 0;
+  if (c.experts) {
+    IntLinearGroupedChooser* chooser = int_linear_grouped_choosers[c.bits];
+    IntLinearGroupedKernel* kernel = chooser ? chooser(bfloat16, p.token_tiles) : nullptr;
+    if (!kernel) {
+      return fail(TERSOR_INVALID, "bits %d with %d tokens at once: not in this build", c.bits, 8 * p.token_tiles);
+    }
+    const int64_t entries = int64_t(a.tiles) * a.groups * kTileRows, scale_bytes = c.scale_dtype ? 2 : 4;
+    const IntLinearExperts experts{c.ends, static_cast<int>(c.experts), a.m, int64_t(a.tiles) * a.blocks * 64 * c.bits,
+                                   entries * scale_bytes, entries};
+    error = launch(kernel, grid, dim3(kIntLinearThreads), p.shared_bytes, stream, a, experts);
+  } else {
+    IntLinearChooser* chooser = int_linear_choosers[c.bits];
+    IntLinearKernel* kernel = chooser ? chooser(bfloat16, p.token_tiles) : nullptr;
+    if (!kernel) {
+      return fail(TERSOR_INVALID, "bits %d with %d tokens at once: not in this build", c.bits, 8 * p.token_tiles);
+    }
+    error = launch(kernel, grid, dim3(kIntLinearThreads), p.shared_bytes, stream, a);
+  }
   if (error) return fail(TERSOR_CUDA_ERROR, "int_linear: the kernel did not start: CUDA error %d", error);
   return TERSOR_OK;
+}
+
+}  // namespace
+}  // namespace tersor
+
+using namespace tersor;
+
+extern "C" int tersor_cuda_int_linear_plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size,
+                                           int scale_dtype, int has_zero_points, int multiprocessors,
+                                           int64_t shared_memory_per_multiprocessor, int64_t* ranges) {
+  return plan(m, n, k, bits, group_size, scale_dtype, has_zero_points != 0, 0, multiprocessors,
+              shared_memory_per_multiprocessor, ranges);
+}
+
+extern "C" int tersor_cuda_int_linear_workspace(int64_t m, int64_t n, int64_t ranges, int64_t* partial_bytes,
+                                                int64_t* counter_bytes) {
+  return workspace(m, n, 0, ranges, partial_bytes, counter_bytes);
+}
+
+extern "C" int tersor_cuda_int_linear_grouped_plan(int64_t rows, int64_t n, int64_t k, int bits, int64_t group_size,
+                                                   int scale_dtype, int has_zero_points, int64_t experts,
+                                                   int multiprocessors, int64_t shared_memory_per_multiprocessor,
+                                                   int64_t* ranges, int64_t* partial_bytes, int64_t* counter_bytes) {
+  if (experts < 1) return fail(TERSOR_INVALID, "experts is %lld; accepted: 1 or more", (long long)experts);
+  if (int status = plan(rows, n, k, bits, group_size, scale_dtype, has_zero_points != 0, experts, multiprocessors,
+                        shared_memory_per_multiprocessor, ranges)) {
+    return status;
+  }
+  return workspace(rows, n, experts, *ranges, partial_bytes, counter_bytes);
+}
+
+extern "C" int tersor_cuda_int_linear(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx,
+                                      const uint8_t* qweight, const void* scales, int scale_dtype,
+                                      const uint8_t* zero_points, const void* bias, void* y, int64_t n, int64_t ldy,
+                                      int bits, int64_t group_size, int64_t ranges, float* partials,
+                                      uint32_t* counters, void* stream) {
+  return start({x, x_dtype, m, k, ldx, qweight, scales, scale_dtype, zero_points, bias, y, n, ldy, bits, group_size,
+                ranges, partials, counters, stream, nullptr, 0});
+}
+
+extern "C" int tersor_cuda_int_linear_grouped(const void* x, int x_dtype, int64_t rows, int64_t k, int64_t ldx,
+                                              const int32_t* ends, int64_t experts, const uint8_t* qweight,
+                                              const void* scales, int scale_dtype, const uint8_t* zero_points,
+                                              const void* bias, void* y, int64_t n, int64_t ldy, int bits,
+                                              int64_t group_size, int64_t ranges, float* partials, uint32_t* counters,
+                                              void* stream) {
+  if (experts < 1) return fail(TERSOR_INVALID, "experts is %lld; accepted: 1 or more", (long long)experts);
+  return start({x, x_dtype, rows, k, ldx, qweight, scales, scale_dtype, zero_points, bias, y, n, ldy, bits, group_size,
+                ranges, partials, counters, stream, ends, experts});
 }

@@ -25,6 +25,11 @@ constexpr int int_linear_token_tiles(long long m) {
   }
   return kIntLinearTiles[3].token_tiles;
 }
+// For experts: by the rows of the average one that has any.
+constexpr int int_linear_grouped_token_tiles(long long rows, long long experts) {
+  const long long active = rows < experts ? rows : experts;
+  return rows <= 8 * active ? 1 : 4;
+}
 static_assert(int_linear_token_tiles(1) == 1 && int_linear_token_tiles(17) == 4 && int_linear_token_tiles(200) == 8,
               "the table's rows ascend");
 

@@ -33,12 +33,15 @@
 // at best, 20 bytes a cycle, where an H200 brings 20.8 a multiprocessor. With 64 tokens 512 mma at two cycles each make
 // it 1024 cycles, 8 bytes a cycle. Predictions from counted instructions: nothing here was measured on hardware.
 //
+// EXPERTS. int_linear_grouped is the same for rows sorted by expert: a block finds its expert and rows from the ends.
+//
 // LIMITS. Instruction issue, not memory, is the tightest bound for few tokens; mma.sync keeps Hopper from its peak for
 // many. Weights are read again for each 64 tokens. m, n, k below 2^30; rows of x 16-byte aligned (ops_cuda.py copies
 // others); with bf16 and fewer than 8 bits zero points are at most 2^bits. fp32 activations are not taken.
 #include "kernels/sm80_int_linear.h"
 
 #include "ptx/ptx.h"
+#include "tile/expert_rows.h"
 #include "tile/int_dequantize.h"
 #include "tile/int_tile.h"
 #include "tile/number.h"
@@ -82,7 +85,7 @@ struct IntLinear {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int g = lane / 4, c = lane % 4, quad = g % 4;
   const int warp_tile = 2 * warp + g / 4;  // the lane's storage tile among the block's eight
-  const int token0 = blockIdx.x * kTokens;
+  const int token0;  // the block's first row of x
   const int token = thread / kTokenRowPieces, token_piece = thread % kTokenRowPieces;  // the first that it fetches
   const int first_token = token0 + token;
   const uint32_t begin = first_unit(blockIdx.y), end = first_unit(blockIdx.y + 1);
@@ -95,7 +98,7 @@ struct IntLinear {
   IntDequantizer<Type, kBits> dequantizer;
   int group_left;  // blocks until the present group ends
 
-  TERSOR_DEVICE explicit IntLinear(const IntLinearArguments& arguments) : a(arguments) {}
+  TERSOR_DEVICE IntLinear(const IntLinearArguments& arguments, int first_row) : a(arguments), token0(first_row) {}
 
   TERSOR_DEVICE uint32_t first_unit(uint32_t range) const {
     return range * a.share + (range < a.extra ? range : a.extra);
@@ -438,7 +441,31 @@ struct IntLinear {
 template <class Type, int kBits, int kTokenTiles>
 __global__ void __launch_bounds__(kIntLinearThreads, int_linear_blocks_per_multiprocessor(kBits, kTokenTiles))
     int_linear(const IntLinearArguments arguments) {
-  IntLinear<Type, kBits, kTokenTiles>(arguments).run();
+  IntLinear<Type, kBits, kTokenTiles>(arguments, blockIdx.x * 8 * kTokenTiles).run();
+}
+
+// ---- a mixture of experts -----------------------------------------------------------------------------------------
+
+template <class Type, int kBits, int kTokenTiles>
+__global__ void __launch_bounds__(kIntLinearThreads, int_linear_blocks_per_multiprocessor(kBits, kTokenTiles))
+    int_linear_grouped(const IntLinearArguments arguments, const IntLinearExperts experts) {
+  constexpr int tokens = 8 * kTokenTiles;
+  const ExpertRows rows = rows_of_block(experts.ends, experts.count, experts.rows, blockIdx.x, tokens);
+  if (rows.expert < 0) return;
+  IntLinearArguments a = arguments;
+  if (rows.expert == experts.count) {
+    const int count = rows.end - rows.begin < tokens ? rows.end - rows.begin : tokens;
+    for (int i = blockIdx.y * kIntLinearThreads + threadIdx.x; i < count * a.n; i += gridDim.y * kIntLinearThreads) {
+      ptx::store_global(static_cast<uint16_t*>(a.y) + (rows.begin + i / a.n) * a.ldy + i % a.n, uint16_t(0));
+    }
+    return;
+  }
+  a.m = rows.end;
+  a.qweight += rows.expert * experts.weight_bytes;
+  a.scales = static_cast<const char*>(a.scales) + rows.expert * experts.scale_bytes;
+  if (a.zero_points != nullptr) a.zero_points += rows.expert * experts.zero_point_bytes;
+  if (a.bias != nullptr) a.bias = static_cast<const uint16_t*>(a.bias) + int64_t(rows.expert) * a.n;
+  IntLinear<Type, kBits, kTokenTiles>(a, rows.begin).run();
 }
 
 template <class Type>
@@ -456,6 +483,16 @@ IntLinearKernel* choose_kernel(bool is_bfloat16, int token_tiles) {
   return is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles);
 }
 const bool entered = (int_linear_choosers[TERSOR_BITS] = choose_kernel, true);
+
+template <int kBits>
+IntLinearGroupedKernel* choose_grouped(bool is_bfloat16, int token_tiles) {
+  switch (token_tiles) {
+    case 1: return is_bfloat16 ? int_linear_grouped<BFloat16, kBits, 1> : int_linear_grouped<Float16, kBits, 1>;
+    case 4: return is_bfloat16 ? int_linear_grouped<BFloat16, kBits, 4> : int_linear_grouped<Float16, kBits, 4>;
+    default: return nullptr;
+  }
+}
+const bool entered_grouped = (int_linear_grouped_choosers[TERSOR_BITS] = choose_grouped<TERSOR_BITS>, true);
 
 }  // namespace
 }  // namespace tersor

@@ -33,6 +33,14 @@ struct IntLinearArguments {
 
 using IntLinearKernel = void(IntLinearArguments);
 
+// Beside the arguments of int_linear_grouped, whose weights, scales, zero points and bias are the first expert's.
+struct IntLinearExperts {
+  const int32_t* ends;  // [count] the row after each expert's last
+  int count, rows;
+  int64_t weight_bytes, scale_bytes, zero_point_bytes;  // from one expert to the next
+};
+using IntLinearGroupedKernel = void(IntLinearArguments, IntLinearExperts);
+
 constexpr int int_linear_weight_bytes(int bits) { return kIntLinearRows * kIntLinearStageK / 8 * bits; }
 constexpr int int_linear_token_bytes(int token_tiles) { return 8 * token_tiles * kIntLinearStageK * 2; }
 constexpr int int_linear_group_bytes(int scale_bytes, bool zero_points) {
@@ -59,5 +67,7 @@ constexpr int int_linear_blocks_per_multiprocessor(int bits, int token_tiles) {
 // sm80_int_linear.cu enters its own in the table.
 using IntLinearChooser = IntLinearKernel*(bool is_bfloat16, int token_tiles);
 extern IntLinearChooser* int_linear_choosers[9];
+using IntLinearGroupedChooser = IntLinearGroupedKernel*(bool is_bfloat16, int token_tiles);
+extern IntLinearGroupedChooser* int_linear_grouped_choosers[9];
 
 }  // namespace tersor

@@ -7,6 +7,9 @@ load onto them and stay packed: nothing is decompressed at the first forward, an
 nor gptqmodel is needed. Every other checkpoint (and any that is asked for with ``dequantize=True``) goes to the
 quantizer that transformers had, after a log line that says why.
 
+It also registers ``experts_implementation="tersor"`` for mixtures of experts: compressed experts run grouped on our
+kernels whatever is chosen there; what was left uncompressed runs by transformers' grouped product.
+
 Our own ``quant_method`` needs only ``import tersor``.
 """
 
@@ -15,9 +18,11 @@ from __future__ import annotations
 import copy
 import logging
 
+from transformers.integrations.moe import ExpertsInterface
 from transformers.quantizers import auto as _host
 from transformers.quantizers.base import HfQuantizer
 
+from .experts import experts_forward
 from .integrations.transformers import TersorConfig, TersorQuantizer, register
 from .io import plan as _plan
 from .io.errors import CheckpointError, Unsupported
@@ -121,6 +126,7 @@ def _delegate(original: type[HfQuantizer], config, options: dict, why: str) -> H
 
 def _install() -> None:
     register()
+    ExpertsInterface.register("tersor", experts_forward)
     for method in METHODS:
         quantizer = _host.AUTO_QUANTIZER_MAPPING[method]
         if isinstance(quantizer, type) and issubclass(quantizer, PackedQuantizer):

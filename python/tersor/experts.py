@@ -213,7 +213,8 @@ class Experts(nn.Module):
         if hidden_states.shape[-1] != hidden:
             raise ValueError(f"input of experts of width {hidden}: found {list(hidden_states.shape)}, accepted is "
                              f"[tokens, {hidden}]")
-        if not _is_grad_enabled() or not (hidden_states.requires_grad or any(p.requires_grad for p in self.parameters())):
+        if not _is_grad_enabled() or not (hidden_states.requires_grad
+                                          or any(parameter.requires_grad for parameter in self.parameters())):
             return self._inference(hidden_states, top_k_index, top_k_weights)
         if self._sorted:
             parts = hidden_states.view(self.num_experts, -1, hidden)
@@ -234,7 +235,8 @@ class Experts(nn.Module):
             return self._grouped(x, ends)
         # Nothing here depends on values that would have to be read back, so a GPU's work can be captured in a graph.
         slots = top_k_index.shape[-1]
-        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        chosen = top_k_index.reshape(-1)
+        experts, order = chosen.masked_fill(chosen < 0, self.num_experts).sort(stable=True)
         numbers = torch.arange(self.num_experts, dtype=experts.dtype, device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
         y = self._grouped(x[order // slots], ends) * top_k_weights.reshape(-1)[order, None]
@@ -270,6 +272,16 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         shown = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in self.projections.items())
         return f"{self.num_experts} experts, {shown}, format={self.format}"
+
+
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What ``experts_implementation="tersor"`` runs (`transformers.integrations.moe.ExpertsInterface`): compressed
+    experts grouped on their kernels, experts that were left as they are by transformers' own grouped product."""
+    if isinstance(module, Experts):
+        return module(hidden_states, top_k_index, top_k_weights)
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
 
 
 def _buffer(projection: str, name: str) -> str:

@@ -255,6 +255,8 @@ int_linear_grouped = Op(
     "(Tensor x, Tensor ends, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int out_features, "
     "int bits, int group_size, int act_bits) -> Tensor",
     _int_linear_grouped_cpu, _int_linear_grouped_fake, _int_linear_grouped_reference,
+    ops_cuda.int_linear_grouped if _C.has_cuda_build else None,
+    "int_linear_grouped cuda; in float32 int_dequantize cuda and dense products",
 )
 
 

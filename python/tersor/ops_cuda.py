@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _C
-from .op_checks import CODE, FLOATS, as_rows, check_bias, check_input, check_projections, check_weight, fail
+from .op_checks import (CODE, FLOATS, as_rows, check_bias, check_experts, check_input, check_projections, check_weight,
+                        fail)
 
 # Above so many rows a dense product of the dequantized weight is the faster way. Not measured on hardware yet.
 MAX_ROWS = 256
@@ -120,6 +121,55 @@ def int_linear_multi(x, qweights, scales, zero_points, biases, out_features, bit
                    biases[i] if biases else None, n, bits, group_size, act_bits)
         for i, n in enumerate(out_features)
     ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _grouped_plan(rows, n, k, bits, group_size, scale_code, has_zero_points, experts, index):
+    return _C.cuda_int_linear_grouped_plan(rows, n, k, bits, group_size, scale_code, has_zero_points, experts,
+                                           *_device(index))
+
+
+def int_linear_grouped(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+    op, index, n = "int_linear_grouped", x.device.index, out_features
+    check_input(op, x, act_bits)
+    check_experts(op, x, ends, qweight, scales, zero_points, bias, n, bits, group_size)
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return int_linear_grouped(x, ends, qweight, scales, zero_points, bias, n, bits, group_size, act_bits)
+    if act_bits == 8:
+        x = _as_int8(x)
+    dtype = x.dtype
+    if dtype not in _HALVES:
+        # The kernel takes 16 bits; float32 goes expert by expert through dense products.
+        return _grouped_dense(x, ends, qweight, scales, zero_points, bias, n, bits, group_size)
+    x = _aligned_rows(as_rows(x))
+    rows, k = x.shape
+    y = x.new_empty((rows, n))
+    if not ends.numel():
+        return y.zero_()
+    scale_code = CODE[scales.dtype]
+    ranges, partial_bytes, counter_bytes = _grouped_plan(rows, n, k, bits, group_size, scale_code,
+                                                         zero_points is not None, ends.numel(), index)
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    partials, counters = _workspace(x.device, stream, partial_bytes, counter_bytes)
+    _C.cuda_int_linear_grouped(
+        x.data_ptr(), CODE[dtype], rows, k, x.stride(0) if rows > 1 else k, ends.data_ptr(), ends.numel(),
+        qweight.data_ptr(), scales.data_ptr(), scale_code, 0 if zero_points is None else zero_points.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n, bits, group_size, ranges, partials.data_ptr(),
+        counters.data_ptr(), stream,
+    )
+    return y
+
+
+def _grouped_dense(x, ends, qweight, scales, zero_points, bias, n, bits, group_size):
+    y, begin = x.new_zeros((x.shape[0], n)), 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > begin:
+            w = int_dequantize(qweight[expert], scales[expert], None if zero_points is None else zero_points[expert],
+                               n, x.shape[1], bits, group_size, x.dtype)
+            y[begin:end] = F.linear(x[begin:end], w, None if bias is None else bias[expert])
+        begin = end
+    return y
 
 
 def int_dequantize(qweight, scales, zero_points, out_features, in_features, bits, group_size, dtype):
