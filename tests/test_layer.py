@@ -149,8 +149,8 @@ def test_siblings_run_as_one_call_with_equal_results(bias, spec, monkeypatch):
     layers = [together.q_proj, together.k_proj, together.v_proj]
     assert Siblings.fit_together(layers)
     group = Siblings(layers)
-    calls = []
-    monkeypatch.setattr(ops.int_linear_multi, "cpu", lambda *a, f=ops.int_linear_multi.cpu: calls.append(1) or f(*a))
+    calls, inner = [], ops.BoundIntLinearMulti.__call__
+    monkeypatch.setattr(ops.BoundIntLinearMulti, "__call__", lambda *given: calls.append(1) or inner(*given))
     with torch.no_grad():
         for m in (1, 3):
             x = torch.randn(m, 96, dtype=torch.bfloat16)
@@ -162,6 +162,15 @@ def test_siblings_run_as_one_call_with_equal_results(bias, spec, monkeypatch):
         x.mul_(2)  # modified in place between the calls: the stored results are stale
         assert torch.equal(together.k_proj(x), alone.k_proj(x))
         assert torch.equal(copy.deepcopy(together)(x)[2], alone.v_proj(x))
+        # Other tensors in a layer are seen at the next call.
+        other = Linear.from_linear(nn.Linear(96, together.k_proj.out_features, bias=bias, dtype=torch.bfloat16), spec)
+        for module in (together.k_proj, alone.k_proj):
+            module.load_tensors(other.tensors())
+        y = torch.randn(2, 96, dtype=torch.bfloat16)
+        for got, expected in zip(together(y), alone(y)):
+            assert torch.equal(got, expected)
+        with pytest.raises(ValueError, match="int_linear"):
+            together(torch.randn(2, 96, dtype=torch.float64))
     with torch.inference_mode():
         y = torch.randn(2, 96, dtype=torch.bfloat16)
         together.q_proj(y)

@@ -223,6 +223,8 @@ class Siblings:
         self._version = 0
         self._ready: dict[int, Tensor] = {}
         self._misses = 0
+        self._members: list = []
+        self._call: ops.BoundIntLinearMulti | None = None
         for layer in self.layers:
             layer.siblings = self
 
@@ -257,22 +259,17 @@ class Siblings:
         if self._misses >= 2:
             self.dissolve()
             return layer(x)
-        held = [member._buffers for member in self.layers]
         biases = [member._parameters["bias"] for member in self.layers]
         if any(bias is not None and (bias.requires_grad and _is_grad_enabled()) for bias in biases):
             self.dissolve()
             return layer(x)
-        if all(bias is None for bias in biases):
-            biases = []
-        else:
-            biases = [x.new_zeros(member.out_features) if bias is None else bias.to(x.dtype)
-                      for bias, member in zip(biases, self.layers)]
-        format = layer.format
-        outputs = ops.int_linear_multi(
-            x, [t["qweight"] for t in held], [t["scales"] for t in held],
-            [] if format.symmetric else [t["zero_points"] for t in held], biases,
-            [member.out_features for member in self.layers], format.num_bits, format.group_size, format.activation,
-        )
+        bound = [member._bind() for member in self.layers]
+        if None in bound:  # not where x is: the layer says so
+            self.dissolve()
+            return layer(x)
+        if bound != self._members:  # tensors were exchanged, or this is the first call
+            self._members, self._call = bound, ops.BoundIntLinearMulti(bound)
+        outputs = self._call(x, [bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype) for bias in biases])
         self._ready = {id(member): y for member, y in zip(self.layers, outputs)}
         mine = self._ready.pop(id(layer))
         self._input, self._version = x, x._version
@@ -291,6 +288,7 @@ class Siblings:
         memo[id(self)] = twin
         twin.layers = tuple(copy.deepcopy(layer, memo) for layer in self.layers)
         twin._input, twin._version, twin._ready, twin._misses = None, 0, {}, 0
+        twin._members, twin._call = [], None
         return twin
 
     def __reduce__(self):

@@ -113,12 +113,16 @@ class BoundIntLinear:
         if n and k and not (self.pointers[0] and self.pointers[1] and (zero_points is None or self.pointers[2])):
             fail("int_linear", "qweight, scales and zero_points", "freed storage", "tensors with storage")
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def addresses(self) -> tuple[int, int, int]:
+        """Of the tensors as they are now; checked anew where they moved."""
         qweight, scales, zero_points = self.tensors
         q, s, z = self.pointers
         if qweight.data_ptr() != q or scales.data_ptr() != s or z and zero_points.data_ptr() != z:
             self._check()
-            q, s, z = self.pointers
+        return self.pointers
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        q, s, z = self.addresses()
         code = CODE.get(x.dtype)
         n, k = self.shape
         size = x.shape
@@ -192,6 +196,44 @@ def _int_linear_multi_cpu(x, qweights, scales, zero_points, biases, out_features
     _C.int_linear_multi(rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, projections,
                         CODE[scales[0].dtype], bits, group_size, act_bits, _threads())
     return outputs
+
+
+class BoundIntLinearMulti:
+    """`int_linear_multi` on weights that were checked once, as `BoundIntLinear` is for one."""
+
+    __slots__ = ("members", "in_features", "out_features", "bits", "group_size", "act_bits", "scale_code")
+
+    def __init__(self, members: list[BoundIntLinear]):
+        first = members[0]
+        for i, member in enumerate(members):
+            if (member.shape[1], member.bits, member.group_size, member.act_bits, member.scale_code) != \
+                    (first.shape[1], first.bits, first.group_size, first.act_bits, first.scale_code):
+                fail("int_linear_multi", f"projection {i}", member.shape, "the width, format and dtype of the first")
+        self.members = members
+        self.in_features, self.out_features = first.shape[1], [member.shape[0] for member in members]
+        self.bits, self.group_size, self.act_bits = first.bits, first.group_size, first.act_bits
+        self.scale_code = first.scale_code
+
+    def __call__(self, x: Tensor, biases: list[Tensor | None]) -> list[Tensor]:
+        code, size, k = CODE.get(x.dtype), x.shape, self.in_features
+        if code is None or size[-1] != k:
+            check_input("int_linear_multi", x, self.act_bits)
+            fail("int_linear_multi", "x", list(size), f"[..., {k}]")
+        m = math.prod(size[:-1])
+        rows = x if len(size) == 2 else x.reshape(m, k)
+        stride, unit = rows.stride()
+        if unit != 1 or stride < k:
+            rows, stride = rows.contiguous(), k
+        outputs, projections = [], []
+        for member, n, bias in zip(self.members, self.out_features, biases):
+            if bias is not None:
+                check_bias("int_linear_multi", x, bias, n)
+            y = x.new_empty((*size[:-1], n))
+            outputs.append(y)
+            projections.append((*member.addresses(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n))
+        _C.int_linear_multi(rows.data_ptr(), code, m, k, stride, projections, self.scale_code, self.bits,
+                            self.group_size, self.act_bits, _threads())
+        return outputs
 
 
 def _int_linear_multi_fake(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits):
