@@ -119,7 +119,31 @@ def _plain(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-RENDERERS = {"linear": linear_table, "overhead": overhead_table}
+def generate_table(result: dict) -> str:
+    rows = [[record["model"], record["contender"], str(record["threads"]), f"{record['ratio_to_torch_bf16']:.2f}",
+             f"{record['bytes'] / 1e6:.1f}"] for record in result["records"]]
+    return "\n".join(["### Decode speed in plain `generate`, one sequence", "", where(result), "",
+                      table(["model", "contender", "threads", "speed over torch bf16", "MB of weights"], rows)])
+
+
+def gptq_table(result: dict) -> str:
+    settings, rows = result["settings"], []
+    for dtype, contenders in result["results"].items():
+        for name, found in contenders.items():
+            seconds = found["seconds"]
+            rows.append([name, dtype, *(f"{found.get(f'times_faster_than_{peer}', float('nan')):.2f}"
+                                        for peer in ("llm-compressor", "torch")),
+                         f"{seconds['hessian'] / seconds['total']:.0%}", f"{found['relative_error']:.4f}"])
+    width, tokens = settings["width"], f"{settings['sequences']} x {settings['length']}"
+    return "\n".join([
+        f"### GPTQ of one {width} x {width} layer, {tokens} tokens, Hessian included", "", where(result),
+        f"{settings['bits']} bits, groups of {settings['group_size']}, {settings['threads']} threads; llm-compressor "
+        f"{settings.get('llm_compressor') or 'not measured'}.", "",
+        table(["contender", "inputs", "times faster than llm-compressor", "than torch", "share of the Hessian",
+               "relative error of the output"], rows)])
+
+
+RENDERERS = {"linear": linear_table, "overhead": overhead_table, "generate": generate_table, "gptq": gptq_table}
 
 
 def insert(text: str, rendered: str) -> str:
