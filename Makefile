@@ -1,5 +1,6 @@
 # make demo   a language model from 16 bits to 4 and back to text
 # make test   the tests, against the installed wheel
+# make emulated   of them those that run the CUDA kernels on the CPU, and the compile gate
 #
 # Each makes .venv, installs and runs. Needed beforehand: Python 3.11 or later (with venv), g++, make.
 # CMake and Ninja come with pip; nvcc and ccache are used where they are found.
@@ -20,13 +21,17 @@ endif
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
   $(shell find cpp cuda third_party python -type f -not -path '*/__pycache__/*' -not -name '*.so')
 
-.PHONY: demo test bench clean
+.PHONY: demo test emulated bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/tersor demo
 
 test: $(VENV)/.tested
 	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) tests
+
+emulated: $(VENV)/.tested
+	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) tests/test_emulation.py tests/test_replay.py \
+	  tests/test_cuda_*.py tests/test_ops_cuda.py tests/test_kernel_steps.py tests/test_compile_gate.py
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/tersor bench

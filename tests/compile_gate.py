@@ -37,6 +37,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS, RECORD = ROOT / "cuda" / "kernels", ROOT / "cuda" / "gate.json"
+DOCUMENT = ROOT / "docs" / "kernels.md"
 INCLUDES = (ROOT / "cuda", ROOT / "cpp")
 TARGETS = ("80", "86", "89", "90a", "100a", "120a")
 NEVER = ("LDL", "STL")
@@ -327,6 +328,12 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def with_table(text: str, record: dict) -> str:
+    """The document with the record's table between its markers."""
+    return re.sub(r"(<!-- gate -->\n).*?(<!-- end of gate -->)", lambda m: m[1] + table(record) + "\n" + m[2], text,
+                  flags=re.S)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every kernel, changed or not")
@@ -356,6 +363,7 @@ def main() -> None:
         names = {kernel.name for kernel in kernels()}
         record = {name: entry for name, entry in {**record, **found}.items() if name in names}
         RECORD.write_text(written(record), encoding="utf-8")
+        DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), record), encoding="utf-8")
     print(f"compile gate: {len(found)} kernels pass")
 
 

@@ -28,6 +28,11 @@ def test_what_changed_is_compiled_and_all_keep_their_budgets():
                     assert not gate.violations(gate.Kernel(kernel.path, (), rules), instance)
 
 
+def test_the_document_has_the_records_table():
+    text = gate.DOCUMENT.read_text(encoding="utf-8")
+    assert "| sm80_int_linear | sm_90a |" in text and text == gate.with_table(text, gate.read_record())
+
+
 def test_every_kernel_states_a_budget():
     assert len(gate.kernels()) == len(list(gate.KERNELS.glob("*.cu"))) > 0
 
