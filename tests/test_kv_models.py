@@ -120,10 +120,10 @@ def test_prompt_lookup_with_a_sliding_window():
 
 def test_compiled_models_break_the_graph_and_agree():
     model, ids = make("llama"), prompt(1, 50)
-    truth = logits_by_steps(model, DynamicCache(config=model.config), ids[:, :45], steps=(40, 1, 4))
+    truth = logits_by_steps(model, DynamicCache(config=model.config), ids[:, :42], steps=(40, 1, 1))
     cache = tersor.Cache(model, "K16V16")
     compiled = torch.compile(model, backend="eager")
-    ours = logits_by_steps(compiled, cache, ids[:, :45], steps=(40, 1, 4))
+    ours = logits_by_steps(compiled, cache, ids[:, :42], steps=(40, 1, 1))
     assert (ours - truth).norm() < 1e-5 * truth.norm()
 
 
