@@ -56,7 +56,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=c
 step build 300 bash -c build || { printf '%s\n' "${TOLD[@]}"; exit 1; }
 step test 180 "$VENV/bin/python" -m pytest -q tests/test_cuda_int_linear.py tests/test_cuda_layer.py \
   tests/test_cuda_experts.py -k cuda
-step sanitize 120 bash -c sanitize
+step sanitize 240 bash -c sanitize
 step record 60 "$VENV/bin/python" bench/record_ptx.py
 step bench 240 "$VENV/bin/python" bench/linear.py --device cuda --out "$OUT/linear-cuda.json"
 [[ -f tests/data/ptx_replay.npz && $OUT != "$PWD/bench/results" ]] && cp tests/data/ptx_replay.npz "$OUT/"
