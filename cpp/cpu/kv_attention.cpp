@@ -22,13 +22,21 @@ constexpr int kRows = 16;                           // queries of one item
 constexpr int kBlock = kPanelRows >= 12 ? 8 : 4;    // rows whose sums fit the registers
 constexpr int64_t kRangeTokens = 512, kEnoughItems = 32, kMacsPerThread = 1 << 19;
 
-// Branch-free, so that loops over it become vectors; relative error 2e-7. Below -87: 0. A NaN stays one.
-inline float exp_approximate(float x) {
-  const float clamped = x > 88.0f ? 88.0f : x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504f + 12582912.0f;  // the integer part lands in the lowest bits
-  const float whole = shifted - 12582912.0f;
-  const float f = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  float p = 1.0f / 5040;
+// One register of floats with operators, for what simd.h has no words for.
+typedef float Lanes __attribute__((vector_size(sizeof(Native)), aligned(4)));
+typedef int32_t LaneBits __attribute__((vector_size(sizeof(Native)), aligned(4)));
+constexpr int kLanes = sizeof(Native) / 4;
+TERSOR_INLINE Lanes& lanes(float* p) { return *reinterpret_cast<Lanes*>(p); }
+
+// Relative error 2e-7. Below -87: 0. A NaN stays one.
+TERSOR_INLINE Lanes exp_approximate(Lanes x) {
+  const Lanes all = {};
+  Lanes clamped = x < -87.0f ? all - 87.0f : x;
+  clamped = clamped > 88.0f ? all + 88.0f : clamped;
+  const Lanes shifted = clamped * 1.44269504f + 12582912.0f;  // the integer part lands in the lowest bits
+  const Lanes whole = shifted - 12582912.0f;
+  const Lanes f = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Lanes p = all + 1.0f / 5040;
   p = p * f + 1.0f / 720;
   p = p * f + 1.0f / 120;
   p = p * f + 1.0f / 24;
@@ -36,12 +44,12 @@ inline float exp_approximate(float x) {
   p = p * f + 0.5f;
   p = p * f + 1.0f;
   p = p * f + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits << 23) + 0x3f800000u;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return x < -87.0f ? 0.0f : p * power;
+  LaneBits bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000;
+  Lanes power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x < -87.0f ? all : p * power;
 }
 
 // How 16 numbers are stored: dtypes of raw pages, then bits.
@@ -181,23 +189,22 @@ bool restrict_scores(const Item& item, int r, int64_t first, int64_t tokens, int
 
 // Scores to weights in place; the factor by which earlier sums shrink.
 float soften(Item& item, int r, int64_t width, float* scores) {
-  float lanes[16];
-  for (int l = 0; l < 16; ++l) lanes[l] = scores[l];
-  for (int64_t t = 16; t < width; t += 16) {
-    for (int l = 0; l < 16; ++l) lanes[l] = scores[t + l] > lanes[l] ? scores[t + l] : lanes[l];
+  Lanes top = lanes(scores);
+  for (int64_t t = kLanes; t < width; t += kLanes) {
+    const Lanes x = lanes(scores + t);
+    top = x > top ? x : top;
   }
   float maximum = item.maximum[r];
-  for (int l = 0; l < 16; ++l) maximum = lanes[l] > maximum ? lanes[l] : maximum;
-  for (int l = 0; l < 16; ++l) lanes[l] = 0;
-  for (int64_t t = 0; t < width; t += 16) {
-    for (int l = 0; l < 16; ++l) {
-      scores[t + l] = exp_approximate(scores[t + l] - maximum);
-      lanes[l] += scores[t + l];
-    }
+  for (int l = 0; l < kLanes; ++l) maximum = top[l] > maximum ? top[l] : maximum;
+  Lanes sum = {};
+  for (int64_t t = 0; t < width; t += kLanes) {
+    const Lanes weight = exp_approximate(lanes(scores + t) - maximum);
+    lanes(scores + t) = weight;
+    sum += weight;
   }
   float total = 0;
-  for (int l = 0; l < 16; ++l) total += lanes[l];
-  const float keep = item.maximum[r] == maximum ? 1.0f : exp_approximate(item.maximum[r] - maximum);
+  for (int l = 0; l < kLanes; ++l) total += sum[l];
+  const float keep = item.maximum[r] == maximum ? 1.0f : std::exp(item.maximum[r] - maximum);
   item.maximum[r] = maximum;
   item.denominator[r] = item.denominator[r] * keep + total;
   return keep;
@@ -237,8 +244,9 @@ void attend_page(Item& item, Work& work, const int64_t* row, int64_t first) {
     float* scores = work.scores + r * slots;
     if (query.softcap > 0) {
       const float inverse = 2.0f / query.softcap;
-      for (int64_t t = 0; t < width; ++t) {  // cap * tanh(x / cap)
-        scores[t] = query.softcap - 2 * query.softcap / (exp_approximate(scores[t] * inverse) + 1);
+      for (int64_t t = 0; t < width; t += kLanes) {  // cap * tanh(x / cap)
+        Lanes& x = lanes(scores + t);
+        x = query.softcap - 2 * query.softcap / (exp_approximate(x * inverse) + 1.0f);
       }
     }
     if (restrict_scores(item, r, first, tokens, width, scores)) {
