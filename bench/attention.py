@@ -7,12 +7,14 @@ Ways: `dynamic` is what transformers does by default (DynamicCache, then SDPA); 
 tensors that lie ready, by scaled_dot_product_attention and by two products and a softmax; `quantized` is transformers'
 QuantizedCache with 4 bits, where a backend for it is installed; specs are layers of tersor.Cache, called as models call
 them. Layers take turns, as in a model, so that a cache that fits the last level does not sit there. A figure is the
-median step in microseconds; `ratio` is the time of `dynamic` over it, `ratio_fastest` that of the fastest torch way.
+median step in microseconds; `ratio` is the time of `dynamic` over it, `ratio_fastest` that of the fastest torch way;
+`other_cores` is what everything else on the machine used meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from types import SimpleNamespace
@@ -126,8 +128,11 @@ def main(argv=None) -> int:
                            "ways": {}}
                     for name in ways:
                         layers, step, nbytes = contender(name, count, keys, values, module, q, dim**-0.5)
+                        watch, start = common.Watch(os.getpid()), time.perf_counter()
                         microseconds, steps = measure(step, layers, k, v, args.seconds)
-                        row["ways"][name] = {"microseconds": microseconds, "steps": steps, "bytes": nbytes}
+                        other = watch.stop(time.perf_counter() - start)[1]
+                        row["ways"][name] = {"microseconds": microseconds, "steps": steps, "bytes": nbytes,
+                                             "other_cores": round(other, 2)}
                         del layers, step
                         common.release_memory()
                     found = row["ways"]
@@ -138,7 +143,8 @@ def main(argv=None) -> int:
                     results.append(row)
                     print(f"{shape} {dtype_name} {tokens:6d} tokens: " + ", ".join(
                         f"{name} {f['microseconds']:.0f} us (x{f['ratio']:.2f}, x{f['ratio_fastest']:.2f})"
-                        for name, f in found.items()), flush=True)
+                        for name, f in found.items()) + f"; others used up to {max(f['other_cores'] for f in found.values())}"
+                          " cores", flush=True)
     settings = {"threads": args.threads, "isa": _C.isa(), "seconds": args.seconds}
     common.write_json(args.out, common.header("attention", settings) | {"results": results})
     return 0
