@@ -91,7 +91,7 @@ def kernels() -> list[Kernel]:
 
 
 def digest(kernel: Kernel) -> str:
-    """Of the source and all project headers that it includes."""
+    """Of the source and all project headers that it includes, comments aside, and of the gate lines."""
     seen: dict[Path, bytes] = {}
     waiting = [kernel.path]
     while waiting:
@@ -104,7 +104,9 @@ def digest(kernel: Kernel) -> str:
                 if (folder / name.decode()).is_file():
                     waiting.append((folder / name.decode()).resolve())
                     break
-    parts = (str(path.relative_to(ROOT)).encode() + b"\0" + seen[path] for path in sorted(seen))
+    parts = [str(path.relative_to(ROOT)).encode() + b"\0" + re.sub(rb"\s*//[^\n]*", b"", seen[path])
+             for path in sorted(seen)]
+    parts.append(repr((kernel.variants, kernel.rules)).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -31,9 +31,13 @@ def emulated(w, x, ends, bias, ranges, seeds=(0, 1)):
         int(w.zeros is not None), ctypes.c_int64(w.count), 132, ctypes.c_int64(228 * 1024),
         *map(ctypes.byref, made)) == 0
     assert made[0].value >= 1
-    # Sizes for the number of ranges that is tried here, not the planned one.
-    partials = torch.full((-(-made[1].value * ranges // made[0].value) // 4,), float("nan"))
-    counters = torch.zeros(made[2].value // 4, dtype=torch.int32)
+    # Scratch for the number of ranges that is tried here, not the planned one: the most token blocks there can be.
+    tokens = 8 if rows <= 8 * min(rows, w.count) else 32
+    blocks = rows // tokens + min(rows, w.count + 1)
+    partials = torch.full((blocks * ranges * 2 * 128 * tokens,), float("nan"))
+    counters = torch.zeros(blocks * -(-w.n // 128), dtype=torch.int32)
+    if made[0].value > 1:
+        assert partials.nbytes * made[0].value == made[1].value * ranges and counters.nbytes == made[2].value
     out = torch.full((rows, w.n + 3), float("nan"), dtype=x.dtype)
     tensors = {"x": x, "ends": ends, "qweight": w.qweight, "scales": w.scales, "zero_points": w.zeros, "bias": bias,
                "y": out, "partials": partials, "counters": counters}

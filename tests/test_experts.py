@@ -240,6 +240,13 @@ def test_experts_implementation_by_name():
         assert (model(ids).logits - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_no_tokens():
+    layer, _ = compressed(original("qwen3_moe"), Int(4, 32))
+    with torch.no_grad():
+        y = layer(torch.zeros(0, HIDDEN), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert y.shape == (0, HIDDEN)
+
+
 def test_one_call_for_each_projection(monkeypatch):
     from tersor import ops
 

@@ -114,3 +114,11 @@ def test_gram_bad_input_is_named():
         ops.add_gram(torch.zeros(3, 3), torch.zeros(5, 4))
     with pytest.raises(ValueError, match="add_gram: x: found torch.float64"):
         ops.add_gram(torch.zeros(4, 4), torch.zeros(5, 4, dtype=torch.float64))
+
+
+def test_neither_default_devices_nor_hooks_are_met():
+    module, seen = LlamaRMSNorm(64), []
+    module.register_forward_hook(lambda *given: seen.append(1))
+    with torch.device("meta"):
+        assert fuse_norms(nn.ModuleList([module])) == 1
+    assert not seen

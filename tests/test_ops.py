@@ -146,3 +146,22 @@ def test_strided_and_batched_inputs():
 def test_no_kernel_is_called_reference():
     assert ops.int_linear.kernel(torch.device("cuda")).startswith("reference")
     assert ops.int_linear.kernel(torch.device("cpu")).startswith("int_linear ")
+
+
+def test_results_lie_where_the_input_does_whatever_the_default_device_is():
+    codes, q, s, z = stored(33, 97, 4, 32, False)
+    with torch.device("meta"):
+        packed = ops.int_pack(codes, 4)
+        assert packed.is_cpu and torch.equal(packed, q)
+        assert torch.equal(ops.int_unpack(q, 33, 97, 4), codes)
+        assert ops.int_dequantize(q, s, z, 33, 97, 4, 32, torch.float32).is_cpu
+
+
+def test_transforms_are_not_passed_by():
+    _, q, s, z = stored(33, 97, 4, 32, False)
+    x, tangent = torch.randn(3, 97), torch.randn(3, 97)
+    with torch.autograd.forward_ad.dual_level():
+        assert not ops.plain(torch.autograd.forward_ad.make_dual(x, tangent))
+    seen = []
+    torch.func.vmap(lambda row: seen.append(ops.plain(row)) or row)(x)
+    assert seen == [False] and ops.plain(x)

@@ -48,6 +48,28 @@ class Launchers:
                   (bias, 2 * n, 0), (y, 2 * ((m - 1) * ldy + n), 1), (partials, partial_bytes, 1),
                   (counters, counter_bytes, 1)])
 
+    def grouped_plan(self, rows, n, k, bits, group_size, scale_code, zeros, experts, multiprocessors, shared):
+        made = [ctypes.c_int64() for _ in range(3)]
+        sizes = [ctypes.c_int64(v) for v in (rows, n, k)]
+        assert self.native.tersor_cuda_int_linear_grouped_plan(
+            *sizes, bits, ctypes.c_int64(group_size), scale_code, int(zeros), ctypes.c_int64(experts), multiprocessors,
+            ctypes.c_int64(shared), *map(ctypes.byref, made)) == 0
+        return tuple(value.value for value in made)
+
+    def int_linear_grouped(self, x, x_dtype, rows, k, ldx, ends, experts, qweight, scales, scale_dtype, zeros, bias, y,
+                           n, ldy, bits, group, ranges, partials, counters, stream):
+        tiles, blocks, groups = -(-n // 16), -(-k // 32), -(-k // group) if group else 1
+        _, partial_bytes, counter_bytes = ops_cuda._grouped_plan(rows, n, k, bits, group, scale_dtype, bool(zeros),
+                                                                 experts, None)
+        self.run("tersor_cuda_int_linear_grouped",
+                 (x, x_dtype, rows, k, ldx, ends, experts, qweight, scales, scale_dtype, zeros, bias, y, n, ldy, bits,
+                  group, ranges, partials, counters, stream),
+                 [(x, 2 * ((rows - 1) * ldx + k), 0), (ends, 4 * experts, 0),
+                  (qweight, experts * tiles * blocks * 64 * bits, 0),
+                  (scales, experts * tiles * groups * 16 * (4 if scale_dtype == 0 else 2), 0),
+                  (zeros, experts * tiles * groups * 16, 0), (bias, 2 * experts * n, 0),
+                  (y, 2 * ((rows - 1) * ldy + n), 1), (partials, partial_bytes, 1), (counters, counter_bytes, 1)])
+
     def int_dequantize(self, qweight, scales, scale_dtype, zeros, n, k, bits, group, out, out_dtype, stream):
         tiles, blocks, groups = -(-n // 16), -(-k // 32), -(-k // group) if group else 1
         self.run("tersor_cuda_int_dequantize",
@@ -62,16 +84,18 @@ def launchers(monkeypatch):
     launchers = Launchers(4)
     monkeypatch.setattr(ops_cuda, "_C", SimpleNamespace(
         cuda_int_linear_plan=launchers.plan, cuda_int_linear=launchers.int_linear,
+        cuda_int_linear_grouped_plan=launchers.grouped_plan, cuda_int_linear_grouped=launchers.int_linear_grouped,
         cuda_int_dequantize=launchers.int_dequantize))
     monkeypatch.setattr(ops_cuda, "_device", lambda index: (3, 100 * 1024))
-    monkeypatch.setattr(ops_cuda, "_scratch", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     ops_cuda._plan.cache_clear()
+    ops_cuda._grouped_plan.cache_clear()
     yield launchers
     ops_cuda._plan.cache_clear()
+    ops_cuda._grouped_plan.cache_clear()
 
 
 def call(weight, x, bias=None, act_bits=16):
@@ -94,14 +118,19 @@ def test_rows_of_any_shape_and_alignment(launchers, shape, k):
     assert set(launchers.calls) == {"tersor_cuda_int_linear"}
 
 
-def test_scratch_memory_is_kept_and_grows(launchers):
-    small, large = Weight(64, 256, 4, 0, True, torch.float32), Weight(300, 1100, 4, 64, False, torch.float32)
-    for weight in (small, large, small):
-        x = torch.randn(3, weight.k).half()
-        assert relative_error(call(weight, x), x, weight) < 1e-3
-        ((_, (partials, counters)),) = ops_cuda._scratch.items()
-        assert not counters.any()
-    assert partials.numel() == ops_cuda._plan(3, 300, 1100, 4, 64, 0, True, None)[1]
+def test_experts_reach_the_launcher(launchers):
+    count, weight = 3, Weight(80, 200, 4, 32, False, torch.float16)
+    stacked = [torch.stack([tensor] * count) for tensor in (weight.qweight, weight.scales, weight.zeros)]
+    bias, ends = torch.randn(count, 80), torch.tensor([2, 2, 9], dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.randn(11, 200).to(dtype)
+        given = (x, ends, *stacked, bias.to(dtype), 80, 4, 32, 16)
+        y, expected = ops_cuda.int_linear_grouped(*given), ops.int_linear_grouped.cpu(*given)
+        assert not y[9:].any() and (y.double() - expected.double()).norm() < 6e-3 * expected.double().norm()
+    assert launchers.calls.count("tersor_cuda_int_linear_grouped") == 2
+    stacked[2][1, 0, 0, 3] = 17
+    with pytest.raises(ValueError, match="int_linear_grouped: zero_points: found values up to 17"):
+        ops_cuda.int_linear_grouped(torch.randn(11, 200).bfloat16(), ends, *stacked, None, 80, 4, 32, 16)
 
 
 @pytest.mark.parametrize("m, dtype", [(ops_cuda.MAX_ROWS + 1, torch.float16), (3, torch.float32)])

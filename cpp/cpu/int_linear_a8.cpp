@@ -21,8 +21,8 @@
 // the int8 peak, of which decoding or unpacking takes a little. AVX2, 4 rows x 1 tile over unpacked bytes:
 // 56 cycles measured, bound by vpmaddubsw + vpaddw (1.6 pairs a cycle at most there, which alone take 40).
 //
-// Every path does the same operations on one row in the same order: a row's result depends neither on the
-// other rows nor on the threads.
+// Every path does the same operations on one row of int8 activations in the same order: its result depends neither on
+// the other rows nor on the threads. Exact 16-bit activations of one or two rows come here as limbs.
 #include "common/scratch.h"
 #include "common/status.h"
 #include "cpu/int_linear_a8_micro.h"

@@ -9,14 +9,15 @@
 //   sums    [strips][segments][rows of the strip] floats: sum of scale * sum(q) over a segment, what a zero
 //           point multiplies
 //
-// Limbs. Activations of 16 bits can also be taken as they are, as a row of int8 for each 7 bits (`limbs` > 1):
+// Limbs. Activations of 16 bits can also be taken nearly as they are, as a row of int8 for each 7 bits (`limbs` > 1):
 //   x = sum over l of q_l * unit * 2^(-7 l),   unit = 2^(e - 6) for a block whose largest |x| is below 2^(e + 1)
 // Two limbs leave at most 2^-14 of the block's largest |x|, and nothing of bf16 values above 2^-6 of it;
 // three leave 2^-21. A token's limbs are rows next to each other.
 //
 // A segment is the part of a weight group inside one chunk of kChunkBlocks blocks; sums over a segment are
 // scaled once. It depends on k and the group size alone: not on the rows, the threads or the kernel, so
-// that a row gives the same result in every batch.
+// that int8 activations of a row give the same result in every batch. (Limbs serve a row or two, floats more: the same
+// row differs then in its last bits.)
 #pragma once
 
 #include "common/parallel.h"

@@ -36,10 +36,10 @@ struct Problem {
 int describe(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int scale_dtype, bool zero_points,
              int64_t experts, Problem* p) {
   if (int status = check_int_arguments(n, k, bits, group_size, 1)) return status;
-  constexpr int64_t limit = int64_t(1) << 30;
-  if (n > limit || k > limit || m < 0 || m > limit) {
-    return fail(TERSOR_INVALID, "m, n, k are %lld, %lld, %lld; accepted on CUDA: 0 to 2^30", (long long)m, (long long)n,
-                (long long)k);
+  constexpr int64_t limit = int64_t(1) << 25;  // the kernel counts bytes of a row's codes in 32 bits
+  if (n > limit || k > limit || m < 0 || m > 32 * limit) {
+    return fail(TERSOR_INVALID, "m, n, k are %lld, %lld, %lld; accepted on CUDA: 0 to 2^30, 2^25, 2^25", (long long)m,
+                (long long)n, (long long)k);
   }
   if (scale_dtype < 0 || scale_dtype > 2) {
     return fail(TERSOR_INVALID, "scale_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", scale_dtype);
@@ -91,6 +91,9 @@ int workspace(int64_t m, int64_t n, int64_t experts, int64_t ranges, int64_t* pa
     return fail(TERSOR_INVALID, "m, n, ranges are %lld, %lld, %lld; accepted: m, n from 0 and ranges from 1",
                 (long long)m, (long long)n, (long long)ranges);
   }
+  // One range sums everything itself.
+  *partial_bytes = *counter_bytes = 0;
+  if (ranges == 1) return TERSOR_OK;
   const int64_t tokens = 8 * (experts ? int_linear_grouped_token_tiles(m, experts) : int_linear_token_tiles(m));
   const int64_t token_blocks = token_block_count(m, tokens, experts);
   *partial_bytes = token_blocks * ranges * 2 * kIntLinearRows * tokens * 4;

@@ -33,6 +33,10 @@ namespace launch_detail {
 // More than 48 KB of dynamic shared memory must be asked for.
 inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
+  cudaFuncAttributes present;  // never lowered: another thread may be about to launch with what it asked for
+  const cudaError_t error = cudaFuncGetAttributes(&present, kernel);
+  if (error != cudaSuccess) return error;
+  if (static_cast<size_t>(present.maxDynamicSharedSizeBytes) >= bytes) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 

@@ -244,7 +244,7 @@ class Experts(nn.Module):
         y = y.masked_fill((experts >= self.num_experts)[:, None], 0)
         restored = torch.empty_like(y)
         restored[order] = y
-        return restored.view(*top_k_index.shape, -1).sum(1).to(x.dtype)
+        return restored.view(*top_k_index.shape, restored.shape[-1]).sum(1).to(x.dtype)
 
     def _apply(self, fn, recurse=True):
         # Dtype casts of the model change the dtype of `weights`, never the stored tensors.
@@ -265,9 +265,9 @@ class Experts(nn.Module):
 
     @property
     def kernel(self) -> str:
-        """The kernel that runs for each chosen expert, or ``reference: why``."""
+        """The kernel that runs for the chosen experts, or ``reference: why``."""
         device = next(iter(self.tensors().values())).device
-        return self.format.kernel(self.projections["down_proj"], device)
+        return self.format.kernel_grouped(self.projections["down_proj"], device)
 
     def extra_repr(self) -> str:
         shown = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in self.projections.items())

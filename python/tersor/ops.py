@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 
 from . import _C, ops_cuda
 from .op_checks import (CODE, FLOATS, as_rows, check_bias, check_experts, check_input, check_projections, check_weight,
@@ -58,12 +59,14 @@ class Op:
 
 _listening = torch._C._len_torch_dispatch_stack
 _is_compiling = torch.compiler.is_compiling
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def plain(x: Tensor) -> bool:
-    """Whether ``x`` is an eager CPU tensor that no mode watches: such calls need nothing of the dispatcher, which
-    costs about 2.5 us each."""
-    return type(x) is Tensor and x.is_cpu and not _is_compiling() and not _listening()
+    """Whether ``x`` is an eager CPU tensor that no mode or transform watches: such calls need nothing of the
+    dispatcher, which costs about 2.5 us each."""
+    return type(x) is Tensor and x.is_cpu and not _is_compiling() and not _listening() and _transform() is None \
+        and _forward_ad._current_level < 0
 
 
 _threads = torch.get_num_threads
@@ -208,7 +211,9 @@ class BoundIntLinearMulti:
         for i, member in enumerate(members):
             if (member.shape[1], member.bits, member.group_size, member.act_bits, member.scale_code) != \
                     (first.shape[1], first.bits, first.group_size, first.act_bits, first.scale_code):
-                fail("int_linear_multi", f"projection {i}", member.shape, "the width, format and dtype of the first")
+                found = member.shape[1], member.bits, member.group_size, member.act_bits, member.scale_code
+                fail("int_linear_multi", f"projection {i}", f"width, bits, group_size, act_bits and dtype {found}",
+                     "those of the first")
         self.members = members
         self.in_features, self.out_features = first.shape[1], [member.shape[0] for member in members]
         self.bits, self.group_size, self.act_bits = first.bits, first.group_size, first.act_bits
@@ -313,7 +318,7 @@ def _int_pack_cpu(codes, bits):
     if codes.numel() and int(codes.max()) >= 2**bits:
         fail("int_pack", "codes", int(codes.max()), f"0 to {2**bits - 1}")
     n, k = codes.shape
-    qweight = torch.empty((-(-n // 16), -(-k // 32), 64 * bits), dtype=torch.uint8)
+    qweight = codes.new_empty((-(-n // 16), -(-k // 32), 64 * bits))
     _C.int_pack(codes.data_ptr(), n, k, bits, qweight.data_ptr(), _threads())
     return qweight
 
@@ -334,7 +339,8 @@ def _vector_columns() -> Tensor:
 
 def _int_pack_reference(codes, bits):
     n, k = codes.shape
-    blocks = F.pad(codes, (0, -k % 32, 0, -n % 16), value=2 ** (bits - 1)).unflatten(0, (-1, 16)).unflatten(2, (-1, 32)).transpose(1, 2)
+    padded = F.pad(codes, (0, -k % 32, 0, -n % 16), value=2 ** (bits - 1))
+    blocks = padded.unflatten(0, (-1, 16)).unflatten(2, (-1, 32)).transpose(1, 2)
     vectors = blocks[..., _vector_columns()].permute(0, 1, 3, 2, 4).flatten(-2)  # [tiles, blocks, 8, 64]
     planes, low = [], 0
     for width in _PLANES[bits]:
@@ -358,7 +364,7 @@ def _check_packed(op, qweight, n, k, bits):
 
 def _int_unpack_cpu(qweight, out_features, in_features, bits):
     _check_packed("int_unpack", qweight, out_features, in_features, bits)
-    codes = torch.empty((out_features, in_features), dtype=torch.uint8)
+    codes = qweight.new_empty((out_features, in_features))
     _C.int_unpack(qweight.data_ptr(), out_features, in_features, bits, codes.data_ptr(), _threads())
     return codes
 
@@ -390,7 +396,7 @@ def _int_dequantize_cpu(qweight, scales, zero_points, out_features, in_features,
                   qweight.device)
     if dtype not in CODE:
         fail("int_dequantize", "dtype", dtype, FLOATS)
-    w = torch.empty((out_features, in_features), dtype=dtype)
+    w = qweight.new_empty((out_features, in_features), dtype=dtype)
     _C.int_dequantize(qweight.data_ptr(), scales.data_ptr(), CODE[scales.dtype],
                       0 if zero_points is None else zero_points.data_ptr(), out_features, in_features, bits,
                       group_size, w.data_ptr(), CODE[dtype], _threads())
@@ -487,12 +493,12 @@ def add_gram(gram: Tensor, x: Tensor) -> None:
 
 def _rms_norm_cpu(x, weight, epsilon):
     code = CODE.get(x.dtype)
-    if code is None or x.dim() < 1:
-        fail("rms_norm", "x", f"{x.dtype} {list(x.shape)}", f"{FLOATS} [..., k]")
+    if code is None or x.dim() < 1 or not x.is_cpu:
+        fail("rms_norm", "x", f"{x.dtype} {list(x.shape)} on {x.device}", f"{FLOATS} [..., k] on cpu")
     k = x.shape[-1]
     if weight.dtype is not x.dtype or weight.shape != (k,) or not weight.is_contiguous() or not weight.is_cpu:
         fail("rms_norm", "weight", f"{weight.dtype} {list(weight.shape)} on {weight.device}",
-             f"contiguous {x.dtype} {[k]} on {x.device}")
+             f"contiguous {x.dtype} {[k]} on cpu")
     rows = x if x.is_contiguous() else x.contiguous()
     y = torch.empty_like(rows)
     _C.rms_norm(rows.data_ptr(), weight.data_ptr(), y.data_ptr(), code, rows.numel() // k if k else 0, k, k, epsilon,

@@ -33,35 +33,24 @@ def _plan(m, n, k, bits, group_size, scale_code, has_zero_points, index):
     return _C.cuda_int_linear_plan(m, n, k, bits, group_size, scale_code, has_zero_points, *_device(index))
 
 
-_scratch: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-
-def _workspace(device: torch.device, stream: int, partial_bytes: int, counter_bytes: int):
-    """Scratch memory of one stream: partial sums, and counters that every launch leaves at zero. A graph that is being
-    captured gets its own, since it may be replayed beside other work."""
-    if torch.cuda.is_current_stream_capturing():
-        return (torch.empty(partial_bytes, dtype=torch.uint8, device=device),
-                torch.zeros(counter_bytes, dtype=torch.uint8, device=device))
-    partials, counters = _scratch.get((device.index, stream), (None, None))
-    if partials is None or partials.numel() < partial_bytes:
-        partials = torch.empty(partial_bytes, dtype=torch.uint8, device=device)
-    if counters is None or counters.numel() < counter_bytes:
-        counters = torch.zeros(counter_bytes, dtype=torch.uint8, device=device)
-    _scratch[device.index, stream] = partials, counters
-    return partials, counters
+def _workspace(device: torch.device, partial_bytes: int, counter_bytes: int) -> tuple[Tensor, Tensor]:
+    """Scratch memory of one launch: partial sums, and counters at zero; empty where the launch needs none. From the
+    caching allocator in every call: memory that was kept would belong to one stream, and to the pool of one graph."""
+    return (torch.empty(partial_bytes, dtype=torch.uint8, device=device),
+            torch.zeros(counter_bytes, dtype=torch.uint8, device=device))
 
 
 _zero_points_seen = WeakIdKeyDictionary()  # zero points that were looked at, to their version
 
 
-def _check_zero_points(zero_points: Tensor, bits: int) -> None:
+def _check_zero_points(op: str, zero_points: Tensor, bits: int) -> None:
     """The bf16 kernel is exact for zero points up to 2^bits. Each tensor is looked at once, since that waits for the
     GPU; a graph that is being captured cannot wait, so one not seen before is taken on trust there."""
     version = 0 if zero_points.is_inference() else zero_points._version
     if _zero_points_seen.get(zero_points) == version or torch.cuda.is_current_stream_capturing():
         return
     if zero_points.numel() and (largest := int(zero_points.max())) > 2**bits:
-        fail("int_linear", "zero_points", f"values up to {largest}", f"at most {2**bits} for {bits} bits with bfloat16")
+        fail(op, "zero_points", f"values up to {largest}", f"at most {2**bits} for {bits} bits with bfloat16")
     _zero_points_seen[zero_points] = version
 
 
@@ -95,14 +84,14 @@ def int_linear(x, qweight, scales, zero_points, bias, out_features, bits, group_
     if x.dtype not in _HALVES or m > MAX_ROWS:
         return F.linear(x, int_dequantize(qweight, scales, zero_points, n, k, bits, group_size, x.dtype), bias)
     if zero_points is not None and bits < 8 and x.dtype is torch.bfloat16:
-        _check_zero_points(zero_points, bits)
+        _check_zero_points(op, zero_points, bits)
     rows = _aligned_rows(rows)
     y = x.new_empty((*x.shape[:-1], n))
     scale_code = CODE[scales.dtype]
     ranges, partial_bytes, counter_bytes = _plan(m, n, k, bits, group_size, scale_code, zero_points is not None,
                                                  index)
     stream = torch._C._cuda_getCurrentRawStream(index)
-    partials, counters = _workspace(x.device, stream, partial_bytes, counter_bytes)
+    partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
     _C.cuda_int_linear(
         rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, qweight.data_ptr(), scales.data_ptr(),
         scale_code, 0 if zero_points is None else zero_points.data_ptr(), 0 if bias is None else bias.data_ptr(),
@@ -142,6 +131,8 @@ def int_linear_grouped(x, ends, qweight, scales, zero_points, bias, out_features
     if dtype not in _HALVES:
         # The kernel takes 16 bits; float32 goes expert by expert through dense products.
         return _grouped_dense(x, ends, qweight, scales, zero_points, bias, n, bits, group_size)
+    if zero_points is not None and bits < 8 and dtype is torch.bfloat16:
+        _check_zero_points(op, zero_points, bits)
     x = _aligned_rows(as_rows(x))
     rows, k = x.shape
     y = x.new_empty((rows, n))
@@ -151,7 +142,7 @@ def int_linear_grouped(x, ends, qweight, scales, zero_points, bias, out_features
     ranges, partial_bytes, counter_bytes = _grouped_plan(rows, n, k, bits, group_size, scale_code,
                                                          zero_points is not None, ends.numel(), index)
     stream = torch._C._cuda_getCurrentRawStream(index)
-    partials, counters = _workspace(x.device, stream, partial_bytes, counter_bytes)
+    partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
     _C.cuda_int_linear_grouped(
         x.data_ptr(), CODE[dtype], rows, k, x.stride(0) if rows > 1 else k, ends.data_ptr(), ends.numel(),
         qweight.data_ptr(), scales.data_ptr(), scale_code, 0 if zero_points is None else zero_points.data_ptr(),

@@ -110,6 +110,10 @@ class Format:
         """Name of the kernel that would run, or ``reference: why`` when there is none."""
         return "reference: no kernel for this format"
 
+    def kernel_grouped(self, shape: Shape, device: torch.device | str = "cpu") -> str:
+        """`kernel` for `linear_grouped`."""
+        return self.kernel(shape, device)
+
     def check(self, shape: Shape) -> None:
         """Raise ValueError when a weight of this shape cannot be stored."""
 

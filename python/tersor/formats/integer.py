@@ -193,6 +193,10 @@ class Int(Format):
             return "reference: no CUDA kernel for 8-bit activations, torch rounds them for int_linear cuda"
         return ops.int_linear.kernel(torch.device(device))
 
+    def kernel_grouped(self, shape: Shape, device: torch.device | str = "cpu") -> str:
+        kernel = self.kernel(shape, device)
+        return kernel if kernel.startswith("reference") else ops.int_linear_grouped.kernel(torch.device(device))
+
     def text(self) -> str:
         shown = []
         if self.group_size != default_group(self.num_bits, self.activation):
