@@ -3,8 +3,8 @@
     python bench/attention.py                    # about a minute; nothing else should run meanwhile
     python bench/attention.py --tokens 32768 --specs K4V4,K2V2 --shapes llama-3-8b
 
-Ways: `dynamic` is what transformers does by default (DynamicCache, then SDPA); `sdpa` and `bmm` are attention alone over
-tensors that lie ready, by scaled_dot_product_attention and by two products and a softmax; `quantized` is transformers'
+Ways: `dynamic` is what transformers does by default (DynamicCache, then SDPA); `sdpa` and `bmm` are attention alone
+over tensors that lie ready, by scaled_dot_product_attention and by two products and a softmax; `quantized` is transformers'
 QuantizedCache with 4 bits, where a backend for it is installed; specs are layers of tersor.Cache, called as models call
 them. Layers take turns, as in a model, so that a cache that fits the last level does not sit there. A figure is the
 median step in microseconds; `ratio` is the time of `dynamic` over it, `ratio_fastest` that of the fastest torch way;
@@ -141,10 +141,10 @@ def main(argv=None) -> int:
                         figures["ratio"] = found["dynamic"]["microseconds"] / figures["microseconds"]
                         figures["ratio_fastest"] = fastest / figures["microseconds"]
                     results.append(row)
+                    others = max(figures["other_cores"] for figures in found.values())
                     print(f"{shape} {dtype_name} {tokens:6d} tokens: " + ", ".join(
                         f"{name} {f['microseconds']:.0f} us (x{f['ratio']:.2f}, x{f['ratio_fastest']:.2f})"
-                        for name, f in found.items()) + f"; others used up to {max(f['other_cores'] for f in found.values())}"
-                          " cores", flush=True)
+                        for name, f in found.items()) + f"; others used up to {others} cores", flush=True)
     settings = {"threads": args.threads, "isa": _C.isa(), "seconds": args.seconds}
     common.write_json(args.out, common.header("attention", settings) | {"results": results})
     return 0

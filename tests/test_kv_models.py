@@ -77,7 +77,8 @@ def test_left_padding(kind):
     mask[0, :37], mask[1, :5] = 0, 0
     truth = logits_by_steps(model, DynamicCache(config=model.config), ids, mask)
     for spec, limit in (("K16V16", 1e-5), ("K8V8", 0.02)):
-        ours = logits_by_steps(model, tersor.Cache(model, spec, **({} if spec == "K16V16" else {"group": 32})), ids, mask)
+        cache = tersor.Cache(model, spec, **({} if spec == "K16V16" else {"group": 32}))
+        ours = logits_by_steps(model, cache, ids, mask)
         seen = mask.bool()
         assert (ours[seen] - truth[seen]).norm() < limit * truth[seen].norm()
 

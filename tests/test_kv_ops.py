@@ -72,7 +72,8 @@ def test_append_and_pack(isa, bits, dtype):
                 step = (ranges[part].max - ranges[part].min) / (2**bits[part] - 1)
                 error = (stored - given.double()).abs()
                 error = error if part == 0 else error.unflatten(-1, (-1, layout.value_group))
-                assert (error <= step * 0.51 + 0.004).all(), "at most half a step, and the rounding of scale and minimum"
+                # At most half a step, and the rounding of scale and minimum.
+                assert (error <= step * 0.51 + 0.004).all()
                 assert error.max() > 0
 
 
@@ -90,7 +91,8 @@ def test_attention(isa, bits, dtype):
             q = torch.randn(2, heads, queries, layout.key_dim, generator=generator).to(dtype)
             mask = torch.rand(2, 1, queries, total, generator=generator) > 0.3
             for seen, sinks, cap, window in ((None, None, 0.0, 0), (mask, torch.randn(heads), 5.0, 0),
-                                             (None, None, 0.0, page), (mask[:1, :, :, :total - 4], None, 0.0, page + 9)):
+                                             (None, None, 0.0, page),
+                                             (mask[:1, :, :, :total - 4], None, 0.0, page + 9)):
                 arguments = (q, pages, tokens, packed, seen, sinks, layout.key_dim**-0.5, cap, True, window, 7,
                              7 + total - queries, layout.numbers())
                 out, total_score = ops_kv.kv_attention(*arguments)

@@ -104,7 +104,8 @@ def test_a_cropped_page_that_is_shared_is_copied_before_it_is_written():
     fresh = torch.randn(2, 1, 4, 32)
     pages.append(fresh, fresh)
     stored = pages.decode(torch.float32)[0]
-    assert torch.equal(stored[:, :, :28], keys[:, :, :28].expand(2, -1, -1, -1)) and torch.equal(stored[:, :, 28:], fresh)
+    assert torch.equal(stored[:, :, :28], keys[:, :, :28].expand(2, -1, -1, -1))
+    assert torch.equal(stored[:, :, 28:], fresh)
 
 
 def test_a_step_allocates_no_unpacked_cache():

@@ -216,7 +216,8 @@ void attend_page(Item& item, Work& work, const int64_t* row, int64_t first) {
   const bool packed = row[1];
   const KvOffsets at = kv_offsets(kv, packed);
   const char* page = kv_address(row, item.sequence) + item.head * at.bytes;
-  const int64_t tokens = row[0], dim = kv.key_dim, slots = kv.page_tokens, size = dtype_size(static_cast<int>(kv.dtype));
+  const int64_t tokens = row[0], dim = kv.key_dim, slots = kv.page_tokens;
+  const int64_t size = dtype_size(static_cast<int>(kv.dtype));
   const int rows = item.rows;
   float constants[kRows] = {}, keep[kRows];
 
@@ -344,7 +345,8 @@ int kv_attention(const KvAttentionArgs& args) {
     partial = shared.take<float>(part_rows * row_floats);
   }
   const auto bundle_item = [&](int64_t bundle) {
-    Item item{kv, query, bundle / (kv.kv_heads * chunks), bundle / chunks % kv.kv_heads, bundle % chunks * kRows, 0, {}, {}};
+    Item item{kv, query, bundle / (kv.kv_heads * chunks), bundle / chunks % kv.kv_heads, bundle % chunks * kRows,
+              0,  {},    {}};
     const int64_t left = group_rows - item.first_row;
     item.rows = static_cast<int>(left < kRows ? left : kRows);
     return item;

@@ -67,8 +67,8 @@ int check_append(const tersor_kv* kv, int64_t page, int64_t slot, const tersor_k
   for (int64_t p = page; p < kv->pages; ++p, at = 0) {
     const int64_t* row = kv_page(*kv, p);
     if (row[0] < at || (row[1] && (at || row[0] != kv->page_tokens))) {
-      return fail(TERSOR_INVALID, "page %lld holds %lld tokens and is written from slot %lld; accepted: a raw page, or a "
-                  "packed one that is written whole", (long long)p, (long long)row[0], (long long)at);
+      return fail(TERSOR_INVALID, "page %lld holds %lld tokens and is written from slot %lld; accepted: a raw page, or "
+                  "a packed one that is written whole", (long long)p, (long long)row[0], (long long)at);
     }
     room += row[0] - at;
   }

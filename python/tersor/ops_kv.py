@@ -25,7 +25,8 @@ def make_layout(op: str, numbers, dtype: torch.dtype) -> Layout:
     if dtype not in CODE:
         fail(op, "dtype", dtype, FLOATS)
     if len(numbers) != 7:
-        fail(op, "layout", list(numbers), "kv_heads, key_dim, value_dim, key_bits, value_bits, page_tokens, value_group")
+        fail(op, "layout", list(numbers),
+             "kv_heads, key_dim, value_dim, key_bits, value_bits, page_tokens, value_group")
     heads, key_dim, value_dim, key_bits, value_bits, tokens, group = numbers
     for name, dim in (("key_dim", key_dim), ("value_dim", value_dim)):
         if dim % 16 or not 16 <= dim <= 1024:

@@ -1,9 +1,9 @@
 """The attention function of transformers that reads a `tersor.Cache` as it is stored.
 
-A cache layer's ``update()`` returns a `Handle` for the keys and one for the values, and models pass them on untouched to
-the attention function, which appends the fresh tokens and attends in one native call. On any other cache the function
-is what transformers would have run. Models that compute with keys after ``update()`` (latent attention) meet the handle:
-it turns into the tensor where the cache holds 16 bits, and refuses where it would have to unpack the history.
+A cache layer's ``update()`` returns a `Handle` for the keys and one for the values, and models pass them on untouched
+to the attention function, which appends the fresh tokens and attends in one native call. On any other cache the
+function is what transformers would have run. Models that compute with keys after ``update()`` (latent attention) meet
+the handle: it turns into the tensor where the cache holds 16 bits, and refuses where it would have to unpack history.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def plain_attention(module, query, key, value, mask, scaling, dropout, is_causal
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **options)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
-        fail("Cache", "model", type(module).__name__, "a model with eager_attention_forward, or without softcap and sinks")
+        fail("Cache", "model", type(module).__name__,
+             "a model with eager_attention_forward, or without softcap and sinks")
     queries, tokens = query.shape[2], key.shape[2]
     if mask is None:
         mask = torch.ones(queries, tokens, dtype=torch.bool, device=query.device).tril(tokens - queries)[None, None]

@@ -177,8 +177,8 @@ def reference_attention(query: Tensor, keys: Tensor, values: Tensor, scale: floa
                         softcap: float = 0.0, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention in float64: ``query [batch, heads, queries, key_dim]``, keys and values ``[batch, kv_heads, tokens,
     dim]``, ``visible`` bool ``[batch, heads or 1, queries, tokens]``, ``sinks [heads]``. Returns
-    ``[batch, queries, heads, value_dim]`` and the log-sum-exp ``[batch, heads, queries]``; 0 and -infinity where nothing
-    is visible."""
+    ``[batch, queries, heads, value_dim]`` and the log-sum-exp ``[batch, heads, queries]``; 0 and -infinity where
+    nothing is visible."""
     group = query.shape[1] // keys.shape[1]
     keys, values = (t.double().repeat_interleave(group, 1) for t in (keys, values))
     scores = query.double() @ keys.transpose(-1, -2) * scale
