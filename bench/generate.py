@@ -34,6 +34,8 @@ RECIPES = {
     "W4A16, head W4A16": {"*": f"{FAST}:W4A16", "lm_head": f"{FAST}:W4A16"},
     "W4A8, head W8A8": {"*": f"{FAST}:W4A8", "lm_head": f"{FAST}:W8A8"},
 }
+CACHES = {f"{recipe}, cache {spec}": (recipe, spec) for recipe in ("W4A16, head W8A16", "W4A16, head W4A16")
+          for spec in ("K16V16", "K8V8")}
 MODELS = {
     "qwen3-0.6b": qwen3_0_6b,
     "stdlib-llama": lambda: load_model(str(ROOT / "examples" / "models" / "stdlib-llama"))[0],
@@ -53,25 +55,31 @@ def contenders(make, fp32: bool) -> dict[str, torch.nn.Module]:
     return made
 
 
+def speed(models: dict[str, torch.nn.Module], contender: str, new_tokens: int) -> float:
+    recipe, spec = CACHES.get(contender, (contender, None))
+    cache = tersor.Cache(models[recipe], spec) if spec else None
+    return decode_speed(models[recipe], new_tokens, cache=cache)
+
+
 def measure(name: str, threads: list[int], rounds: int, new_tokens: int, prefill: int, fp32: bool) -> list[dict]:
     """One record per contender and thread count."""
     models = contenders(MODELS[name], fp32)
     records = []
     for count in threads:
         torch.set_num_threads(count)
-        decode: dict[str, list[float]] = {contender: [] for contender in models}
+        decode: dict[str, list[float]] = {contender: [] for contender in [*models, *CACHES]}
         for _ in range(rounds):
-            for contender, model in models.items():
-                decode[contender].append(decode_speed(model, new_tokens))
+            for contender in decode:
+                decode[contender].append(speed(models, contender, new_tokens))
         base = statistics.median(decode["torch bf16"])
-        for contender, model in models.items():
-            speed = statistics.median(decode[contender])
-            record = dict(model=name, contender=contender, threads=count, decode_tokens_per_second=speed,
-                          ratio_to_torch_bf16=speed / base, rounds=decode[contender], bytes=model_bytes(model))
+        for contender in decode:
+            model, found = models[CACHES.get(contender, (contender,))[0]], statistics.median(decode[contender])
+            record = dict(model=name, contender=contender, threads=count, decode_tokens_per_second=found,
+                          ratio_to_torch_bf16=found / base, rounds=decode[contender], bytes=model_bytes(model))
             if prefill:
                 record["prefill_tokens_per_second"] = prefill_speed(model, prefill, repeats=1)
             records.append(record)
-            print(f"{name:14s} {contender:20s} threads {count}  {speed:8.2f} tokens/s  {speed / base:5.2f}x torch bf16"
+            print(f"{name:14s} {contender:32s} threads {count}  {found:8.2f} tokens/s  {found / base:5.2f}x torch bf16"
                   f"  {record['bytes'] / 1e6:8.1f} MB", flush=True)
     return records
 
