@@ -4,11 +4,12 @@
     python bench/attention.py --tokens 32768 --specs K4V4,K2V2 --shapes llama-3-8b
 
 Ways: `dynamic` is what transformers does by default (DynamicCache, then SDPA); `sdpa` and `bmm` are attention alone
-over tensors that lie ready, by scaled_dot_product_attention and by two products and a softmax; `quantized` is transformers'
-QuantizedCache with 4 bits, where a backend for it is installed; specs are layers of tersor.Cache, called as models call
-them. Layers take turns, as in a model, so that a cache that fits the last level does not sit there. A figure is the
-median step in microseconds; `ratio` is the time of `dynamic` over it, `ratio_fastest` that of the fastest torch way;
-`other_cores` is what everything else on the machine used meanwhile.
+over tensors that lie ready, by scaled_dot_product_attention and by two products and a softmax; `quantized` is
+transformers' QuantizedCache with 4 bits, where a backend for it is installed; specs are layers of tersor.Cache, called
+as models call them. Layers take turns, as in a model, so that a cache that fits the last level does not sit there. A
+figure is the median step in microseconds; `ratio` is the time of `dynamic` over it, `ratio_fastest` that of the fastest
+torch way; `other_cores` is what everything else on the machine used meanwhile. Where that is much, the row says
+`disturbed`: its figures tell nothing but that the machine was busy.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tersor.kv.cache import PackedLayer, Settings
 
 SHAPES = {"qwen3-0.6b": (16, 8, 128), "llama-3-8b": (32, 8, 128)}  # query heads, key heads, head dimension
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DISTURBED = 0.6  # cores used by others, from which on a row is no measurement
 LAYER_BYTES = 96 << 20  # of 16-bit cache, all layers together
 
 
@@ -140,11 +142,13 @@ def main(argv=None) -> int:
                     for figures in found.values():
                         figures["ratio"] = found["dynamic"]["microseconds"] / figures["microseconds"]
                         figures["ratio_fastest"] = fastest / figures["microseconds"]
-                    results.append(row)
                     others = max(figures["other_cores"] for figures in found.values())
+                    row["disturbed"] = others >= DISTURBED
+                    results.append(row)
                     print(f"{shape} {dtype_name} {tokens:6d} tokens: " + ", ".join(
                         f"{name} {f['microseconds']:.0f} us (x{f['ratio']:.2f}, x{f['ratio_fastest']:.2f})"
-                        for name, f in found.items()) + f"; others used up to {others} cores", flush=True)
+                        for name, f in found.items()) + f"; others used up to {others} cores"
+                          + ": disturbed" * row["disturbed"], flush=True)
     settings = {"threads": args.threads, "isa": _C.isa(), "seconds": args.seconds}
     common.write_json(args.out, common.header("attention", settings) | {"results": results})
     return 0

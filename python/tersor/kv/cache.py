@@ -234,8 +234,8 @@ class PackedLayer(CacheLayerMixin):
         if min(self.settings.key_bits, self.settings.value_bits) < 16:
             raise RuntimeError(
                 f"tersor.Cache: layer {self.index}: this model computes with cached keys outside its attention "
-                f"function (latent attention does), and K{self.settings.key_bits}V{self.settings.value_bits} would have to be "
-                "unpacked at each step; accepted is K16V16, or a transformers cache")
+                f"function (latent attention does), and K{self.settings.key_bits}V{self.settings.value_bits} would "
+                "have to be unpacked at each step; accepted is K16V16, or a transformers cache")
         if self.is_sliding:
             raise RuntimeError(f"tersor.Cache: layer {self.index}: this model computes with cached keys of a sliding "
                                "window; accepted is a transformers cache")

@@ -2,8 +2,8 @@
 
 A sequence is the concatenation of its pages. The last page is raw (as the model computes) and takes fresh tokens; a
 full page is packed once enough newer tokens follow it, and never touched again: history is not requantized, and pages
-can be shared by sequences. Which row of a page a sequence reads stands in the table alone, so beam search reorders the table
-and copies only the page that is still written.
+can be shared by sequences. Which row of a page a sequence reads stands in the table alone, so beam search reorders the
+table and copies only the page that is still written.
 """
 
 from __future__ import annotations
