@@ -9,6 +9,15 @@ from tersor.kv.layout import Layout, reference_attention
 from tersor.kv.pages import Pages
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors: a second thread costs more than it gives, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Plain:
     """The same edits on tensors."""
 
@@ -63,8 +72,6 @@ def test_any_history_of_edits(bits, seed):
         error = (stored - held).abs().max() if held.numel() else 0
         assert error == 0 if bits == 16 else error < 0.03
         assert sum(pages.counts()) == pages.tokens and len(pages.pages) == len(pages.counts())
-    assert any(page.packed for page in pages.pages) == (bits == 8 and any(
-        count == 32 for count in pages.counts()[seed % 2:-1])) or pages.tokens < 100
 
 
 def test_history_is_never_packed_again():
@@ -84,8 +91,12 @@ def test_history_is_never_packed_again():
 def test_recent_tokens_and_sinks_stay_raw():
     layout = Layout(1, 32, 32, torch.float32, 4, 4, 32, 32)
     pages = Pages(layout, 1, recent=40, sink_pages=1)
-    for count in (150, *[1] * 100):
-        pages.append(*torch.randn(2, 1, 1, count, 32).unbind(0))
+    for count in (150, *[1] * 100, 9, 70):
+        fresh = torch.randn(2, 1, 1, count, 32).unbind(0)
+        if count % 2:
+            pages.attend(torch.randn(1, 1, count, 32), *fresh, 1.0)
+        else:
+            pages.append(*fresh)
         raw_tail = 0
         for page, held in zip(reversed(pages.pages), reversed(pages.counts())):
             if page.packed:

@@ -179,7 +179,7 @@ class Pages:
             0 if sinks is None else sinks.data_ptr(), scale, softcap, page, slot,
             keys.data_ptr() if fresh else 0, values.data_ptr() if fresh else 0, fresh,
             keys.stride()[:3] if fresh else NO_STRIDES, values.stride()[:3] if fresh else NO_STRIDES, _threads())
-        if self.table[-self.stride] == layout.page_tokens or fresh > 1:
+        if len(self.pages) > self.settled + 1 or self.pages and self.table[-self.stride] == layout.page_tokens:
             self._settle()
         return out if lse is None else (out, lse)
 
