@@ -44,7 +44,8 @@ def test_opcheck(name, arguments):
 
 
 def test_every_op_is_sampled():
-    assert {name for name, _ in samples()} == set(ops.OPS)
+    # Those of the cache are there once it is imported, and sampled in test_kv_ops.
+    assert {name for name, _ in samples()} == {name for name in ops.OPS if not name.startswith("kv_")}
 
 
 @pytest.mark.parametrize("name,arguments", list(samples()), ids=lambda value: value if isinstance(value, str) else "")
