@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tersor import Int
 from tersor.experts import Experts
+from tersor.norm import fuse_norms
 from tersor.patch import LayerSpec, link_siblings, patch
 from tersor.registry import resolve
 
@@ -69,6 +70,7 @@ def randomize(model, spec, names=None, pre=()):
         else:
             layer.load_tensors(_tensors(format, *layer.shape, dtype, i))
     link_siblings(model)
+    fuse_norms(model)  # as compress and load do: sums in another order are other last bits
     return model
 
 
