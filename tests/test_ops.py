@@ -27,7 +27,8 @@ def samples():
     yield "int_linear_multi", (x, [q, q2], [s, s2], [z, z2], [], [33, 17], 4, 32, 16)
     ends = torch.tensor([1, 1, 3], dtype=torch.int32)
     stacked = [torch.stack([tensor] * 3) for tensor in (q, s, z)]
-    yield "int_linear_grouped", (torch.randn(4, 97).bfloat16(), ends, *stacked, torch.randn(3, 33).bfloat16(), 33, 4, 32, 16)
+    rows, biases = torch.randn(4, 97).bfloat16(), torch.randn(3, 33).bfloat16()
+    yield "int_linear_grouped", (rows, ends, *stacked, biases, 33, 4, 32, 16)
     yield "int_pack", (codes, 4)
     yield "int_unpack", (q, 33, 97, 4)
     yield "int_fit", (torch.randn(17, 97), torch.rand(97), 4, 32, False, 80, torch.float16)

@@ -36,8 +36,8 @@
 // EXPERTS. int_linear_grouped is the same for rows sorted by expert: a block finds its expert and rows from the ends.
 //
 // LIMITS. Instruction issue, not memory, is the tightest bound for few tokens; mma.sync keeps Hopper from its peak for
-// many. Weights are read again for each 64 tokens. m to 2^30, n and k to 2^25; rows of x 16-byte aligned (ops_cuda.py copies
-// others); with bf16 and fewer than 8 bits zero points are at most 2^bits. fp32 activations are not taken.
+// many. Weights are read again for each 64 tokens. m to 2^30, n and k to 2^25; rows of x 16-byte aligned (ops_cuda.py
+// copies others); with bf16 and fewer than 8 bits zero points are at most 2^bits. fp32 activations are not taken.
 #include "kernels/sm80_int_linear.h"
 
 #include "ptx/ptx.h"

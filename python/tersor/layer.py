@@ -269,7 +269,8 @@ class Siblings:
             return layer(x)
         if bound != self._members:  # tensors were exchanged, or this is the first call
             self._members, self._call = bound, ops.BoundIntLinearMulti(bound)
-        outputs = self._call(x, [bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype) for bias in biases])
+        biases = [bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype) for bias in biases]
+        outputs = self._call(x, biases)
         self._ready = {id(member): y for member, y in zip(self.layers, outputs)}
         mine = self._ready.pop(id(layer))
         self._input, self._version = x, x._version
