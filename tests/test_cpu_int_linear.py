@@ -84,14 +84,6 @@ def relative_error(y, x, weight, bias=None):
     return float((y.double() - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
-@pytest.fixture(params=_C.isas())
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
 SHAPES = [(33, 97), (16, 32), (1, 1), (48, 384), (130, 513), (17, 1000)]
 
 

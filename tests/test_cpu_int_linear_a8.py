@@ -13,12 +13,7 @@ FLOAT32, BFLOAT16, FLOAT16 = CODE
 BITS = range(2, 9)
 
 
-@pytest.fixture(params=_C.isas(), autouse=True)
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def quantize(x):

@@ -8,14 +8,7 @@ from transformers import (DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache,
 
 import tersor
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: a second thread costs more than it gives, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              head_dim=16, vocab_size=97, max_position_embeddings=512, pad_token_id=0)

@@ -12,21 +12,7 @@ SHAPES = [(64, 64, 64, 64), (80, 80, 80, 32), (96, 96, 32, 128), (128, 128, 64, 
           (32, 16, 16, 32)]  # key_dim, value_dim, value_group, page_tokens
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: a second thread costs more than it gives, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=_C.isas())
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(bits, shape, dtype, pages=3, batch=2, heads=2, seed=0):

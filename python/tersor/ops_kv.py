@@ -156,6 +156,16 @@ def check_sinks(op: str, sinks: Tensor, query: Tensor) -> None:
              f"contiguous torch.float32 [{query.shape[1]}] on cpu")
 
 
+def check_options(op: str, query: Tensor, mask: Tensor | None, sinks: Tensor | None, window: int,
+                  softcap: float) -> None:
+    if mask is not None:
+        check_mask(op, mask, query)
+    if sinks is not None:
+        check_sinks(op, sinks, query)
+    if window < 0 or not softcap >= 0:
+        fail(op, "window, softcap", [window, softcap], "0 or more")
+
+
 def _kv_attention_cpu(query, pages, tokens, packed, mask, sinks, scale, softcap, causal, window, first, position,
                       layout):
     op = "kv_attention"
@@ -172,12 +182,7 @@ def _kv_attention_cpu(query, pages, tokens, packed, mask, sinks, scale, softcap,
         if not 0 <= tokens[i] <= shape.page_tokens:
             fail(op, f"tokens[{i}]", tokens[i], f"0 to {shape.page_tokens}")
         table.extend([tokens[i], int(packed[i]), *(_address(page, row) for row in range(batch))])
-    if mask is not None:
-        check_mask(op, mask, query)
-    if sinks is not None:
-        check_sinks(op, sinks, query)
-    if window < 0 or not softcap >= 0:
-        fail(op, "window, softcap", [window, softcap], "0 or more")
+    check_options(op, query, mask, sinks, window, softcap)
     if query.stride(3) != 1:
         query = query.contiguous()
     out = query.new_empty((batch, queries, heads, shape.value_dim))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..op_checks import fail
-from ..ops_kv import (NO_MASK, NO_STRIDES, check_mask, check_query, check_sinks, check_tokens, mask_strides, native)
+from ..ops_kv import (NO_MASK, NO_STRIDES, check_options, check_query, check_tokens, mask_strides, native)
 from .layout import Layout
 
 _threads = torch.get_num_threads
@@ -155,12 +155,7 @@ class Pages:
         check_query(op, query, layout, self.batch)
         if query.stride(3) != 1:
             query = query.contiguous()
-        if mask is not None:
-            check_mask(op, mask, query)
-        if sinks is not None:
-            check_sinks(op, sinks, query)
-        if window < 0 or not softcap >= 0:
-            fail(op, "window, softcap", [window, softcap], "0 or more")
+        check_options(op, query, mask, sinks, window, softcap)
         batch, heads, queries, _ = query.shape
         page = slot = fresh = 0
         if keys is not None:

@@ -1,0 +1,24 @@
+"""Fixtures that several subjects share."""
+
+import pytest
+import torch
+
+from tersor import _C
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request):
+    """Each instruction set that can run here, in turn."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors: a second thread costs more than it gives, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
