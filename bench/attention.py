@@ -28,7 +28,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import common
 from tersor import _C
 from tersor.kv.attention import attention
-from tersor.kv.cache import PackedLayer, Settings
+from tersor.kv.layer import PackedLayer
+from tersor.kv.settings import Settings
 
 SHAPES = {"qwen3-0.6b": (16, 8, 128), "llama-3-8b": (32, 8, 128)}  # query heads, key heads, head dimension
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -92,12 +93,12 @@ def contender(name: str, count: int, keys, values, module, q, scale):
     layers = [PackedLayer(Settings.of(name, {}), i) for i in range(count)]
     for layer in layers:
         layer.update(keys, values)
-        layer._flush()
+        layer.flush()
 
     def step(layer, k, v):
         key, value = layer.update(k, v)
         return attention(module, q, key, value, None, scaling=scale)
-    return layers, step, layers[0].pages.nbytes
+    return layers, step, layers[0].store.nbytes
 
 
 def main(argv=None) -> int:

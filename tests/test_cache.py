@@ -81,7 +81,9 @@ def test_sliding_windows_hold_a_window():
 
 @pytest.mark.parametrize("spec, message", [
     ("K5V4", "5 bits for keys, accepted are 2, 3, 4, 8, 16"), ("K4V1", "1 bits for values"),
-    ("K2V2[levels=nuq,outliers=0.01]", "option 'levels', accepted is K2V2 with group, recent, sinks"),
+    ("K2V2[level=nuq]", "option 'level', accepted is K2V2 with group, recent, sinks"),
+    ("K8V8[levels=nuq]", "found nuq with K8V8"), ("K4V4[levels=e4m3]", "found e4m3 with K4V4"),
+    ("K2V2[outliers=0.5]", "outliers: found 0.5, accepted is 0 to 0.1"), ("rasor:K4V4", "method 'rasor' is unknown"),
     ("K4V4[group=48]", "group: found 48, accepted is 32, 64 or 128"), ("K4V4[sinks=-1]", "sinks: found -1"),
     ("K4V4[recent=1.5]", "recent: found 1.5")])
 def test_specs_that_cannot_be_served_are_refused(spec, message):

@@ -145,7 +145,7 @@ def test_a_spec_is_a_string(value):
         parse_cache(value)
 
 
-@pytest.mark.parametrize("text", ["W4A16", "K4", "V4K4", "K4V4[", "K4V4/W4A16", "", "rtn:K4V4"])
+@pytest.mark.parametrize("text", ["W4A16", "K4", "V4K4", "K4V4[", "K4V4/W4A16", "", "K4V4:rtn", "rtn:W4A16"])
 def test_bad_cache_specs(text):
     with pytest.raises(SpecError):
         parse_cache(text)

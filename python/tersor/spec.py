@@ -6,7 +6,7 @@
     term    = atom {"/" atom}                 nesting: sparsegpt:2:4/W4A16
     atom    = name [options]                  W4A16, 2:4, 2x8, lr32, FP8_DYNAMIC
     options = "[" key "=" value {"," key "=" value} "]"
-    cache   = "K" bits "V" bits [options]     K4V4, K2V2[levels=nuq,outliers=0.01]
+    cache   = [methods ":"] "K" bits "V" bits [options]     K4V4, kvquant:K2V2[levels=nuq,outliers=0.01]
 
 This module knows the syntax alone; names get their meaning in `tersor.registry`.
 """
@@ -58,14 +58,16 @@ class Spec:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Bits of keys and values of a compressed cache, and options."""
+    """Bits of keys and values of a compressed cache, options, and the methods around it, outermost first."""
 
     key_bits: int
     value_bits: int
     options: tuple[tuple[str, Value], ...] = ()
+    methods: tuple[Atom, ...] = ()
 
     def __str__(self) -> str:
-        return str(Atom(f"K{self.key_bits}V{self.value_bits}", self.options))
+        text = str(Atom(f"K{self.key_bits}V{self.value_bits}", self.options))
+        return f"{'+'.join(map(str, self.methods))}:{text}" if self.methods else text
 
 
 def parse(text: str) -> Spec:
@@ -85,14 +87,19 @@ def parse(text: str) -> Spec:
 
 
 def parse_cache(text: str) -> CacheSpec:
-    """Read a cache spec such as ``K4V4`` or ``K2V2[levels=nuq,outliers=0.01]``."""
+    """Read a cache spec such as ``K4V4``, ``K2V2[levels=nuq,outliers=0.01]`` or ``razor[sinks=4]:K8V8``."""
     reader = _Reader(text)
+    methods: tuple[Atom, ...] = ()
+    end = _methods_end(text)
+    if end is not None:
+        methods = tuple(reader.sequence("+", lambda: reader.atom(_METHOD, "a method name"), stop=end))
+        reader.expect(":")
     atom = reader.atom(_ATOM, "a cache spec such as K4V4")
     reader.end()
     match = _CACHE.fullmatch(atom.name)
     if not match:
         raise SpecError(f"cache spec {text!r}: found {atom.name!r}, accepted are names like K16V16, K4V4 or K2V4")
-    return CacheSpec(int(match[1]), int(match[2]), atom.options)
+    return CacheSpec(int(match[1]), int(match[2]), atom.options, methods)
 
 
 def _methods_end(text: str) -> int | None:

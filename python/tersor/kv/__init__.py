@@ -2,10 +2,11 @@
 
 from importlib import import_module
 
-__all__ = ["Cache", "CacheReport", "CacheRow"]
+_HOMES = {"Cache": "cache", "CacheReport": "cache", "CacheRow": "layer", "CachePlan": "plan", "calibrate": "plan"}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
-    if name in __all__:  # imports transformers
-        return getattr(import_module(".cache", __name__), name)
+    if name in _HOMES:  # imports transformers
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

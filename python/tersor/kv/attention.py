@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..op_checks import fail
+from .store import Step
 
 NAME = "tersor"
 FEW_QUERIES = 8  # up to here, and over history, our kernel; a first prompt of more goes to SDPA, then into the cache
@@ -85,26 +86,26 @@ def _attend(module, query, key, value, mask, scaling, dropout, is_causal, option
         fail("Cache", "position_bias", "a tensor", "none: use a transformers cache for this model")
     softcap, sinks = options.get("softcap") or 0.0, options.get("s_aux")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    fresh = layer.take_fresh()
-    held = layer.pages.tokens
-    queries = query.shape[2]
-    if fresh is not None and not held and queries > FEW_QUERIES and queries == fresh[0].shape[2] and not softcap \
-            and sinks is None and (mask is None or mask.shape[-1] == queries):
-        out = sdpa_attention_forward(module, query, *fresh, mask, dropout, scaling, is_causal)
-        layer.store(*fresh)
-        return out
-    mask_first = 0
-    if mask is not None:
-        mask, causal = _boolean(mask), False
-        mask_first = layer.pages.first + held + (0 if fresh is None else fresh[0].shape[2]) - mask.shape[-1]
-    if sinks is not None:
-        sinks = sinks.detach().float().contiguous()
+    store, fresh = layer.store, layer.take_fresh()
     keys, values = fresh or (None, None)
-    out = layer.pages.attend(
-        query.detach(), keys, values, query.shape[-1]**-0.5 if scaling is None else scaling, causal,
-        layer.sliding_window, softcap, sinks, mask, mask_first)
-    layer.trim()
-    return out, None
+    tokens = 0 if fresh is None else keys.shape[2]
+    queries = query.shape[2]
+    scale = query.shape[-1]**-0.5 if scaling is None else scaling
+    step = Step(query.detach(), keys, values, scale, causal, softcap, None, None, 0, options.get("position_ids"))
+    if sinks is not None:
+        step.sinks = sinks.detach().float().contiguous()
+    if mask is not None:
+        step.mask_first = store.seen + tokens - mask.shape[-1]
+    if fresh is not None and not store.seen and queries > FEW_QUERIES and queries == tokens and not softcap \
+            and sinks is None and (mask is None or mask.shape[-1] == queries):
+        out = sdpa_attention_forward(module, query, keys, values, mask, dropout, scaling, is_causal)
+        if mask is not None:
+            step.mask, step.causal = _boolean(mask), False
+        store.prompt(step)
+        return out
+    if mask is not None:
+        step.mask, step.causal = _boolean(mask), False
+    return store.attend(step), None
 
 
 _attend_apart = torch.compiler.disable(_attend)

@@ -1,0 +1,436 @@
+"""What holds the keys and values of one layer. Stores nest: a method wraps the store that the rest of a spec makes.
+
+A store takes the tokens of a `Step`, and attends to all it holds. `PagedStore` is the innermost: pages, one native call
+a step. `HeadGroups` gives groups of heads stores of their own; `Projected` keeps keys and values in other coordinates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..op_checks import CODE, FLOATS
+from .layout import Layout
+from .pages import Pages
+from .rotary import Rotary
+from .settings import Settings
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """What a store is made for. ``window``: tokens that a query sees, its own included; 0: all. ``biased``: entries have
+    a bias of their own on their score. ``shared``: what layers of one cache have in common (methods keep it)."""
+
+    layer: int
+    batch: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    settings: Settings
+    window: int = 0
+    biased: bool = False
+    rotary: Rotary | None = None
+    shared: dict = field(default_factory=dict)
+
+    def changed(self, **changes) -> "Shape":
+        return replace(self, **changes)
+
+
+class Step:
+    """Fresh tokens, and the queries that read them and all before.
+
+    ``query [batch, heads, queries, key_dim]``; ``keys``, ``values [batch, kv_heads, tokens, dim]`` or None, None; the
+    score is ``softcap(query . key * scale)``; ``mask`` bool ``[batch or 1, 1 or heads, queries, positions]``, whose
+    columns start at position ``mask_first``; ``sinks [heads]`` float32; ``positions [batch, tokens]`` or None: what the
+    model counts them as. ``log_sum_exp``: whether `Store.attend` returns it as well.
+    """
+
+    __slots__ = ("query", "keys", "values", "scale", "causal", "softcap", "sinks", "mask", "mask_first", "positions",
+                 "log_sum_exp")
+
+    def __init__(self, query, keys, values, scale, causal=True, softcap=0.0, sinks=None, mask=None, mask_first=0,
+                 positions=None, log_sum_exp=False):
+        self.query, self.keys, self.values, self.scale, self.causal = query, keys, values, scale, causal
+        self.softcap, self.sinks, self.mask, self.mask_first = softcap, sinks, mask, mask_first
+        self.positions, self.log_sum_exp = positions, log_sum_exp
+
+    def changed(self, **changes) -> "Step":
+        step = Step(*(getattr(self, name) for name in self.__slots__))
+        for name, value in changes.items():
+            setattr(step, name, value)
+        return step
+
+    @property
+    def fresh(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def hidden(self) -> Tensor | None:
+        """Bool ``[batch, tokens]``: fresh tokens that no query of this step may see (padding), or None."""
+        if self.mask is None or not self.fresh:
+            return None
+        seen = self.mask[..., -self.fresh:].any(2).any(1).expand(len(self.query), -1)
+        return None if seen.all() else ~seen
+
+
+class Store:
+    """The interface. ``seen``: tokens of the sequence so far, those that are no longer held included."""
+
+    seen: int
+    batch: int
+
+    def prompt(self, step: Step) -> None:
+        """Take the tokens of the first prompt, which have been attended to already."""
+        raise NotImplementedError  # the interface: every store has its own
+
+    def attend(self, step: Step):
+        """Take the fresh tokens and attend to everything held: ``[batch, queries, heads, value_dim]``; with
+        ``step.log_sum_exp`` a pair with float32 ``[batch, heads, queries]``."""
+        raise NotImplementedError
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last ``tokens``; RuntimeError where what would be needed then is gone."""
+        raise NotImplementedError
+
+    def select(self, sequences: list[int]) -> None:
+        """Sequence i becomes what ``sequences[i]`` was."""
+        raise NotImplementedError
+
+    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Keys and values held, ``[batch, kv_heads, entries, dim]``, as attention takes them."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """As `decode`, for models that compute with keys outside attention; None where that would unpack a packed
+        history at each step."""
+        return None
+
+    def record_past(self) -> None:
+        """Keep what `crop` may need."""
+
+    @property
+    def held(self) -> int:
+        """Entries held for a sequence and head (the mean, where heads differ)."""
+        return self.seen
+
+    @property
+    def nbytes(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def bits(self) -> float:
+        """Bits of one number in a packed page, scales and all counted."""
+        raise NotImplementedError
+
+    @property
+    def kernel(self) -> str:
+        return f"kv_attention {_C.isa()}"
+
+
+def check_shape(shape: Shape) -> None:
+    where = f"tersor.Cache: layer {shape.layer}"
+    if shape.dtype not in CODE:
+        raise ValueError(f"{where}: found {shape.dtype}, accepted is {FLOATS} on cpu")
+    if shape.key_dim % 16 or shape.value_dim % 16 or not 16 <= min(shape.key_dim, shape.value_dim) \
+            or max(shape.key_dim, shape.value_dim) > 1024:
+        raise ValueError(f"{where}: found keys of {shape.key_dim} channels and values of {shape.value_dim}, accepted are "
+                         "dimensions that are multiples of 16 to 1024")
+
+
+def value_group(dim: int, wanted: int) -> int:
+    """Channels that share a value's scale: the largest multiple of 16 that divides ``dim`` and exceeds ``wanted`` by at
+    most a half."""
+    return max(g for g in range(16, dim + 1, 16) if dim % g == 0 and (g <= wanted * 3 // 2 or g == 16))
+
+
+def make_layout(shape: Shape) -> Layout:
+    """How pages of the shape's settings are stored."""
+    s = shape.settings
+    return Layout(shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype, s.key_bits, s.value_bits, s.group,
+                  value_group(shape.value_dim, s.group))
+
+
+class PagedStore(Store):
+    """Pages: raw while they fill, packed once enough newer tokens follow; freed when they leave a sliding window."""
+
+    def __init__(self, shape: Shape):
+        check_shape(shape)
+        s = shape.settings
+        self.shape, self.window, self.keeps = shape, shape.window, False
+        self.pages = Pages(make_layout(shape), shape.batch, s.recent, 0 if shape.window else -(-s.sinks // s.group))
+
+    @property
+    def seen(self) -> int:
+        return self.pages.first + self.pages.tokens
+
+    @property
+    def batch(self) -> int:
+        return self.pages.batch
+
+    def prompt(self, step: Step) -> None:
+        self.append(step.keys, step.values)
+
+    def append(self, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
+        """Take tokens that have been attended to; of a sliding window only what later queries can see."""
+        spare = keys.shape[2] - self.window + 1
+        if self.window and not self.keeps and not self.pages.tokens and spare > 0:
+            self.pages.first += spare
+            keys, values = keys[:, :, spare:], values[:, :, spare:]
+        if bias is None:
+            self.pages.append(keys, values)
+        else:
+            self.pages.append(keys, values, bias)
+        self.trim()
+
+    def attend(self, step: Step):
+        out = self.pages.attend(step.query, step.keys, step.values, step.scale, step.causal, self.window, step.softcap,
+                                step.sinks, step.mask, step.mask_first, step.log_sum_exp)
+        if self.window:
+            self.trim()
+        return out
+
+    def trim(self, after_crop: bool = False) -> None:
+        """Free what has left the sliding window."""
+        if self.window and (after_crop or not self.keeps):
+            self.pages.drop_before(self.seen - self.window + 1)
+
+    def crop(self, tokens: int) -> None:
+        needed = max(self.seen - tokens - self.window + 1, 0) if self.window else 0
+        if self.pages.first > needed:
+            raise RuntimeError(f"crop: {tokens} tokens cannot be removed, because what the sliding window then needs "
+                               "has been freed; call activate_past_recording() first")
+        self.pages.crop(tokens)
+        self.trim(after_crop=True)
+
+    def select(self, sequences: list[int]) -> None:
+        self.pages.select(sequences)
+
+    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        return self.pages.decode(dtype)
+
+    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        return None if self.shape.settings.packs or self.window else self.decode(dtype)
+
+    def record_past(self) -> None:
+        self.keeps = True
+
+    @property
+    def held(self) -> int:
+        return self.pages.tokens
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages.nbytes
+
+    @property
+    def bits(self) -> float:
+        return self.pages.layout.bits()
+
+
+class HeadGroups(Store):
+    """Groups of key heads, each with a store of its own: what the heads hold may differ in dimensions and length.
+
+    ``groups``: the key heads of each store, together all of ``0 .. kv_heads - 1``.
+    """
+
+    def __init__(self, groups: Sequence[tuple[Sequence[int], Store]], kv_heads: int):
+        if sorted(h for heads, _ in groups for h in heads) != list(range(kv_heads)):
+            raise ValueError(f"groups: found heads {[list(heads) for heads, _ in groups]}, accepted is each of "
+                             f"0 to {kv_heads - 1} once")
+        self.groups = [(torch.tensor(list(heads)), store) for heads, store in groups]
+        self.kv_heads = kv_heads
+
+    @property
+    def seen(self) -> int:
+        return self.groups[0][1].seen
+
+    @property
+    def batch(self) -> int:
+        return self.groups[0][1].batch
+
+    def _parts(self, step: Step):
+        queries = step.query.shape[1] // self.kv_heads
+        for heads, store in self.groups:
+            own = (heads.view(-1, 1) * queries + torch.arange(queries)).flatten()
+            yield own, store, step.changed(
+                query=step.query[:, own], keys=None if step.keys is None else step.keys[:, heads],
+                values=None if step.values is None else step.values[:, heads],
+                sinks=None if step.sinks is None else step.sinks[own].contiguous(),
+                mask=step.mask if step.mask is None or step.mask.shape[1] == 1 else step.mask[:, own])
+
+    def prompt(self, step: Step) -> None:
+        for _, store, part in self._parts(step):
+            store.prompt(part)
+
+    def attend(self, step: Step):
+        batch, heads, queries, _ = step.query.shape
+        out = scores = None
+        for own, store, part in self._parts(step):
+            found = store.attend(part)
+            found, total = found if step.log_sum_exp else (found, None)
+            if out is None:
+                out = found.new_empty((batch, queries, heads, found.shape[-1]))
+                scores = None if total is None else total.new_empty((batch, heads, queries))
+            out[:, :, own] = found
+            if total is not None:
+                scores[:, own] = total
+        return out if scores is None else (out, scores)
+
+    def crop(self, tokens: int) -> None:
+        for _, store in self.groups:
+            store.crop(tokens)
+
+    def select(self, sequences: list[int]) -> None:
+        for _, store in self.groups:
+            store.select(sequences)
+
+    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """RuntimeError where the groups hold different numbers of entries, or dimensions."""
+        parts = [store.decode(dtype) for _, store in self.groups]
+        if len({p[0].shape[2:] for p in parts}) > 1 or len({p[1].shape[2:] for p in parts}) > 1:
+            raise RuntimeError("decode: found heads of different lengths or dimensions, accepted are equal ones; decode "
+                               "the groups one by one")
+        order = torch.cat([heads for heads, _ in self.groups]).argsort()
+        return tuple(torch.cat([p[i] for p in parts], 1)[:, order] for i in (0, 1))
+
+    def record_past(self) -> None:
+        for _, store in self.groups:
+            store.record_past()
+
+    @property
+    def held(self) -> float:
+        return sum(len(heads) * store.held for heads, store in self.groups) / self.kv_heads
+
+    @property
+    def nbytes(self) -> int:
+        return sum(store.nbytes for _, store in self.groups)
+
+    @property
+    def bits(self) -> float:
+        return sum(len(heads) * store.bits for heads, store in self.groups) / self.kv_heads
+
+    @property
+    def kernel(self) -> str:
+        names = dict.fromkeys(store.kernel for _, store in self.groups)
+        return f"{len(self.groups)} groups of heads: {', '.join(names)}"
+
+
+class Projected(Store):
+    """Keys and values in other coordinates: attention runs in them, nothing is projected back but the result.
+
+    A key ``k`` is held as ``(k - key_mean) @ keys`` and read by ``query @ queries``; a value as
+    ``(v - value_mean) @ values``; what comes out is ``out @ outputs + value_mean``. Matrices are ``[kv_heads, dim,
+    rank]`` (``outputs [kv_heads, rank, dim]``), or ``[dim, rank]`` for all heads; None: as they are. The mean of the
+    keys moves all scores of a query alike, so softmax does not see it (it must be None under softcap or sinks).
+    """
+
+    def __init__(self, inner: Store, kv_heads: int, queries: Tensor | None = None, keys: Tensor | None = None,
+                 values: Tensor | None = None, outputs: Tensor | None = None, key_mean: Tensor | None = None,
+                 value_mean: Tensor | None = None, dtype: torch.dtype = torch.float32):
+        self.inner, self.kv_heads = inner, kv_heads
+        self.queries, self.keys, self.values, self.outputs, self.key_mean, self.value_mean = (
+            None if t is None else t.to(dtype) for t in (queries, keys, values, outputs, key_mean, value_mean))
+
+    @property
+    def seen(self) -> int:
+        return self.inner.seen
+
+    @property
+    def batch(self) -> int:
+        return self.inner.batch
+
+    def _into(self, step: Step) -> Step:
+        query, keys, values = step.query, step.keys, step.values
+        if self.key_mean is not None and (step.softcap or step.sinks is not None):
+            raise ValueError("cache: found keys projected around their mean in a layer with softcap or sinks, accepted "
+                             "is attention where a constant on all scores does not matter")
+        if self.queries is not None:
+            grouped = query.unflatten(1, (self.kv_heads, -1))
+            matrix = self.queries if self.queries.dim() == 2 else self.queries.unsqueeze(1)
+            query = (grouped @ matrix).flatten(1, 2)
+        if keys is not None and self.keys is not None:
+            keys = (keys if self.key_mean is None else keys - self.key_mean) @ self.keys
+        if values is not None and self.values is not None:
+            values = (values if self.value_mean is None else values - self.value_mean) @ self.values
+        return step.changed(query=query, keys=keys, values=values)
+
+    def prompt(self, step: Step) -> None:
+        self.inner.prompt(self._into(step))
+
+    def attend(self, step: Step):
+        out = self.inner.attend(self._into(step))
+        out, total = out if step.log_sum_exp else (out, None)
+        if self.outputs is not None:
+            grouped = out.unflatten(2, (self.kv_heads, -1))  # [batch, queries, kv_heads, group, rank]
+            out = (grouped @ self.outputs).flatten(2, 3)
+        if self.value_mean is not None:
+            mean = self.value_mean.squeeze(1)  # [kv_heads, 1, dim]
+            out = (out.unflatten(2, (self.kv_heads, -1)) + mean.unsqueeze(1)).flatten(2, 3)
+        return out if total is None else (out, total)
+
+    def crop(self, tokens: int) -> None:
+        self.inner.crop(tokens)
+
+    def select(self, sequences: list[int]) -> None:
+        self.inner.select(sequences)
+
+    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """In the inner store's coordinates."""
+        return self.inner.decode(dtype)
+
+    def record_past(self) -> None:
+        self.inner.record_past()
+
+    @property
+    def held(self) -> float:
+        return self.inner.held
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
+    def bits(self) -> float:
+        return self.inner.bits
+
+    @property
+    def kernel(self) -> str:
+        return f"projected, {self.inner.kernel}"
+
+
+Inner = Callable[[Shape], Store]
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of what each part attended to: outputs ``[batch, queries, heads, dim]`` with their
+    log-sum-exps ``[batch, heads, queries]``, to the same pair."""
+    scores = torch.stack([score for _, score in parts])
+    total = scores.logsumexp(0)
+    out = 0
+    for (part, _), score in zip(parts, scores):
+        weight = (score - total).exp().nan_to_num(0)  # a part that sees nothing has a score of -infinity
+        out = out + part.float() * weight.transpose(1, 2).unsqueeze(-1)
+    return out.to(parts[0][0].dtype), total
+
+
+def sylvester(size: int) -> Tensor:
+    """A symmetric orthogonal Hadamard matrix ``[size, size]`` in float64 for a power of two; ValueError otherwise."""
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"hadamard: found a head dimension of {size}, accepted is a power of two")
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / math.sqrt(size)
+
+
+def base_store(shape: Shape) -> Store:
+    """The store of a spec without methods."""
+    if not shape.settings.hadamard:
+        return PagedStore(shape)
+    keys, values = sylvester(shape.key_dim), sylvester(shape.value_dim)
+    return Projected(PagedStore(shape), shape.kv_heads, keys, keys, values, values, dtype=shape.dtype)
