@@ -325,8 +325,9 @@ class Projected(Store):
 
     A key ``k`` is held as ``(k - key_mean) @ keys`` and read by ``query @ queries``; a value as
     ``(v - value_mean) @ values``; what comes out is ``out @ outputs + value_mean``. Matrices are ``[kv_heads, dim,
-    rank]`` (``outputs [kv_heads, rank, dim]``), or ``[dim, rank]`` for all heads; None: as they are. The mean of the
-    keys moves all scores of a query alike, so softmax does not see it (it must be None under softcap or sinks).
+    rank]`` (``outputs [kv_heads, rank, dim]``), or ``[dim, rank]`` for all heads; of one row, ``[..., 1, dim]``, they
+    scale channels; None: as they are. The mean of the keys moves all scores of a query alike, so softmax does not see
+    it (it must be None under softcap or sinks).
     """
 
     def __init__(self, inner: Store, kv_heads: int, queries: Tensor | None = None, keys: Tensor | None = None,
@@ -350,13 +351,12 @@ class Projected(Store):
             raise ValueError("cache: found keys projected around their mean in a layer with softcap or sinks, accepted "
                              "is attention where a constant on all scores does not matter")
         if self.queries is not None:
-            grouped = query.unflatten(1, (self.kv_heads, -1))
             matrix = self.queries if self.queries.dim() == 2 else self.queries.unsqueeze(1)
-            query = (grouped @ matrix).flatten(1, 2)
+            query = _times(query.unflatten(1, (self.kv_heads, -1)), matrix).flatten(1, 2)
         if keys is not None and self.keys is not None:
-            keys = (keys if self.key_mean is None else keys - self.key_mean) @ self.keys
+            keys = _times(keys if self.key_mean is None else keys - self.key_mean, self.keys)
         if values is not None and self.values is not None:
-            values = (values if self.value_mean is None else values - self.value_mean) @ self.values
+            values = _times(values if self.value_mean is None else values - self.value_mean, self.values)
         return step.changed(query=query, keys=keys, values=values)
 
     def prompt(self, step: Step) -> None:
@@ -367,7 +367,7 @@ class Projected(Store):
         out, total = out if step.log_sum_exp else (out, None)
         if self.outputs is not None:
             grouped = out.unflatten(2, (self.kv_heads, -1))  # [batch, queries, kv_heads, group, rank]
-            out = (grouped @ self.outputs).flatten(2, 3)
+            out = _times(grouped, self.outputs).flatten(2, 3)
         if self.value_mean is not None:
             mean = self.value_mean.squeeze(1)  # [kv_heads, 1, dim]
             out = (out.unflatten(2, (self.kv_heads, -1)) + mean.unsqueeze(1)).flatten(2, 3)
@@ -401,6 +401,10 @@ class Projected(Store):
     @property
     def kernel(self) -> str:
         return f"projected, {self.inner.kernel}"
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    return x * matrix if matrix.shape[-2] == 1 else x @ matrix
 
 
 Inner = Callable[[Shape], Store]
