@@ -71,6 +71,27 @@ tersor_kv_tokens kv_tokens(Address keys, Address values, int64_t tokens, const S
   return fresh;
 }
 
+// The codec of the cache: `streams` is the address of rows of 12 int64, the fields of tersor_kv_stream.
+void define_kv_codec(py::module_& module) {
+  static_assert(sizeof(tersor_kv_stream) == 12 * 8, "Python writes the fields as int64");
+  module.def("kv_encode_room", [](int64_t tokens, int64_t dim) {
+    const int64_t room = tersor_kv_encode_room(tokens, dim);
+    check(room < 0 ? TERSOR_INVALID : TERSOR_OK);
+    return room;
+  }, py::arg("tokens"), py::arg("dim"), "bytes that a stream takes at most");
+  module.def("kv_encode", [](Address streams, int64_t count, int threads) {
+    run([&] { return tersor_kv_encode(pointer<tersor_kv_stream>(streams), count, threads); });
+  }, py::arg("streams"), py::arg("count"), py::arg("threads"), "values to bytes; writes each stream's size");
+  module.def("kv_decode", [](Address streams, int64_t count, int threads) {
+    run([&] { return tersor_kv_decode(pointer<const tersor_kv_stream>(streams), count, threads); });
+  }, py::arg("streams"), py::arg("count"), py::arg("threads"), "bytes to values; ValueError for a damaged stream");
+  module.def("kv_codec_table", [](int index) {
+    std::vector<uint16_t> frequencies(256);
+    check(tersor_kv_codec_table(index, frequencies.data()));
+    return frequencies;
+  }, py::arg("index"), "frequencies of the symbols 0 to 127, the escape, -127 to -1, out of 4096");
+}
+
 // A layer's cache. The table's memory belongs to the caller.
 void define_kv(py::module_& module) {
   py::class_<tersor_kv>(module, "Kv", "the cache of one layer as the kernels see it; see tersor_kv in cpp/tersor.h")
@@ -377,6 +398,7 @@ PYBIND11_MODULE(_C, module) {
       "measured limits of this machine: GB/s read from memory and 1e9 operations/s; 0 where it has no such "
       "instruction");
   define_kv(module);
+  define_kv_codec(module);
 #if defined(TERSOR_HAVE_CUDA)
   define_cuda(module);
 #endif

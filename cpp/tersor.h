@@ -113,6 +113,28 @@ typedef struct tersor_kv_query {
 int tersor_kv_attention(const tersor_kv* kv, const tersor_kv_query* query, int64_t page, int64_t slot,
                         const tersor_kv_tokens* fresh, int threads);
 
+/* The bitstream of one head's keys or values over a chunk of tokens (cpp/cpu/kv_codec.h). All fields are 64 bits. */
+typedef struct tersor_kv_stream {
+  void* values;          /* [tokens][dim]: float32 to encode, dtype to decode */
+  int64_t stride;        /* from one token to the next */
+  uint8_t* bytes;        /* the stream */
+  int64_t size;          /* its length; for encoding the room, then its length */
+  const float* rotation; /* decoding turns keys by these: cosines [rotary_dim/2][tokens], then sines alike; or NULL */
+  int32_t* levels;       /* [dim][tokens]: the integers that values are step/8 times, also given out; or NULL */
+  int64_t tokens, dim, dtype;
+  int64_t rotary_dim;    /* channels that are turned, from the first on; 0: none */
+  int64_t interleaved;   /* pairs are (2i, 2i+1), or (i, i + rotary_dim/2) */
+  int64_t step_bits;     /* for encoding: the step, a float16 */
+} tersor_kv_stream;
+
+/* Room that encoding takes at most, -1 for sizes that are not accepted. */
+int64_t tersor_kv_encode_room(int64_t tokens, int64_t dim);
+int tersor_kv_encode(tersor_kv_stream* streams, int64_t count, int threads);
+/* Any bytes are safe; those that encoding did not write are refused, or give some numbers. */
+int tersor_kv_decode(const tersor_kv_stream* streams, int64_t count, int threads);
+/* Frequencies, out of 4096, of the symbols 0 to 127, then the escape, then -127 to -1, in the table of the format. */
+int tersor_kv_codec_table(int index, uint16_t* frequencies);
+
 /* Instruction sets: the i-th that this machine can run (best first, NULL past the end). */
 const char* tersor_isa_name(int index);
 const char* tersor_current_isa(void);

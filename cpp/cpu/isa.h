@@ -76,6 +76,9 @@ struct IsaKernels {
   int (*kv_append)(const KvAppendArgs&);
   int (*kv_pack)(const tersor_kv& kv, const int64_t* raw, const int64_t* packed, int threads);
   int (*kv_attention)(const KvAttentionArgs&);
+  // Both give a CodecFault, and which stream has it.
+  int (*kv_encode)(tersor_kv_stream* streams, int64_t count, int threads, int64_t* bad);
+  int (*kv_decode)(const tersor_kv_stream* streams, int64_t count, int threads, int64_t* bad);
   // Loops that only do one thing, for machine.cpp to time: bytes read, and operations done in
   // `rounds` rounds (0: the instruction set has no such instruction).
   uint64_t (*read)(const void* data, size_t bytes);
@@ -96,6 +99,8 @@ struct IsaKernels {
   int kv_append(const KvAppendArgs& arguments);         \
   int kv_pack(const tersor_kv& kv, const int64_t* raw, const int64_t* packed, int threads); \
   int kv_attention(const KvAttentionArgs& arguments);   \
+  int kv_encode(tersor_kv_stream* streams, int64_t count, int threads, int64_t* bad);       \
+  int kv_decode(const tersor_kv_stream* streams, int64_t count, int threads, int64_t* bad); \
   uint64_t floor_read(const void* data, size_t bytes);  \
   double floor_fp32(long rounds);    \
   double floor_int8(long rounds);    \
