@@ -327,13 +327,16 @@ class Projected(Store):
     ``(v - value_mean) @ values``; what comes out is ``out @ outputs + value_mean``. Matrices are ``[kv_heads, dim,
     rank]`` (``outputs [kv_heads, rank, dim]``), or ``[dim, rank]`` for all heads; of one row, ``[..., 1, dim]``, they
     scale channels; None: as they are. The mean of the keys moves all scores of a query alike, so softmax does not see
-    it (it must be None under softcap or sinks).
+    it; means must be None where a constant matters (softcap), or weights do not sum to 1 (sinks).
+
+    ``together``: so many neighbouring key heads are held as one, which all their queries read; ``keys`` and ``values``
+    are then ``[kv_heads / together, together * dim, rank]``.
     """
 
     def __init__(self, inner: Store, kv_heads: int, queries: Tensor | None = None, keys: Tensor | None = None,
                  values: Tensor | None = None, outputs: Tensor | None = None, key_mean: Tensor | None = None,
-                 value_mean: Tensor | None = None, dtype: torch.dtype = torch.float32):
-        self.inner, self.kv_heads = inner, kv_heads
+                 value_mean: Tensor | None = None, dtype: torch.dtype = torch.float32, together: int = 1):
+        self.inner, self.kv_heads, self.together = inner, kv_heads, together
         self.queries, self.keys, self.values, self.outputs, self.key_mean, self.value_mean = (
             None if t is None else t.to(dtype) for t in (queries, keys, values, outputs, key_mean, value_mean))
 
@@ -347,17 +350,21 @@ class Projected(Store):
 
     def _into(self, step: Step) -> Step:
         query, keys, values = step.query, step.keys, step.values
-        if self.key_mean is not None and (step.softcap or step.sinks is not None):
-            raise ValueError("cache: found keys projected around their mean in a layer with softcap or sinks, accepted "
+        if (self.key_mean is not None or self.value_mean is not None) and (step.softcap or step.sinks is not None):
+            raise ValueError("cache: found keys and values around their mean in a layer with softcap or sinks, accepted "
                              "is attention where a constant on all scores does not matter")
         if self.queries is not None:
             matrix = self.queries if self.queries.dim() == 2 else self.queries.unsqueeze(1)
             query = _times(query.unflatten(1, (self.kv_heads, -1)), matrix).flatten(1, 2)
         if keys is not None and self.keys is not None:
-            keys = _times(keys if self.key_mean is None else keys - self.key_mean, self.keys)
+            keys = _times(self._beside(keys if self.key_mean is None else keys - self.key_mean), self.keys)
         if values is not None and self.values is not None:
-            values = _times(values if self.value_mean is None else values - self.value_mean, self.values)
+            values = _times(self._beside(values if self.value_mean is None else values - self.value_mean), self.values)
         return step.changed(query=query, keys=keys, values=values)
+
+    def _beside(self, x: Tensor) -> Tensor:
+        """Heads that are held together, beside each other: ``[batch, heads / together, tokens, together * dim]``."""
+        return x if self.together == 1 else x.unflatten(1, (-1, self.together)).transpose(2, 3).flatten(3)
 
     def prompt(self, step: Step) -> None:
         self.inner.prompt(self._into(step))
@@ -371,6 +378,10 @@ class Projected(Store):
         if self.value_mean is not None:
             mean = self.value_mean.squeeze(1)  # [kv_heads, 1, dim]
             out = (out.unflatten(2, (self.kv_heads, -1)) + mean.unsqueeze(1)).flatten(2, 3)
+        if total is not None and self.key_mean is not None:  # a constant within this store, not beside others
+            grouped = step.query.float().unflatten(1, (self.kv_heads, -1))
+            constant = grouped @ self.key_mean.float().unsqueeze(1).transpose(-1, -2)
+            total = total + constant.squeeze(-1).flatten(1, 2) * step.scale
         return out if total is None else (out, total)
 
     def crop(self, tokens: int) -> None:
