@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec import CacheSpec, SpecError, parse_cache
+from .geometry import geometry_of
 from .methods import CacheMethod, make_method, method_atom
 from .settings import Settings
 
@@ -76,14 +77,6 @@ class CachePlan:
         spec = parse_cache(about["spec"])
         return cls(Settings.of(spec), spec, tuple(map(make_method, spec.methods)), tensors,
                    json.loads(about["geometry"]))
-
-
-def geometry_of(model: nn.Module) -> dict[str, int]:
-    config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    return {"layers": config.num_hidden_layers, "heads": heads,
-            "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads}
 
 
 def read_plan(spec: str, options: dict) -> CachePlan:
