@@ -165,3 +165,17 @@ def test_clear_errors():
         odd = LlamaForCausalLM(LlamaConfig(**wide)).eval()
         with pytest.raises(ValueError, match="multiples of 16"):
             odd(ids, past_key_values=tersor.Cache(odd, "K4V4"))
+
+
+def test_a_cache_belongs_to_one_model_and_its_positions():
+    model, other, ids = make("llama"), make("llama", seed=5), prompt(1, 20)
+    cache = tersor.Cache(model, "K16V16")
+    tersor.Cache(other, "K16V16")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="found a second model, at layer 0, accepted is the model whose tokens"):
+            other(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        other(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="tokens: found 520, accepted is the 512 positions"):
+            other(prompt(1, 500), past_key_values=cache)

@@ -84,6 +84,8 @@ def _attend(module, query, key, value, mask, scaling, dropout, is_causal, option
         fail("Cache", "dropout", dropout, "0: call model.eval()")
     if options.get("position_bias") is not None:
         fail("Cache", "position_bias", "a tensor", "none: use a transformers cache for this model")
+    if layer.owner is None or layer.owner() is not module:
+        layer.bind(module)
     softcap, sinks = options.get("softcap") or 0.0, options.get("s_aux")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     store, fresh = layer.store, layer.take_fresh()

@@ -61,11 +61,13 @@ class Cache(DynamicCache):
         plan = plan_for(model, spec, options)
         super().__init__(config=config)
         self.spec, self.plan, shared = plan.spec, plan, {}
+        positions = position_limit(config.get_text_config(decoder=True))
         for i, layer in enumerate(self.layers):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 settings, methods = plan.layer(i)
                 rotary = find_rotary(model, i) if plan.needs_rotary else None
-                self.layers[i] = PackedLayer(settings, i, getattr(layer, "sliding_window", 0), methods, rotary, shared)
+                self.layers[i] = PackedLayer(settings, i, getattr(layer, "sliding_window", 0), methods, rotary, shared,
+                                             positions)
             elif isinstance(layer, CacheLayerMixin) and not plan.exact:
                 raise ValueError(f"layer {i}: found {type(layer).__name__}, accepted are full and sliding attention; "
                                  "K16V16 leaves such layers to transformers")
@@ -99,6 +101,13 @@ class Cache(DynamicCache):
             held = keys.shape if isinstance(keys, Tensor) and keys.dim() == 4 else (0, 0, 0, 0)
             rows.append(CacheRow(index, type(layer).__name__, held[0], held[2], nbytes, 0.0, "transformers"))
         return CacheReport(str(self.spec), tuple(rows))
+
+
+def position_limit(config) -> int:
+    """The most tokens that a model has positions for; 0 where its rotary embedding adapts to any length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    types = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
+    return 0 if types & {"dynamic", "longrope"} else getattr(config, "max_position_embeddings", 0) or 0
 
 
 def _tensors(value) -> Iterator[Tensor]:

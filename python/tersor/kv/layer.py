@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,11 +54,13 @@ class PackedLayer(CacheLayerMixin):
 
     def __init__(self, settings: Settings, index: int = 0, sliding_window: int = 0,
                  methods: Sequence[tuple["Method", dict[str, Tensor]]] = (), rotary: Rotary | None = None,
-                 shared: dict | None = None):
+                 shared: dict | None = None, positions: int = 0):
         super().__init__()
         self.settings, self.index, self.sliding_window = settings, index, sliding_window
         self.methods, self.rotary, self.shared = tuple(methods), rotary, {} if shared is None else shared
+        self.positions = positions  # that the model has; 0: no limit
         self.is_sliding = sliding_window > 0
+        self.owner: weakref.ref | None = None  # the attention module that uses this layer
         self.store: Store | None = None
         self.fresh: tuple[Tensor, Tensor] | None = None
         self.handles = attention.Handle(self, 0), attention.Handle(self, 1)
@@ -98,6 +101,9 @@ class PackedLayer(CacheLayerMixin):
         if value_states.requires_grad:
             value_states = value_states.detach()
         self._check(key_states, value_states)
+        if self.positions and self.store.seen + key_states.shape[2] > self.positions:
+            fail("cache", "tokens", self.store.seen + key_states.shape[2],
+                 f"the {self.positions} positions that the model has (max_position_embeddings)")
         self.fresh = key_states, value_states
         return self.handles
 
@@ -161,6 +167,14 @@ class PackedLayer(CacheLayerMixin):
         pass
 
     # -- what the attention function calls --------------------------------------------------------------------------
+
+    def bind(self, module) -> None:
+        """Remember the attention module; ValueError for a second one."""
+        owner = self.owner and self.owner()
+        if owner is not None and owner is not module and self.store.seen:
+            self.fresh = None  # of the other model
+            fail("cache", "model", f"a second model, at layer {self.index}", "the model whose tokens it holds, or reset()")
+        self.owner = weakref.ref(module)
 
     def take_fresh(self) -> tuple[Tensor, Tensor] | None:
         fresh, self.fresh = self.fresh, None

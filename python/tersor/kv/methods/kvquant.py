@@ -99,10 +99,11 @@ class KVQuant(CacheMethod):
             read = centres[nearest(numbers, centres)]
             ratio = numbers.std() / read.std().clamp_min(1e-6)
             centres = centres * ratio + (numbers.mean() - ratio * read.mean())
-        levels = (centres.clamp(-1, 1) * 127).round().to(torch.int8)
-        for i in range(1, len(levels)):  # distinct, also where the data has fewer values than levels
-            levels[i] = max(int(levels[i]), min(int(levels[i - 1]) + 1, 127 - (len(levels) - 1 - i)))
-        return levels
+        levels = (centres.clamp(-1, 1) * 127).round().int().tolist()
+        for i in range(len(levels)):  # distinct, also where the data has fewer values than levels
+            least = -127 if i == 0 else levels[i - 1] + 1
+            levels[i] = min(max(levels[i], least), 127 - (len(levels) - 1 - i))
+        return torch.tensor(levels, dtype=torch.int8)
 
     def wrap(self, shape: Shape, tensors: dict[str, Tensor], inner: Inner) -> Store:
         keys, values = (tuple(tensors[name].tolist()) if name in tensors else None
