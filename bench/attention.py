@@ -8,7 +8,9 @@ over tensors that lie ready, by scaled_dot_product_attention and by two products
 transformers' QuantizedCache with 4 bits, where a backend for it is installed; specs are layers of tersor.Cache, called
 as models call them. Layers take turns, as in a model, so that a cache that fits the last level does not sit there. A
 figure is the median step in microseconds; `ratio` is the time of `dynamic` over it, `ratio_fastest` that of the fastest
-torch way; `other_cores` is what everything else on the machine used meanwhile. Where that is much, the row says
+torch way; `append` of a spec is what writing one token costs, packing its page included when that is due (a mean over
+whole pages), and `append_share` that over the step; `other_cores` is what everything else on the machine used
+meanwhile. Where that is much, the row says
 `disturbed`: its figures tell nothing but that the machine was busy.
 """
 
@@ -78,6 +80,17 @@ def measure(step, layers, k, v, seconds: float) -> tuple[float, int]:
     return common.median(times) * 1e6, len(times)
 
 
+def append_cost(layer, k, v) -> float:
+    """Microseconds for each token that is written, over two pages."""
+    pages, tokens = layer.store.pages, 2 * layer.store.pages.layout.page_tokens
+    for _ in range(-pages.tokens % (tokens // 2)):
+        pages.append(k, v)
+    start = time.perf_counter()
+    for _ in range(tokens):
+        pages.append(k, v)
+    return (time.perf_counter() - start) / tokens * 1e6
+
+
 def contender(name: str, count: int, keys, values, module, q, scale):
     """Layers that hold the keys and values, the step over one of them, and the bytes of one."""
     if name in ("dynamic", "sdpa", "bmm"):
@@ -136,6 +149,9 @@ def main(argv=None) -> int:
                         other = watch.stop(time.perf_counter() - start)[1]
                         row["ways"][name] = {"microseconds": microseconds, "steps": steps, "bytes": nbytes,
                                              "other_cores": round(other, 2)}
+                        if name not in ("dynamic", "sdpa", "bmm", "quantized"):
+                            cost = append_cost(layers[0], k, v)
+                            row["ways"][name] |= {"append": cost, "append_share": cost / microseconds}
                         del layers, step
                         common.release_memory()
                     found = row["ways"]
@@ -147,7 +163,8 @@ def main(argv=None) -> int:
                     row["disturbed"] = others >= DISTURBED
                     results.append(row)
                     print(f"{shape} {dtype_name} {tokens:6d} tokens: " + ", ".join(
-                        f"{name} {f['microseconds']:.0f} us (x{f['ratio']:.2f}, x{f['ratio_fastest']:.2f})"
+                        f"{name} {f['microseconds']:.0f} us (x{f['ratio']:.2f}, x{f['ratio_fastest']:.2f}"
+                        + (f", append {f['append_share']:.1%})" if "append" in f else ")")
                         for name, f in found.items()) + f"; others used up to {others} cores"
                           + ": disturbed" * row["disturbed"], flush=True)
     settings = {"threads": args.threads, "isa": _C.isa(), "seconds": args.seconds}
