@@ -39,6 +39,10 @@ DISTURBED = 0.6  # cores used by others, from which on a row is no measurement
 LAYER_BYTES = 96 << 20  # of 16-bit cache, all layers together
 
 
+class Module(SimpleNamespace):
+    """What the attention function asks of a model's module."""
+
+
 def torch_way(name, module, q, scale):
     if name == "dynamic":
         def step(layer, k, v):
@@ -131,7 +135,7 @@ def main(argv=None) -> int:
     with torch.inference_mode():
         for shape in common.names(args.shapes):
             heads, kv_heads, dim = SHAPES[shape]
-            module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True, training=False)
+            module = Module(num_key_value_groups=heads // kv_heads, is_causal=True, training=False)
             for dtype_name in common.names(args.dtypes):
                 dtype = DTYPES[dtype_name]
                 for tokens in common.integers(args.tokens):
