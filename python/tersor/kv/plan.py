@@ -42,6 +42,12 @@ class CachePlan:
     def layer(self, index: int) -> tuple[Settings, tuple[tuple[CacheMethod, dict[str, Tensor]], ...]]:
         return self.settings, tuple((m, self.tensors.get(m.name, {}).get(index, {})) for m in self.methods)
 
+    def report(self) -> str:
+        """What the methods learned, in words: the heads that RazorAttention keeps whole, for instance."""
+        texts = [(method.name, method.describe(self.tensors.get(method.name, {}))) for method in self.methods]
+        return "\n".join([f"cache plan {self.spec}", *(f"{name}: {line}" for name, text in texts
+                                                       for line in text.splitlines())])
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
@@ -117,8 +123,8 @@ def calibrate(model: nn.Module, spec: str, calibration: Sequence | None = None, 
     """Let the methods of a cache spec learn from data; the result goes to `tersor.Cache` in place of the spec.
 
     ``calibration``: texts (with ``tokenizer``), or token ids (tensors ``[length]`` or ``[sequences, length]``); at most
-    ``sequences`` of ``length`` tokens are used. The model is left as it was. Raises ValueError for a method that the
-    model's layers cannot take, no data, or data shorter than 32 tokens.
+    ``sequences`` of ``length`` tokens are used; None where no method needs data (razor). The model is left as it was.
+    Raises ValueError for a method that the model's layers cannot take, no data, or data shorter than 32 tokens.
     """
     plan = read_plan(spec, options)
     for method in plan.methods:
@@ -126,7 +132,8 @@ def calibrate(model: nn.Module, spec: str, calibration: Sequence | None = None, 
     learners = [method for method in plan.methods if method.calibrated]
     tensors: dict[str, dict[int, dict[str, Tensor]]] = {}
     if learners:
-        batches = token_batches(calibration, tokenizer, length, sequences)
+        needed = any(method.data for method in learners)
+        batches = token_batches(calibration, tokenizer, length, sequences) if needed else []
         was_training = model.training
         model.eval()
         try:

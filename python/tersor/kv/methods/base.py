@@ -22,12 +22,13 @@ CACHE_METHODS: dict[str, type["CacheMethod"]] = {}
 class CacheMethod:
     """Subclasses are frozen dataclasses whose fields are the options of the spec; each is one file and one paper.
 
-    ``calibrated``: needs tensors of each layer, which `learn` makes from data; ``rotary``: works with keys turned back
-    to position 0, so the model's rotary embedding must be found.
+    ``calibrated``: needs tensors of each layer, which `learn` makes, from data unless not ``data``; ``rotary``: works
+    with keys turned back to position 0, so the model's rotary embedding must be found.
     """
 
     name: ClassVar[str] = ""
     calibrated: ClassVar[bool] = False
+    data: ClassVar[bool] = True
     rotary: ClassVar[bool] = False
 
     def check(self, model: nn.Module, settings: Settings) -> None:
@@ -36,6 +37,10 @@ class CacheMethod:
     def learn(self, model: nn.Module, batches: list[Tensor], settings: Settings, progress) -> dict[int, dict[str, Tensor]]:
         """Tensors of each layer, from token ids ``[sequences, length]`` of each batch. Only where ``calibrated``."""
         raise NotImplementedError(f"{self.name}: learns nothing")  # the interface
+
+    def describe(self, tensors: dict[int, dict[str, Tensor]]) -> str:
+        """In words, what `learn` found that its user should know."""
+        return ""
 
     def wrap(self, shape: Shape, tensors: dict[str, Tensor], inner: Inner) -> Store:
         """The store of a layer; ``inner(shape)`` makes the one inside."""
