@@ -21,8 +21,8 @@ class Case:
     """One launcher `case_<name>(in, out, n)` over 32-bit words.
 
     inputs: draws the words of `in`, uint32 [any]. expected: those words to the words of `out`; for mma in
-    floating point a float64 array and the sum of absolute products beside it. words: of `out`. wrappers: the
-    names in cuda/ptx that a recording of this case verifies.
+    floating point, and for approximations, a float64 array and what the tolerance is relative to beside it.
+    words: of `out`. wrappers: the names in cuda/ptx that a recording of this case verifies.
     """
 
     name: str
@@ -195,6 +195,19 @@ def _prmt(words):
 def _funnel(words):
     low, high, shift = (v.astype(np.uint64) for v in words.reshape(3, -1))
     return ((high << np.uint64(32) | low) >> (shift & np.uint64(31))).astype(np.uint32)
+
+
+def _exponents(rng):
+    x = rng.uniform(-160, 127, 768).astype(np.float32)
+    x[:8] = [0, -0.0, 1, -1, -126, -127, -1000, -np.inf]
+    return x.view(np.uint32)
+
+
+def _exp2(words):
+    """Subnormal results are 0; the tolerance is relative to the result, or to the least normal number."""
+    values = np.exp2(words[:256].view(np.float32).astype(np.float64))
+    values = np.where(values < 2.0**-126, 0, values)
+    return np.stack([values, np.maximum(values, 2.0**-126)])
 
 
 # ---- warps ---------------------------------------------------------------------------------------------------
@@ -465,6 +478,8 @@ def _cases():
     add("lop3", 64, 512, _words(192), _lop3)
     add("prmt", 256, 256, _words(768), _prmt)
     add("funnel_shift_right", 256, 256, _words(768), _funnel)
+    add("exp2_approx", 256, 256, _exponents, _exp2, tolerance=True)
+    add("count_bits", 256, 256, _words(768), lambda w: np.array([int(v).bit_count() for v in w[:256]], np.uint32))
     add("float_bits", 256, 256, _floats, lambda w: w[:256], ["float_to_bits", "bits_to_float"])
 
     warp = ROUNDS * 32

@@ -1,6 +1,7 @@
 // Every wrapper of ptx/ alone: one warp (two for the barriers) reads 32-bit words, applies it, writes words.
 // The same file runs on the host and, for the recording, on a GPU. tests/emulation/cases.py feeds it.
 #include "dispatch/launch.h"
+#include "ptx/math.h"
 #include "ptx/ptx.h"
 
 namespace tersor {
@@ -51,6 +52,8 @@ ELEMENT(pack_f16x2, ptx::pack_f16x2(ptx::bits_to_float(a), ptx::bits_to_float(b)
 ELEMENT(pack_bf16x2, ptx::pack_bf16x2(ptx::bits_to_float(a), ptx::bits_to_float(b)))
 ELEMENT(prmt, ptx::prmt(a, b, c))
 ELEMENT(funnel_shift_right, ptx::funnel_shift_right(a, b, c))
+ELEMENT(exp2_approx, ptx::float_to_bits(ptx::exp2_approx(ptx::bits_to_float(a))))
+ELEMENT(count_bits, static_cast<uint32_t>(ptx::count_bits(a)))
 ELEMENT(float_bits, ptx::float_to_bits(ptx::bits_to_float(a)))
 
 #define UNPACK(name)                                              \

@@ -1,0 +1,23 @@
+// What the kernel that appends to a paged cache (kv_append.cu) and its launcher (dispatch/kv_append.cu) agree on.
+#pragma once
+
+#include <cstdint>
+
+#include "tile/kv_layout.h"
+
+namespace tersor {
+
+constexpr int kKvAppendWarps = 4;
+
+struct KvAppendArguments {
+  const KvPage* table;   // [batch, table_pages]
+  const int32_t* pages;  // [batch]
+  const void *keys, *values;  // [batch, kv_heads, tokens, dim], 16 bits
+  int64_t key_strides[3], value_strides[3];
+  int tokens, dim, table_pages;
+};
+
+using KvAppendKernel = void(KvAppendArguments);
+extern KvAppendKernel* kv_append_kernel;
+
+}  // namespace tersor

@@ -1,0 +1,20 @@
+// What the kernel that packs pages of a cache (kv_pack.cu) and its launcher (dispatch/kv_append.cu) agree on.
+#pragma once
+
+#include <cstdint>
+
+#include "tile/kv_layout.h"
+
+namespace tersor {
+
+constexpr int kKvPackWarps = 4;
+
+struct KvPackArguments {
+  const int64_t* jobs;  // [count, 2]: addresses of a raw page and of its packed one
+  int dim, key_bits, value_bits, is_bfloat16;
+};
+
+using KvPackKernel = void(KvPackArguments);
+extern KvPackKernel* kv_pack_kernel;
+
+}  // namespace tersor
