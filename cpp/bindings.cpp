@@ -64,8 +64,8 @@ py::dict describe_device(int index) {
 using Strides = std::array<int64_t, 3>;
 
 tersor_kv_tokens kv_tokens(Address keys, Address values, int64_t tokens, const Strides& key_strides,
-                           const Strides& value_strides) {
-  tersor_kv_tokens fresh{pointer(keys), pointer(values), tokens, {}, {}};
+                           const Strides& value_strides, Address bias) {
+  tersor_kv_tokens fresh{pointer(keys), pointer(values), tokens, {}, {}, pointer<const float>(bias)};
   std::copy(key_strides.begin(), key_strides.end(), fresh.key_strides);
   std::copy(value_strides.begin(), value_strides.end(), fresh.value_strides);
   return fresh;
@@ -92,77 +92,133 @@ void define_kv_codec(py::module_& module) {
   }, py::arg("index"), "frequencies of the symbols 0 to 127, the escape, -127 to -1, out of 4096");
 }
 
-// A layer's cache. The table's memory belongs to the caller.
+// A layer's cache, with its formats. The memory of the table and of the rotary table belongs to the caller.
+struct Kv {
+  tersor_kv view{};
+  std::vector<tersor_kv_format> formats;
+  std::vector<std::vector<int8_t>> levels;
+
+  // Of each format: the ten numbers of tersor_kv_format, then levels of keys and of values where they are given.
+  Kv(int64_t batch, int64_t kv_heads, int64_t key_dim, int64_t value_dim, int dtype, int64_t page_tokens, bool biased,
+     const std::vector<std::vector<int64_t>>& given, int64_t rotary_dim, bool interleaved, Address rotary) {
+    levels.reserve(2 * given.size());  // formats point to its elements
+    for (const std::vector<int64_t>& n : given) {
+      if (n.size() < 10) throw py::value_error("formats: at least 10 numbers are accepted for each");
+      tersor_kv_format f{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], nullptr, nullptr};
+      size_t at = 10;
+      const int64_t codings[2] = {f.key_coding, f.value_coding}, bits[2] = {f.key_bits, f.value_bits};
+      const int8_t** tables[2] = {&f.key_levels, &f.value_levels};
+      for (int part = 0; part < 2; ++part) {
+        if (codings[part] != TERSOR_KV_LEVELS || bits[part] < 2 || bits[part] > 4) continue;
+        const size_t count = size_t(1) << bits[part];
+        if (n.size() < at + count) throw py::value_error("formats: levels are missing");
+        levels.emplace_back(n.begin() + at, n.begin() + at + count);
+        *tables[part] = levels.back().data();
+        at += count;
+      }
+      formats.push_back(f);
+    }
+    view = {batch, kv_heads, key_dim, value_dim, dtype, page_tokens, biased, rotary_dim, interleaved,
+            pointer<const float>(rotary), static_cast<int64_t>(formats.size()), formats.data(), 0, nullptr};
+  }
+  Kv(const Kv&) = delete;
+};
+
+tersor_kv_query kv_query(Address q, int64_t heads, int64_t queries, const Strides& strides, Address log_sum_exp,
+                         int64_t first, int64_t position, Address positions, int64_t window, bool causal, Address mask,
+                         const std::array<int64_t, 4>& mask_strides, int64_t mask_first, int64_t mask_tokens,
+                         float scale, float softcap) {
+  tersor_kv_query query{};
+  query.q = pointer(q);
+  query.heads = heads;
+  query.queries = queries;
+  std::copy(strides.begin(), strides.end(), query.strides);
+  query.log_sum_exp = pointer<float>(log_sum_exp);
+  query.first = first;
+  query.position = position;
+  query.positions = pointer<const int64_t>(positions);
+  query.window = window;
+  query.causal = causal;
+  query.mask = pointer<const uint8_t>(mask);
+  std::copy(mask_strides.begin(), mask_strides.end(), query.mask_strides);
+  query.mask_first = mask_first;
+  query.mask_tokens = mask_tokens;
+  query.scale = scale;
+  query.softcap = softcap;
+  return query;
+}
+
 void define_kv(py::module_& module) {
-  py::class_<tersor_kv>(module, "Kv", "the cache of one layer as the kernels see it; see tersor_kv in cpp/tersor.h")
-      .def(py::init([](int64_t batch, int64_t kv_heads, int64_t key_dim, int64_t value_dim, int dtype, int key_bits,
-                       int value_bits, int64_t page_tokens, int64_t value_group) {
-             return tersor_kv{batch,      kv_heads,    key_dim,     value_dim, dtype, key_bits,
-                              value_bits, page_tokens, value_group, 0,         nullptr};
-           }),
+  py::class_<Kv>(module, "Kv", "the cache of one layer as the kernels see it; see tersor_kv in cpp/tersor.h")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int, int64_t, bool, const std::vector<std::vector<int64_t>>&,
+                    int64_t, bool, Address>(),
            py::arg("batch"), py::arg("kv_heads"), py::arg("key_dim"), py::arg("value_dim"), py::arg("dtype"),
-           py::arg("key_bits"), py::arg("value_bits"), py::arg("page_tokens"), py::arg("value_group"))
+           py::arg("page_tokens"), py::arg("biased"), py::arg("formats"), py::arg("rotary_dim"),
+           py::arg("interleaved"), py::arg("rotary"))
       .def("page_bytes",
-           [](const tersor_kv& kv, bool packed) {
-             const int64_t bytes = tersor_kv_page_bytes(&kv, packed);
+           [](const Kv& kv, int64_t kind) {
+             const int64_t bytes = tersor_kv_page_bytes(&kv.view, kind);
              check(bytes < 0 ? TERSOR_INVALID : TERSOR_OK);
              return bytes;
            },
-           py::arg("packed"), "bytes of a page for one sequence and one head")
+           py::arg("kind"), "bytes of a page for one sequence and one head")
       .def("set_table",
-           [](tersor_kv& kv, Address table, int64_t pages) {
-             kv.table = pointer<const int64_t>(table);
-             kv.pages = pages;
+           [](Kv& kv, Address table, int64_t pages) {
+             kv.view.table = pointer<const int64_t>(table);
+             kv.view.pages = pages;
            },
            py::arg("table"), py::arg("pages"))
       .def("append",
-           [](const tersor_kv& kv, int64_t page, int64_t slot, Address keys, Address values, int64_t tokens,
-              const Strides& key_strides, const Strides& value_strides, int threads) {
-             const tersor_kv_tokens fresh = kv_tokens(keys, values, tokens, key_strides, value_strides);
-             run([&] { return tersor_kv_append(&kv, page, slot, &fresh, threads); });
+           [](const Kv& kv, int64_t page, int64_t slot, Address keys, Address values, int64_t tokens,
+              const Strides& key_strides, const Strides& value_strides, Address bias, int threads) {
+             const tersor_kv_tokens fresh = kv_tokens(keys, values, tokens, key_strides, value_strides, bias);
+             run([&] { return tersor_kv_append(&kv.view, page, slot, &fresh, threads); });
            },
            py::arg("page"), py::arg("slot"), py::arg("keys"), py::arg("values"), py::arg("tokens"),
-           py::arg("key_strides"), py::arg("value_strides"), py::arg("threads"))
+           py::arg("key_strides"), py::arg("value_strides"), py::arg("bias"), py::arg("threads"))
       .def("pack",
-           [](const tersor_kv& kv, const std::vector<int64_t>& raw, const std::vector<int64_t>& packed, int threads) {
-             if (static_cast<int64_t>(raw.size()) != kv.batch || raw.size() != packed.size()) {
+           [](const Kv& kv, int64_t kind, const std::vector<int64_t>& raw, const std::vector<int64_t>& packed,
+              int threads) {
+             if (static_cast<int64_t>(raw.size()) != kv.view.batch || raw.size() != packed.size()) {
                throw py::value_error("raw and packed: one address for each sequence is accepted");
              }
-             run([&] { return tersor_kv_pack(&kv, raw.data(), packed.data(), threads); });
+             run([&] { return tersor_kv_pack(&kv.view, kind, raw.data(), packed.data(), threads); });
            },
-           py::arg("raw"), py::arg("packed"), py::arg("threads"))
+           py::arg("kind"), py::arg("raw"), py::arg("packed"), py::arg("threads"))
+      .def("mass",
+           [](const Kv& kv, Address q, int64_t heads, int64_t queries, const Strides& strides, Address log_sum_exp,
+              int64_t first, int64_t position, Address positions, int64_t window, bool causal, Address mask,
+              const std::array<int64_t, 4>& mask_strides, int64_t mask_first, int64_t mask_tokens, float scale,
+              float softcap, Address mass, int threads) {
+             const tersor_kv_query query =
+                 kv_query(q, heads, queries, strides, log_sum_exp, first, position, positions, window, causal, mask,
+                          mask_strides, mask_first, mask_tokens, scale, softcap);
+             run([&] { return tersor_kv_mass(&kv.view, &query, pointer<float>(mass), threads); });
+           },
+           py::arg("q"), py::arg("heads"), py::arg("queries"), py::arg("strides"), py::arg("log_sum_exp"),
+           py::arg("first"), py::arg("position"), py::arg("positions"), py::arg("window"), py::arg("causal"),
+           py::arg("mask"), py::arg("mask_strides"), py::arg("mask_first"), py::arg("mask_tokens"), py::arg("scale"),
+           py::arg("softcap"), py::arg("mass"), py::arg("threads"), "what queries' weights give each token")
       .def("attention",
-           [](const tersor_kv& kv, Address q, int64_t heads, int64_t queries, const Strides& strides, Address out,
-              Address log_sum_exp, int64_t first, int64_t position, int64_t window, bool causal, Address mask,
-              const std::array<int64_t, 4>& mask_strides, int64_t mask_first, int64_t mask_tokens, Address sinks,
-              float scale, float softcap, int64_t page, int64_t slot, Address keys, Address values, int64_t tokens,
-              const Strides& key_strides, const Strides& value_strides, int threads) {
-             tersor_kv_query query{};
-             query.q = pointer(q);
-             query.heads = heads;
-             query.queries = queries;
-             std::copy(strides.begin(), strides.end(), query.strides);
+           [](const Kv& kv, Address q, int64_t heads, int64_t queries, const Strides& strides, Address out,
+              Address log_sum_exp, int64_t first, int64_t position, Address positions, int64_t window, bool causal,
+              Address mask, const std::array<int64_t, 4>& mask_strides, int64_t mask_first, int64_t mask_tokens,
+              Address sinks, float scale, float softcap, int64_t page, int64_t slot, Address keys, Address values,
+              int64_t tokens, const Strides& key_strides, const Strides& value_strides, Address bias, int threads) {
+             tersor_kv_query query =
+                 kv_query(q, heads, queries, strides, log_sum_exp, first, position, positions, window, causal, mask,
+                          mask_strides, mask_first, mask_tokens, scale, softcap);
              query.out = pointer(out);
-             query.log_sum_exp = pointer<float>(log_sum_exp);
-             query.first = first;
-             query.position = position;
-             query.window = window;
-             query.causal = causal;
-             query.mask = pointer<const uint8_t>(mask);
-             std::copy(mask_strides.begin(), mask_strides.end(), query.mask_strides);
-             query.mask_first = mask_first;
-             query.mask_tokens = mask_tokens;
              query.sinks = pointer<const float>(sinks);
-             query.scale = scale;
-             query.softcap = softcap;
-             const tersor_kv_tokens fresh = kv_tokens(keys, values, tokens, key_strides, value_strides);
-             run([&] { return tersor_kv_attention(&kv, &query, page, slot, tokens ? &fresh : nullptr, threads); });
+             const tersor_kv_tokens fresh = kv_tokens(keys, values, tokens, key_strides, value_strides, bias);
+             run([&] { return tersor_kv_attention(&kv.view, &query, page, slot, tokens ? &fresh : nullptr, threads); });
            },
            py::arg("q"), py::arg("heads"), py::arg("queries"), py::arg("strides"), py::arg("out"),
-           py::arg("log_sum_exp"), py::arg("first"), py::arg("position"), py::arg("window"), py::arg("causal"),
-           py::arg("mask"), py::arg("mask_strides"), py::arg("mask_first"), py::arg("mask_tokens"), py::arg("sinks"),
-           py::arg("scale"), py::arg("softcap"), py::arg("page"), py::arg("slot"), py::arg("keys"), py::arg("values"),
-           py::arg("tokens"), py::arg("key_strides"), py::arg("value_strides"), py::arg("threads"),
+           py::arg("log_sum_exp"), py::arg("first"), py::arg("position"), py::arg("positions"), py::arg("window"),
+           py::arg("causal"), py::arg("mask"), py::arg("mask_strides"), py::arg("mask_first"), py::arg("mask_tokens"),
+           py::arg("sinks"), py::arg("scale"), py::arg("softcap"), py::arg("page"), py::arg("slot"), py::arg("keys"),
+           py::arg("values"), py::arg("tokens"), py::arg("key_strides"), py::arg("value_strides"), py::arg("bias"),
+           py::arg("threads"),
            "attention over the cache, after appending `tokens` fresh tokens from slot `slot` of page `page` on");
 }
 

@@ -62,16 +62,37 @@ int tersor_gram(const void* x, int x_dtype, int64_t tokens, int64_t k, int64_t l
 int tersor_rms_norm(const void* x, const void* weight, void* y, int dtype, int64_t rows, int64_t k, int64_t ldx,
                     float epsilon, int threads);
 
+/* How the numbers of a packed page are coded (python/tersor/kv/formats.py). Levels: int8 [2^bits], ascending; code c
+ * stands for minimum + scale * (2^bits - 1) * (level[c] - level[0]) / (last level - level[0]). Float8 e4m3 has no
+ * minimum. Outliers: as many entries of a token and channel and the difference to its code, for each head. */
+enum tersor_kv_coding { TERSOR_KV_UNIFORM = 0, TERSOR_KV_LEVELS = 1, TERSOR_KV_E4M3 = 2 };
+typedef struct tersor_kv_format {
+  int64_t key_bits, value_bits;   /* 2, 3, 4, 8, or 16 for as in raw pages */
+  int64_t key_group;              /* channels that share a token's scale; 0: a scale for each channel over the page */
+  int64_t value_group;            /* channels that share a token's scale: a multiple of 16 */
+  int64_t value_separable;        /* values are divided by a factor of their channel first; value_group is value_dim */
+  int64_t key_coding, value_coding;
+  int64_t key_outliers, value_outliers;
+  int64_t rank;                   /* of a residual, 0 to 16; its factors stand in the page and in a segment */
+  const int8_t *key_levels, *value_levels;
+} tersor_kv_format;
+
 /* A layer's cache of keys and values: a list of pages of at most page_tokens tokens, each a block of memory for every
  * sequence with its heads one after another (cpp/cpu/kv_layout.h). All fields are int64 or pointers. */
 typedef struct tersor_kv {
   int64_t batch, kv_heads, key_dim, value_dim; /* dimensions: multiples of 16 */
   int64_t dtype;                               /* of queries, fresh keys and values, and raw pages */
-  int64_t key_bits, value_bits;                /* of packed pages: 2, 3, 4, 8, or 16 for as in raw pages */
-  int64_t page_tokens;                         /* a multiple of 32, to 256; the group of a key's scale */
-  int64_t value_group;                         /* channels that share a value's scale: a multiple of 16 */
+  int64_t page_tokens;                         /* a multiple of 32, to 256 */
+  int64_t biased;                              /* each slot of a head has a float32 added to its scores */
+  int64_t rotary_dim, rotary_interleaved;      /* packed keys are turned back to their page's first slot; 0: not */
+  const float* rotary;                         /* [page_tokens/16, rotary_dim/2, 2, 16]: cosines, sines of slots */
+  int64_t formats;                             /* at most 8 */
+  const tersor_kv_format* format;
   int64_t pages;
-  const int64_t* table; /* [pages, 2 + batch]: tokens held, 1 if packed, the address for each sequence */
+  /* [pages, 2 + batch], or [pages, 2 + 2 * batch] where a format has a rank: tokens held, kind (0 raw, k: format
+   * k - 1), the page's address for each sequence, then the address of its segment, or 0: float16 [kv_heads, rank,
+   * key_dim + value_dim], the right factors of the residual. */
+  const int64_t* table;
 } tersor_kv;
 
 /* Tokens [batch, kv_heads, tokens, dim] in kv's dtype; strides of the first three dimensions, the last one's is 1. */
@@ -79,17 +100,18 @@ typedef struct tersor_kv_tokens {
   const void *keys, *values;
   int64_t tokens;
   int64_t key_strides[3], value_strides[3];
+  const float* bias; /* [batch, kv_heads, tokens] of a biased cache, or NULL: 0 */
 } tersor_kv_tokens;
 
-/* Bytes of a page for one sequence and one head. */
-int64_t tersor_kv_page_bytes(const tersor_kv* kv, int packed);
+/* Bytes of a page of a kind for one sequence and one head. */
+int64_t tersor_kv_page_bytes(const tersor_kv* kv, int64_t kind);
 
 /* Writes tokens from slot `slot` of page `page` on, across as many pages as they need. The tokens held by each page,
  * as the table says, are those after this call; a packed page is written whole, from slot 0. */
 int tersor_kv_append(const tersor_kv* kv, int64_t page, int64_t slot, const tersor_kv_tokens* fresh, int threads);
 
-/* Packs a full raw page: addresses [batch] of the raw memory and of the packed memory. */
-int tersor_kv_pack(const tersor_kv* kv, const int64_t* raw, const int64_t* packed, int threads);
+/* Packs a full raw page into format `kind` - 1: addresses [batch] of the raw memory and of the packed memory. */
+int tersor_kv_pack(const tersor_kv* kv, int64_t kind, const int64_t* raw, const int64_t* packed, int threads);
 
 typedef struct tersor_kv_query {
   const void* q; /* [batch, heads, queries, key_dim]; the last stride is 1 */
@@ -98,6 +120,7 @@ typedef struct tersor_kv_query {
   float* log_sum_exp;     /* [batch, heads, queries], or NULL */
   int64_t first;          /* position of the first token of the first page */
   int64_t position;       /* position of the first query; each next one follows */
+  const int64_t* positions; /* [queries]: positions of queries that do not, or NULL */
   int64_t window;         /* a query sees the last `window` positions up to its own; 0: all */
   int64_t causal;         /* a query sees no position after its own */
   const uint8_t* mask;    /* 1 where a query sees a position, or NULL */
@@ -107,11 +130,17 @@ typedef struct tersor_kv_query {
   float scale, softcap;   /* softcap 0: none */
 } tersor_kv_query;
 
-/* softmax(cap(q k^T scale)) v over all tokens of the cache, after appending `fresh` (or NULL) as tersor_kv_append does.
+/* softmax(cap(q k^T scale) + bias) v over all tokens of the cache, after appending `fresh` (or NULL) as
+ * tersor_kv_append does.
  * Products of packed codes with fp32 coefficients, sums in fp32. A query that sees nothing gives 0 (log-sum-exp -inf).
  * The result does not depend on the number of threads. */
 int tersor_kv_attention(const tersor_kv* kv, const tersor_kv_query* query, int64_t page, int64_t slot,
                         const tersor_kv_tokens* fresh, int threads);
+
+/* mass [batch, kv_heads, tokens] = for each token the sum over all queries of all query heads that read its key head of
+ * exp(score - log_sum_exp), with log_sum_exp [batch, heads, queries] of the query read, not written; q and what
+ * restricts it are as for attention, out and sinks are not used. */
+int tersor_kv_mass(const tersor_kv* kv, const tersor_kv_query* query, float* mass, int threads);
 
 /* The bitstream of one head's keys or values over a chunk of tokens (cpp/cpu/kv_codec.h). All fields are 64 bits. */
 typedef struct tersor_kv_stream {

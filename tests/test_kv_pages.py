@@ -31,7 +31,7 @@ class Plain:
 def test_any_history_of_edits(bits, seed):
     random.seed(seed)
     torch.manual_seed(seed)
-    layout = Layout(2, 32, 32, torch.float32, bits, bits, 32, 32)
+    layout = Layout.uniform(2, 32, 32, torch.float32, bits, bits, 32, 32)
     pages, plain, batch = Pages(layout, 2, recent=seed % 3 * 16, sink_pages=seed % 2), Plain(2, 2, 32), 2
     for _ in range(40):
         action = random.choice(["append", "append", "attend", "attend", "prompt", "crop", "select", "drop"])
@@ -69,7 +69,7 @@ def test_any_history_of_edits(bits, seed):
 
 
 def test_history_is_never_packed_again():
-    layout = Layout(1, 32, 32, torch.float32, 2, 2, 32, 32)
+    layout = Layout.uniform(1, 32, 32, torch.float32, 2, 2, 32, 32)
     pages = Pages(layout, 1)
     pages.append(*torch.randn(2, 1, 1, 100, 32).unbind(0))
     before = [page.memory.clone() for page in pages.pages if page.packed]
@@ -83,7 +83,7 @@ def test_history_is_never_packed_again():
 
 
 def test_recent_tokens_and_sinks_stay_raw():
-    layout = Layout(1, 32, 32, torch.float32, 4, 4, 32, 32)
+    layout = Layout.uniform(1, 32, 32, torch.float32, 4, 4, 32, 32)
     pages = Pages(layout, 1, recent=40, sink_pages=1)
     for count in (150, *[1] * 100, 9, 70):
         fresh = torch.randn(2, 1, 1, count, 32).unbind(0)
@@ -100,7 +100,7 @@ def test_recent_tokens_and_sinks_stay_raw():
 
 
 def test_a_cropped_page_that_is_shared_is_copied_before_it_is_written():
-    layout = Layout(1, 32, 32, torch.float32, 16, 16, 32, 32)
+    layout = Layout.uniform(1, 32, 32, torch.float32, 16, 16, 32, 32)
     pages = Pages(layout, 1)
     keys = torch.randn(1, 1, 32, 32)
     pages.append(keys, keys)
@@ -114,7 +114,7 @@ def test_a_cropped_page_that_is_shared_is_copied_before_it_is_written():
 
 
 def test_a_step_allocates_no_unpacked_cache():
-    layout = Layout(2, 64, 64, torch.float32, 4, 4, 64, 64)
+    layout = Layout.uniform(2, 64, 64, torch.float32, 4, 4, 64, 64)
     pages = Pages(layout, 1)
     pages.append(*torch.randn(2, 1, 2, 4096, 64).unbind(0))
     q, k = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 1, 64)

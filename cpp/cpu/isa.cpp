@@ -10,6 +10,7 @@ constexpr IntLinearFunction a8 = nullptr;
 #endif
 
 const IsaKernels kernels = {TERSOR_ISA_NAME, int_linear_exact, a8, int_fit, gram, rms_norm,
-                            kv_append, kv_pack, kv_attention, kv_encode, kv_decode, floor_read, floor_fp32, floor_int8, floor_bf16};
+                            kv_append, kv_pack, kv_attention, kv_mass, kv_encode, kv_decode, floor_read, floor_fp32,
+                            floor_int8, floor_bf16};
 
 }  // namespace tersor::TERSOR_ISA

@@ -58,9 +58,21 @@ struct KvAppendArgs {
   const tersor_kv_tokens* fresh;
   int threads;
 };
+struct KvPackArgs {
+  const tersor_kv* kv;
+  int64_t kind;
+  const int64_t *raw, *packed;
+  int threads;
+};
 struct KvAttentionArgs {
   const tersor_kv* kv;
   const tersor_kv_query* query;
+  int threads;
+};
+struct KvMassArgs {
+  const tersor_kv* kv;
+  const tersor_kv_query* query;
+  float* mass;
   int threads;
 };
 
@@ -74,8 +86,9 @@ struct IsaKernels {
   int (*gram)(const GramArgs&);
   void (*rms_norm)(const RmsNormArgs&);
   int (*kv_append)(const KvAppendArgs&);
-  int (*kv_pack)(const tersor_kv& kv, const int64_t* raw, const int64_t* packed, int threads);
+  int (*kv_pack)(const KvPackArgs&);
   int (*kv_attention)(const KvAttentionArgs&);
+  int (*kv_mass)(const KvMassArgs&);
   // Both give a CodecFault, and which stream has it.
   int (*kv_encode)(tersor_kv_stream* streams, int64_t count, int threads, int64_t* bad);
   int (*kv_decode)(const tersor_kv_stream* streams, int64_t count, int threads, int64_t* bad);
@@ -97,8 +110,9 @@ struct IsaKernels {
   int gram(const GramArgs& arguments);                  \
   void rms_norm(const RmsNormArgs& arguments);          \
   int kv_append(const KvAppendArgs& arguments);         \
-  int kv_pack(const tersor_kv& kv, const int64_t* raw, const int64_t* packed, int threads); \
+  int kv_pack(const KvPackArgs& arguments);             \
   int kv_attention(const KvAttentionArgs& arguments);   \
+  int kv_mass(const KvMassArgs& arguments);             \
   int kv_encode(tersor_kv_stream* streams, int64_t count, int threads, int64_t* bad);       \
   int kv_decode(const tersor_kv_stream* streams, int64_t count, int threads, int64_t* bad); \
   uint64_t floor_read(const void* data, size_t bytes);  \

@@ -8,6 +8,8 @@
 //   load_as(pointer, dtype)      16 values of a dtype
 //   load_u8(pointer)             16 bytes as floats
 //   store_as(pointer, dtype, v, count)   rounded to nearest even; only the first `count` lanes
+//   as_f32(i32)                  the same bits
+//   lookup_f32<bits>(table, i)   entry i of a table of 16 floats that repeats after 2^bits (2, 3, 4)
 //   reduce_add(v)                sum of the lanes, always in the same order
 //   kFusedRows, kPanelRows, kPanelTiles, kChains   register blocking that fits this set
 //   Native, native_*             one hardware register, for the peak loops

@@ -43,6 +43,7 @@ TERSOR_INLINE i32 and_(i32 x, uint32_t c) {
 }
 TERSOR_INLINE i32 or_(i32 x, i32 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 TERSOR_INLINE f32 to_f32(i32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+TERSOR_INLINE f32 as_f32(i32 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 TERSOR_INLINE f32 splat(float x) {
   const __m256 v = _mm256_set1_ps(x);
   return {v, v};
@@ -59,6 +60,18 @@ TERSOR_INLINE f32 fma(f32 x, f32 y, f32 z) {
 TERSOR_INLINE f32 mul(f32 x, f32 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 TERSOR_INLINE f32 add(f32 x, f32 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 TERSOR_INLINE f32 sub(f32 x, f32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+template <int bits>
+TERSOR_INLINE __m256 lookup_f32(const f32& table, __m256i index) {
+  if constexpr (bits == 2) return _mm256_permutevar_ps(table.a, index);
+  const __m256 low = _mm256_permutevar8x32_ps(table.a, index);
+  if constexpr (bits == 3) return low;
+  const __m256 high = _mm256_permutevar8x32_ps(table.b, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+template <int bits>
+TERSOR_INLINE f32 lookup_f32(const f32& table, i32 index) {
+  return {lookup_f32<bits>(table, index.a), lookup_f32<bits>(table, index.b)};
+}
 
 TERSOR_INLINE f32 load_as(const void* p, int dtype) {
   if (dtype == TERSOR_FLOAT32) return load(static_cast<const float*>(p));

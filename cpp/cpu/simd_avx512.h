@@ -41,6 +41,11 @@ TERSOR_INLINE i32 sll(i32 x) {
 TERSOR_INLINE i32 and_(i32 x, uint32_t c) { return {_mm512_and_si512(x.v, _mm512_set1_epi32(static_cast<int>(c)))}; }
 TERSOR_INLINE i32 or_(i32 x, i32 y) { return {_mm512_or_si512(x.v, y.v)}; }
 TERSOR_INLINE f32 to_f32(i32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
+TERSOR_INLINE f32 as_f32(i32 x) { return {_mm512_castsi512_ps(x.v)}; }
+template <int bits>
+TERSOR_INLINE f32 lookup_f32(const f32& table, i32 index) {
+  return {_mm512_permutexvar_ps(index.v, table.v)};
+}
 TERSOR_INLINE f32 splat(float x) { return {_mm512_set1_ps(x)}; }
 TERSOR_INLINE f32 zero() { return {_mm512_setzero_ps()}; }
 TERSOR_INLINE f32 load(const float* p) { return {_mm512_loadu_ps(p)}; }

@@ -53,6 +53,11 @@ TERSOR_INLINE f32 to_f32(i32 a) {
   TERSOR_LANES r.v[l] = __builtin_convertvector((v4i)a.v[l], v4f);
   return r;
 }
+TERSOR_INLINE f32 as_f32(i32 a) {
+  f32 r;
+  TERSOR_LANES r.v[l] = (v4f)a.v[l];
+  return r;
+}
 TERSOR_INLINE f32 splat(float x) {
   f32 r;
   TERSOR_LANES r.v[l] = v4f{x, x, x, x};
@@ -80,6 +85,21 @@ TERSOR_INLINE f32 add(f32 a, f32 b) {
 TERSOR_INLINE f32 sub(f32 a, f32 b) {
   TERSOR_LANES a.v[l] = a.v[l] - b.v[l];
   return a;
+}
+// A call, not inlined: there is no instruction for it, and kernels have it once for each code of a word.
+static __attribute__((noinline, unused)) void lookup_floats(const f32& table, const i32& index, f32& to) {
+  float entries[16], out[16];
+  uint32_t at[16];
+  store(entries, table);
+  store_i32(at, index);
+  for (int i = 0; i < 16; ++i) out[i] = entries[at[i] & 15];
+  to = load(out);
+}
+template <int bits>
+TERSOR_INLINE f32 lookup_f32(const f32& table, i32 index) {
+  f32 r;
+  lookup_floats(table, index, r);
+  return r;
 }
 
 static inline f32 load_as(const void* p, int dtype) {

@@ -18,7 +18,6 @@
 //
 // For the quantization:
 //   magnitude(v)           the bits of |v|: ordered as integers, with NaN above infinity
-//   as_f32(bits)           and back
 //   max_i32, reduce_max    of such bits
 //   div(a, b)              rounded correctly
 //   round_to_codes(v)      to the nearest even integer, limited to -127..127

@@ -8,7 +8,6 @@ TERSOR_INLINE i32 magnitude(f32 x) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);
   return {_mm256_and_si256(_mm256_castps_si256(x.a), mask), _mm256_and_si256(_mm256_castps_si256(x.b), mask)};
 }
-TERSOR_INLINE f32 as_f32(i32 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 TERSOR_INLINE i32 max_i32(i32 x, i32 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
 TERSOR_INLINE uint32_t reduce_max(i32 x) {
   const __m256i s = _mm256_max_epi32(x.a, x.b);

@@ -6,7 +6,6 @@ namespace tersor::TERSOR_ISA {
 TERSOR_INLINE i32 magnitude(f32 x) {
   return {_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff))};
 }
-TERSOR_INLINE f32 as_f32(i32 x) { return {_mm512_castsi512_ps(x.v)}; }
 TERSOR_INLINE i32 max_i32(i32 x, i32 y) { return {_mm512_max_epi32(x.v, y.v)}; }
 TERSOR_INLINE i32 add_i32(i32 x, i32 y) { return {_mm512_add_epi32(x.v, y.v)}; }
 TERSOR_INLINE uint32_t reduce_max(i32 x) {

@@ -12,11 +12,6 @@ TERSOR_INLINE i32 magnitude(f32 x) {
   TERSOR_LANES r.v[l] = (v4u)x.v[l] & 0x7fffffffu;
   return r;
 }
-TERSOR_INLINE f32 as_f32(i32 x) {
-  f32 r;
-  TERSOR_LANES r.v[l] = (v4f)x.v[l];
-  return r;
-}
 TERSOR_INLINE i32 max_i32(i32 a, i32 b) {
   TERSOR_LANES {
     const v4u greater = (v4u)((v4i)a.v[l] > (v4i)b.v[l]);

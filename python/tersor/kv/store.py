@@ -151,7 +151,7 @@ def value_group(dim: int, wanted: int) -> int:
 def make_layout(shape: Shape) -> Layout:
     """How pages of the shape's settings are stored."""
     s = shape.settings
-    return Layout(shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype, s.key_bits, s.value_bits, s.group,
+    return Layout.uniform(shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype, s.key_bits, s.value_bits, s.group,
                   value_group(shape.value_dim, s.group))
 
 
