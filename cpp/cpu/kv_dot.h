@@ -34,9 +34,8 @@ static inline Kind kind_of(const tersor_kv& kv, int64_t bits, int64_t coding) {
 
 // Levels in units of the scale above the minimum, repeated to 16.
 static inline void level_positions(const int8_t* levels, int64_t bits, float* table) {
-  const int count = 1 << bits, lowest = levels[0];
-  const float unit = static_cast<float>(count - 1) / static_cast<float>(levels[count - 1] - lowest);
-  for (int i = 0; i < 16; ++i) table[i] = static_cast<float>(levels[i % count] - lowest) * unit;
+  const int count = 1 << bits;
+  for (int i = 0; i < 16; ++i) table[i] = static_cast<float>(levels[i % count] + 127) * ((count - 1) / 254.0f);
 }
 
 // Two sums of one row hide the latency of fma where there are too few rows for that.
@@ -145,8 +144,8 @@ TERSOR_INLINE void kv_dot(const char* x, int64_t stride, int64_t depth, const fl
   Sums::store_to(s, out);
 }
 
-constexpr int kRows = 16;                         // queries of one item
-constexpr int kBlock = kPanelRows >= 12 ? 8 : 4;  // rows whose sums fit the registers
+constexpr int kRows = 16;                                                // queries of one item
+constexpr int kBlock = kPanelRows >= 12 ? 8 : kPanelRows >= 6 ? 4 : 2;  // rows whose sums fit the registers
 
 // Calls take(row, 16 sums) for each row.
 template <int kind, int block, class Take>
