@@ -35,7 +35,7 @@ def native(layout: Layout, batch: int):
     table = None if rotary is None else rotary_table(rotary, layout.page_tokens)
     kv = _C.Kv(batch, layout.kv_heads, layout.key_dim, layout.value_dim, CODE[layout.dtype], layout.page_tokens,
                layout.biased, [page.numbers(layout.key_dim, layout.value_dim) for page in layout.formats],
-               0 if rotary is None else rotary.rotary_dim, rotary is not None and rotary.pairs == "interleaved",
+               0 if rotary is None else rotary.dim, rotary is not None and rotary.interleaved,
                0 if table is None else table.data_ptr())
     return kv, table
 

@@ -56,12 +56,27 @@ class BlockStore(Store):
         if self.raw - recent < self.block:
             return
         tokens = (self.raw - recent) // self.layout.page_tokens * self.layout.page_tokens
-        keys, values, bias = self.pages.pop_raw(self.raw)
+        keys, values, bias = self._take_raw()
         self.pack(keys[:, :, :tokens], values[:, :, :tokens], None if bias is None else bias[:, :, :tokens], tokens)
         self.packed += tokens
         if keys.shape[2] > tokens:
             rest = (keys[:, :, tokens:], values[:, :, tokens:])
             self.pages.append(*rest) if bias is None else self.pages.append(*rest, bias[:, :, tokens:])
+
+    def _take_raw(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The raw tail, taken off the pages."""
+        parts, left = [], self.raw
+        for page, count in zip(reversed(self.pages.pages), reversed(self.pages.counts())):
+            if left <= 0:
+                break
+            memory = page.memory[page.rows]
+            keys, values = self.layout.decode(memory, 0, self.shape.dtype)
+            bias = self.layout.decode_bias(memory, 0)
+            parts.append((keys[:, :, :count], values[:, :, :count], bias[:, :, :count]))
+            left -= count
+        self.pages.crop(self.raw)
+        keys, values, bias = (torch.cat(p, 2) for p in zip(*reversed(parts)))
+        return keys, values, bias if self.layout.biased else None
 
     def crop(self, tokens: int) -> None:
         if tokens > self.raw:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..op_checks import fail
+from .rotary import Rotary
 
 BITS = (2, 3, 4, 8, 16)
 E4M3 = "e4m3"
@@ -31,7 +32,7 @@ class PageFormat:
     in QServe, arXiv 2405.04532). ``value_axis``: ``"token"`` (a scale for each token and ``value_group`` channels; 0:
     all) or ``"separable"`` (values are divided by sqrt(max |x|) of their channel in the page, then have one scale a
     token: ZipCache, arXiv 2405.14256). ``key_levels``, ``value_levels``: None (uniform), ascending int8 levels, as many
-    as codes, whose ends stand for the ends of a vector's range, or ``"e4m3"`` (8 bits). ``key_outliers``,
+    as codes: -127 stands for a vector's smallest number, 127 for its largest, or ``"e4m3"`` (8 bits). ``key_outliers``,
     ``value_outliers``: numbers of a page and head whose difference to their code is stored apart in float16.
     ``rank``: of a residual, 0 to 16, that `Pages.set_segment` attaches (GEAR, arXiv 2403.05527).
     """
@@ -104,36 +105,6 @@ class PageFormat:
             fail(op, "rank", self.rank, f"0 to {MAX_RANK}")
 
 
-@dataclass(frozen=True)
-class Rotary:
-    """Turning of keys by position: pair i of a token at position p by ``p * inv_freq[i]``, in the first ``rotary_dim``
-    channels. ``pairs``: ``"half"`` (channels i and i + rotary_dim/2) or ``"interleaved"`` (2i and 2i + 1)."""
-
-    rotary_dim: int
-    inv_freq: tuple[float, ...]
-    pairs: str = "half"
-
-    def check(self, op: str, key_dim: int) -> None:
-        if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > key_dim:
-            fail(op, "rotary_dim", self.rotary_dim, f"even, 2 to key_dim = {key_dim}")
-        if len(self.inv_freq) != self.rotary_dim // 2:
-            fail(op, "inv_freq", f"{len(self.inv_freq)} numbers", f"{self.rotary_dim // 2}")
-        if self.pairs not in ("half", "interleaved"):
-            fail(op, "pairs", repr(self.pairs), "half or interleaved")
-
-    def turn(self, keys: Tensor, direction: int) -> Tensor:
-        """``keys [..., tokens, key_dim]`` turned by the token's index times ``direction``."""
-        angles = torch.arange(keys.shape[-2], dtype=torch.float64).view(-1, 1) * torch.tensor(
-            self.inv_freq, dtype=torch.float64) * direction
-        cos, sin = angles.cos().to(keys.dtype), angles.sin().to(keys.dtype)
-        half, r = self.rotary_dim // 2, self.rotary_dim
-        first, second = (keys[..., :half], keys[..., half:r]) if self.pairs == "half" \
-            else (keys[..., :r:2], keys[..., 1:r:2])
-        turned = first * cos - second * sin, first * sin + second * cos
-        turned = torch.cat(turned, -1) if self.pairs == "half" else torch.stack(turned, -1).flatten(-2)
-        return torch.cat((turned, keys[..., r:]), -1)
-
-
 @lru_cache(maxsize=64)
 def rotary_table(rotary: Rotary, tokens: int) -> Tensor:
     """float32 ``[tokens/16, pairs, 2, 16]``: cosines and sines for the 16 tokens of a tile, as kernels read them."""
@@ -148,14 +119,13 @@ def coding(levels) -> int:
 
 @lru_cache(maxsize=8)
 def normal_levels(bits: int) -> tuple[int, ...]:
-    """Levels for numbers of a normal distribution: of least squared error (Lloyd-Max) among those whose ends are the
-    largest and the smallest number of a vector, which for 64 numbers lie 2.4 deviations out."""
+    """Levels of least squared error (Lloyd-Max) for numbers of a normal distribution, whose largest and smallest of 64
+    lie 2.4 deviations out on average: there are -127 and 127."""
     end, half = 2.4, 2**(bits - 1)
-    levels = [end * (i + 0.5) / (half - 0.5) for i in range(half)]  # of the upper half; the lower one mirrors it
+    levels = [end * (i + 0.5) / half for i in range(half)]  # of the upper half; the lower one mirrors it
     for _ in range(500):
         borders = [0.0, *((a + b) / 2 for a, b in zip(levels, levels[1:])), end]
-        for i in range(half - 1):
-            low, high = borders[i], borders[i + 1]
+        for i, (low, high) in enumerate(zip(borders, borders[1:])):
             mass = (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
             levels[i] = (math.exp(-low**2 / 2) - math.exp(-high**2 / 2)) / math.sqrt(2 * math.pi) / mass
     upper = [round(level / end * 127) for level in levels]
@@ -163,9 +133,8 @@ def normal_levels(bits: int) -> tuple[int, ...]:
 
 
 def positions(levels: tuple[int, ...]) -> Tensor:
-    """Levels in units of a vector's scale above its minimum: from 0 to 2**bits - 1."""
-    table = torch.tensor(levels, dtype=torch.float64)
-    return (table - table[0]) * ((len(levels) - 1) / (table[-1] - table[0]))
+    """Levels in units of a vector's scale above its minimum: -127 is 0, 127 is 2**bits - 1."""
+    return (torch.tensor(levels, dtype=torch.float64) + 127) * ((len(levels) - 1) / 254)
 
 
 def quantize(x: Tensor, bits: int, levels=None, removed: Tensor | None = None) \

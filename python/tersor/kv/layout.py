@@ -76,7 +76,7 @@ class Layout:
     def numbers(self) -> list[int]:
         """The layout as the operations take it; inverse frequencies as the bits of their float64."""
         rotary = [] if self.rotary is None else [
-            self.rotary.rotary_dim, int(self.rotary.pairs == "interleaved"),
+            self.rotary.dim, int(self.rotary.interleaved),
             *struct.unpack(f"<{len(self.rotary.inv_freq)}q", struct.pack(f"<{len(self.rotary.inv_freq)}d",
                                                                         *self.rotary.inv_freq))]
         result = [self.kv_heads, self.key_dim, self.value_dim, self.page_tokens, int(self.biased),
@@ -158,7 +158,7 @@ class Layout:
                               page.key_levels)
             keys = _add_entries(keys, at["key_index"], at["key_delta"])
             if self.rotary is not None:
-                keys = self.rotary.turn(keys, 1)
+                keys = self.rotary.turn(keys, torch.arange(tokens))
         else:
             keys = at["keys"].view(self.dtype).unflatten(-1, (tokens // 16, self.key_dim, 16))
             keys = keys.transpose(-1, -2).flatten(-3, -2).double()
@@ -209,7 +209,7 @@ class Layout:
 
     def _encode_keys(self, x: Tensor, page: PageFormat, parts: dict[str, Tensor]) -> None:
         if self.rotary is not None:
-            x = self.rotary.turn(x, -1)
+            x = self.rotary.turn(x, torch.arange(self.page_tokens), back=True)
         channel = page.key_axis == "channel"
         if channel:
             def back(t):
@@ -295,8 +295,7 @@ def _of_numbers(op: str, numbers: tuple[int, ...], dtype: torch.dtype) -> Layout
     kv_heads, key_dim, value_dim, tokens, biased = numbers[:5]
     rotary, rest = None, list(numbers[6:])
     if pairs:
-        rotary = Rotary(rest[0], struct.unpack(f"<{pairs}d", struct.pack(f"<{pairs}q", *rest[2:2 + pairs])),
-                        "interleaved" if rest[1] else "half")
+        rotary = Rotary(struct.unpack(f"<{pairs}d", struct.pack(f"<{pairs}q", *rest[2:2 + pairs])), bool(rest[1]))
         rest = rest[2 + pairs:]
     formats = []
     while rest:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..op_checks import fail
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -21,6 +23,11 @@ class Rotary:
     @property
     def dim(self) -> int:
         return 2 * len(self.inv_freq)
+
+    def check(self, op: str, key_dim: int) -> None:
+        """ValueError that names ``op`` for more pairs than keys have channels, or none."""
+        if not 2 <= self.dim <= key_dim:
+            fail(op, "inv_freq", f"{len(self.inv_freq)} pairs of channels", f"1 to {key_dim // 2}")
 
     def turn(self, x: Tensor, positions: Tensor, back: bool = False) -> Tensor:
         """``x [..., tokens, dim]`` turned by its ``positions [..., tokens]``, or back, in float32 or x's wider dtype."""

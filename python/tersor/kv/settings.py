@@ -36,6 +36,8 @@ class Settings:
     keys: str = "channel"
     values: str = "token"
     hadamard: bool = False
+    key_levels: tuple[int, ...] | None = None  # calibrated ones, where levels is nuq
+    value_levels: tuple[int, ...] | None = None
 
     @property
     def packs(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _C
 from ..op_checks import CODE, FLOATS
-from .layout import Layout
+from .layout import E4M3, Layout, PageFormat, normal_levels
 from .pages import Pages
 from .rotary import Rotary
 from .settings import Settings
@@ -148,11 +148,32 @@ def value_group(dim: int, wanted: int) -> int:
     return max(g for g in range(16, dim + 1, 16) if dim % g == 0 and (g <= wanted * 3 // 2 or g == 16))
 
 
-def make_layout(shape: Shape) -> Layout:
-    """How pages of the shape's settings are stored."""
-    s = shape.settings
-    return Layout.uniform(shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype, s.key_bits, s.value_bits, s.group,
-                  value_group(shape.value_dim, s.group))
+def page_format(shape: Shape, settings: Settings | None = None, rank: int = 0) -> PageFormat:
+    """How packed pages of the shape are stored, with ``settings`` in place of its own."""
+    s = settings or shape.settings
+    parts = {}
+    for part, bits, dim, levels in (("key", s.key_bits, shape.key_dim, s.key_levels),
+                                    ("value", s.value_bits, shape.value_dim, s.value_levels)):
+        packed = bits < 16
+        if s.levels == "nuq" and packed:
+            parts[f"{part}_levels"] = levels if levels and len(levels) == 2**bits else normal_levels(bits)
+        elif s.levels == "e4m3" and packed:
+            parts[f"{part}_levels"] = E4M3
+        if s.outliers and packed:
+            parts[f"{part}_outliers"] = max(1, round(s.outliers * s.group * dim))
+    separable = s.values == "separable"
+    return PageFormat(s.key_bits, s.value_bits, key_axis=s.keys, value_axis=s.values,
+                      value_group=0 if separable else value_group(shape.value_dim, s.group), rank=rank, **parts)
+
+
+def make_layout(shape: Shape, *formats: PageFormat) -> Layout:
+    """How pages are stored: in the shape's settings, or in ``formats``."""
+    s, turned = shape.settings, None
+    if s.rope == "pre" and shape.rotary is not None:
+        turned = shape.rotary
+    if not formats and s.packs:
+        formats = (page_format(shape),)
+    return Layout(shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype, s.group, formats, turned, shape.biased)
 
 
 class PagedStore(Store):

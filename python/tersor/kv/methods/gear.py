@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks import BlockStore
 from ..settings import Settings
-from ..store import Inner, Shape, Store, make_layout
+from ..store import Inner, Shape, Store, make_layout, page_format
 from .base import CacheMethod, register_cache_method
 
 
@@ -44,21 +44,21 @@ class Gear(CacheMethod):
 
 class GearStore(BlockStore):
     def __init__(self, shape: Shape, method: Gear):
-        super().__init__(shape, make_layout(shape, rank=method.rank), block=shape.settings.group)
+        ranks = method.rank, method.decode_rank
+        super().__init__(shape, make_layout(shape, *(page_format(shape, rank=rank) for rank in ranks)),
+                         block=shape.settings.group)
         self.method = method
 
     def pack(self, keys: Tensor, values: Tensor, bias: Tensor | None, tokens: int) -> None:
-        first, page = self.pages.count, self.layout.page_tokens
-        self.pages.append_packed(keys, values, 1)
-        read = self.pages.decode_packed(first, tokens // page)
-        # All pages of one call have one rank in the layout; a short block leaves the further directions at zero.
-        rank = self.method.rank if tokens >= 4 * page else self.method.decode_rank
-        factors = []
-        for true, found in ((keys, read[0]), (values, read[1])):
-            q, p = low_rank(true.float() - found.float(), rank, self.method.loops)
-            factors.append([nn.functional.pad(t, (0, self.method.rank - rank)) for t in (q, p)])
-        (key_q, key_p), (value_q, value_p) = factors
-        self.pages.set_segment(first, tokens // page, key_p, value_p, key_q, value_q)
+        first, count = len(self.pages.pages), tokens // self.layout.page_tokens
+        kind = 1 if count > 1 else 2  # a prompt's pages share their directions, and can afford more of them
+        self.pages.append_packed(keys, values, kind)
+        pages = [self.layout.decode(page.memory, kind, torch.float32) for page in self.pages.pages[first:]]
+        rank = self.layout.formats[kind - 1].rank
+        (key_q, key_p), (value_q, value_p) = (
+            low_rank(true.float() - torch.cat(read, 2), rank, self.method.loops)
+            for true, read in zip((keys, values), zip(*pages)))
+        self.pages.set_segment(first, count, *(t.transpose(-1, -2) for t in (key_p, value_p, key_q, value_q)))
 
 
 def low_rank(residual: Tensor, rank: int, loops: int) -> tuple[Tensor, Tensor]:

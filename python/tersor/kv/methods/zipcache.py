@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..blocks import BlockStore
 from ..settings import BITS, Settings
-from ..store import Inner, Shape, Step, Store, make_layout
+from ..store import Inner, Shape, Step, Store, make_layout, page_format
 from .base import CacheMethod, register_cache_method
 
 
@@ -54,8 +54,8 @@ class ZipCache(CacheMethod):
 
 class ZipStore(BlockStore):
     def __init__(self, shape: Shape, method: ZipCache):
-        low = {"key_bits": method.low_bits, "value_bits": method.low_bits}
-        super().__init__(shape, make_layout(shape, {}, low), method.gap)
+        low = replace(shape.settings, key_bits=method.low_bits, value_bits=method.low_bits)
+        super().__init__(shape, make_layout(shape, page_format(shape), page_format(shape, low)), method.gap)
         self.method, self.low_pages = method, 0
         self.mass: Tensor | None = None  # of the raw tokens: [batch, kv_heads, tokens]
         self.probes: Tensor | None = None  # how many could see each: [tokens]
@@ -114,7 +114,7 @@ class ZipStore(BlockStore):
             if self.method.normalise:
                 score = score / self.probes[:tokens].clamp_min(1)
             self.mass, self.probes = self.mass[:, :, tokens:].clone(), self.probes[tokens:].clone()
-        order = score.argsort(-1, stable=True)
+        order = score.argsort(dim=-1, stable=True)
         self.low_pages += low
         for kind, chosen in ((1, order[:, :, low * page:]), (2, order[:, :, :low * page])):
             if chosen.shape[2]:
