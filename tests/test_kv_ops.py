@@ -131,8 +131,8 @@ def test_what_is_not_finite_spoils_its_own_head_alone(isa, bad):
     page = torch.zeros(2, 2, layout.page_bytes(False), dtype=torch.uint8)
     ops_kv.kv_append(page, keys, values, None, 0, layout.numbers())
     packed = ops_kv.kv_pack(page, 1, layout.numbers(), torch.float32)
-    out, _ = ops_kv.kv_attention(torch.randn(2, 2, 1, 32), [packed], [32], [1], [], None, None, None, 1.0, 0.0, True, 0, 0,
-                                 31, layout.numbers())
+    out, _ = ops_kv.kv_attention(torch.randn(2, 2, 1, 32), [packed], [32], [1], [], None, None, None, 1.0, 0.0, True, 0,
+                                 0, 31, layout.numbers())
     assert not out[0, 0, 1].isfinite().any() and not out[1, 0, 0].isfinite().all()
     assert out[0, 0, 0].isfinite().all() and out[1, 0, 1].isfinite().all()
 
@@ -157,7 +157,8 @@ def test_registered_operations():
     torch.library.opcheck(torch.ops.tersor.kv_append.default, (raw[1], keys[:, :, :4], values[:, :, :4], None, 28,
                                                                   numbers))
     torch.library.opcheck(torch.ops.tersor.kv_attention.default,
-                          (q, [packed, raw[1]], [32, 20], [1, 0], [], None, None, None, 0.2, 0.0, True, 0, 0, 50, numbers))
+                          (q, [packed, raw[1]], [32, 20], [1, 0], [], None, None, None, 0.2, 0.0, True, 0, 0, 50,
+                           numbers))
     score = torch.ones(2, 4, 2)
     torch.library.opcheck(torch.ops.tersor.kv_mass.default,
                           (q, score, [packed, raw[1]], [32, 20], [1, 0], [], None, None, 0.2, 0.0, True, 0, 0, 50,
@@ -184,7 +185,8 @@ def test_what_is_refused():
     for change, message in (
             ({"query": q.half()}, "pages\\[0\\]"), ({"query": q[..., :16]}, "query: found"),
             ({"query": q[:, :3]}, "query: found"), ({"query": q.double()}, "dtype: found torch.float64"),
-            ({"pages": [raw[0][..., 1:]]}, "pages\\[0\\]: found"), ({"kinds": (1,)}, "pages\\[0\\]: found"), ({"kinds": (2,)}, "kind of pages\\[0\\]: found 2"),
+            ({"pages": [raw[0][..., 1:]]}, "pages\\[0\\]: found"), ({"kinds": (1,)}, "pages\\[0\\]: found"),
+            ({"kinds": (2,)}, "kind of pages\\[0\\]: found 2"),
             ({"segments": (torch.zeros(2, 2, 1, 64).half(),)}, "segments\\[0\\]: found"),
             ({"positions": torch.zeros(2).long()}, "positions: found"),
             ({"tokens": (33,)}, "tokens\\[0\\]: found 33"), ({"tokens": ()}, "lists of one length"),
