@@ -62,9 +62,9 @@ int tersor_gram(const void* x, int x_dtype, int64_t tokens, int64_t k, int64_t l
 int tersor_rms_norm(const void* x, const void* weight, void* y, int dtype, int64_t rows, int64_t k, int64_t ldx,
                     float epsilon, int threads);
 
-/* How the numbers of a packed page are coded (python/tersor/kv/formats.py). Levels: int8 [2^bits], ascending; code c
- * stands for minimum + scale * (2^bits - 1) * (level[c] - level[0]) / (last level - level[0]). Float8 e4m3 has no
- * minimum. Outliers: as many entries of a token and channel and the difference to its code, for each head. */
+/* How the numbers of a packed page are coded (python/tersor/kv/formats.py). Levels: int8 [2^bits], ascending, -127 the
+ * least number of a vector and 127 its largest: code c is minimum + scale * (2^bits - 1) * (level[c] + 127) / 254. Float8
+ * e4m3 has no minimum. Outliers: entries of a token and channel and the difference to its code, for each head. */
 enum tersor_kv_coding { TERSOR_KV_UNIFORM = 0, TERSOR_KV_LEVELS = 1, TERSOR_KV_E4M3 = 2 };
 typedef struct tersor_kv_format {
   int64_t key_bits, value_bits;   /* 2, 3, 4, 8, or 16 for as in raw pages */
