@@ -25,7 +25,7 @@ DECOY = 0.1  # the size of what a decoy writes, beside 1
 
 
 def induction_model(seed: int = 0, positions: int = 8192) -> LlamaForCausalLM:
-    """float32, 2 layers of 8 key heads, 16 query heads, 1024 tokens; 0 begins a text and 1 pads."""
+    """float32, 2 layers of 8 key heads, 16 query heads, 1024 tokens; 0 begins a text, 1 pads and says nothing."""
     generator = torch.Generator().manual_seed(seed)
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2,
                          num_attention_heads=KV_HEADS * GROUP, num_key_value_heads=KV_HEADS, head_dim=HEAD,
@@ -36,6 +36,7 @@ def induction_model(seed: int = 0, positions: int = 8192) -> LlamaForCausalLM:
     inverse = model.model.rotary_emb.inv_freq
     assert inverse[0] == 1 and inverse[FAST - 1] > 1e-5 and inverse[32 - CODE // 2] * positions < 0.01
     codes = torch.nn.functional.normalize(torch.randn(VOCABULARY, CODE, generator=generator), dim=-1)
+    codes[1] = 0
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -106,3 +107,8 @@ def haystack(length: int, needles: int, seed: int = 0, run: int = 1) -> tuple[to
     for place, needle in zip(places.tolist(), own):
         ids[place:place + 1 + run] = needle
     return ids, own
+
+
+def questions(needles: torch.Tensor) -> torch.Tensor:
+    """The first token of each needle, and a blank after it, so that nothing else follows it from now on."""
+    return torch.stack((needles[:, 0], torch.ones_like(needles[:, 0])), 1).flatten()

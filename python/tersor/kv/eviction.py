@@ -230,9 +230,9 @@ class WindowStore(Store):
         pages = self.inner.pages
         limit = self.seen - self._buffer(self.seen) - self.skipped if self.compensate else 0
         while len(pages.pages) > 1 and pages.first + pages.counts()[0] <= limit:
-            tokens = pages.counts()[0]
-            keys, values = (t[:, :, :tokens] for t in pages.layout.decode(
-                pages.pages[0].memory[pages.pages[0].rows], pages.pages[0].packed, torch.float32))
+            tokens, page = pages.counts()[0], pages.pages[0]
+            keys, values = (t[:, :, :tokens] for t in pages.layout.decode(page.memory[page.rows], page.kind,
+                                                                          torch.float32))
             self._retire(keys, values, self.gone, None if self.real is None else self.real[:, :tokens])
             if self.real is not None:
                 self.real = self.real[:, tokens:].clone()
@@ -333,7 +333,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 def best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Indices of the ``number`` largest of the last dimension, in the order they stand in, and those of the others;
     of equal ones the later."""
-    order = scores.flip(-1).argsort(-1, descending=True, stable=True)
+    order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
     order = scores.shape[-1] - 1 - order
     return order[..., :number].sort(-1).values, order[..., number:].sort(-1).values
 
@@ -400,18 +400,17 @@ class EvictingStore(Store):
         self.whole += step.fresh
 
     def _count_mass(self, step: Step, log_sum_exp: Tensor) -> None:
-        """Add what the entries got from the queries of this step."""
+        """Add what the entries got from the queries of this step; of a long one, `local` has only the last queries."""
         queries = step.query.shape[2]
-        few = min(queries, self.last)
-        for first, end in ((0, queries - few), (queries - few, queries)):
-            if first == end:
-                continue
-            mass = self._mass(step, first, end, log_sum_exp)
-            self.total += mass
-            if first:
-                self.local = torch.zeros_like(self.local)
-            if end == queries:
-                self.local += mass
+        cut = max(queries - self.last, 0) if self.last else 0
+        for first, end in ((0, cut), (cut, queries)):
+            if first < end:
+                mask = None if step.mask is None else step.mask[:, :, first:end]
+                mass = self.inner.pages.mass(step.query[:, :, first:end], log_sum_exp[:, :, first:end], step.scale,
+                                             self.inner.held - queries + first, step.causal, 0, step.softcap, mask,
+                                             step.mask_first)
+                self.total += mass
+                self.local = self.local + mass if first == 0 else mass
 
     def _trim(self) -> None:
         held = self.inner.held
