@@ -63,8 +63,8 @@ int tersor_rms_norm(const void* x, const void* weight, void* y, int dtype, int64
                     float epsilon, int threads);
 
 /* How the numbers of a packed page are coded (python/tersor/kv/formats.py). Levels: int8 [2^bits], ascending, -127 the
- * least number of a vector and 127 its largest: code c is minimum + scale * (2^bits - 1) * (level[c] + 127) / 254. Float8
- * e4m3 has no minimum. Outliers: entries of a token and channel and the difference to its code, for each head. */
+ * least number of a vector and 127 its largest: code c is minimum + scale * (2^bits - 1) * (level[c] + 127) / 254.
+ * Float8 e4m3 has no minimum. Outliers: entries of a token and channel and the difference to its code, by head. */
 enum tersor_kv_coding { TERSOR_KV_UNIFORM = 0, TERSOR_KV_LEVELS = 1, TERSOR_KV_E4M3 = 2 };
 typedef struct tersor_kv_format {
   int64_t key_bits, value_bits;   /* 2, 3, 4, 8, or 16 for as in raw pages */
