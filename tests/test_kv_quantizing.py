@@ -70,7 +70,7 @@ def test_plans_are_kept_and_refused(reference, tmp_path):
         calibrate(model, "kvquant:K2V2", ["text"])
     with pytest.raises(ValueError, match="found K8V8, accepted are 2, 3 or 4 bits"):
         calibrate(model, "kvquant:K8V8", [data])
-    plan = calibrate(model, "smoothattention+hadamard:K4V4" if False else "smoothattention[alpha=0.7]:K4V4", data[:2])
+    plan = calibrate(model, "smoothattention[alpha=0.7]:K4V4", data[:2])
     plan.save(tmp_path / "plan.safetensors")
     again = CachePlan.load(tmp_path / "plan.safetensors")
     assert str(again.spec) == str(plan.spec) == "smoothattention[alpha=0.7]:K4V4" and again.methods == plan.methods
@@ -159,3 +159,65 @@ def test_scales_are_equal_in_rotary_pairs_and_reach_what_they_should(reference):
     changed = factor != method.alpha / norm.amax((0, 2)).clamp_min(1e-5)
     assert (changed.sum(-1) >= 8).all() and torch.equal(changed, fireq.partners(changed, rotary))
     assert torch.allclose((top * factor)[changed], torch.tensor(8.0))
+
+
+# -- against plain integers of as many bytes --------------------------------------------------------------------------
+
+
+# With groups of 64 and recent=0, 32 tokens are raw on average, as with groups of 32 and recent=16.
+def both(model, ids, spec, truth, **options):
+    """Divergence, and the bits of a number in a packed page."""
+    cache = tersor.Cache(model, spec, **options)
+    found = divergence(model, ids, cache, truth)
+    return found, cache.report().rows[0].bits
+
+
+def test_uneven_levels_and_outliers_beat_even_levels_of_more_bits(reference, truth):
+    model, ids, _ = reference
+    plain, plain_bits = both(model, ids, "K2V2[group=32,recent=16,sinks=0]", truth)
+    ours, bits = both(model, ids, "K2V2[group=64,levels=nuq,outliers=0.01,recent=0,sinks=0]", truth)
+    without, _ = both(model, ids, "K2V2[group=64,recent=0,sinks=0]", truth)
+    print(plain, plain_bits, ours, bits, without)
+    assert bits < plain_bits and ours < plain < without
+
+
+def test_kvquant_beats_levels_of_a_normal_distribution(reference, truth):
+    model, ids, data = reference
+    options = "[group=64,outliers=0.01,recent=0,sinks=0]"
+    plan = calibrate(model, f"kvquant:K2V2{options}", data)
+    ours, bits = both(model, ids, plan, truth)
+    normal, same = both(model, ids, f"K2V2{options}", truth, levels="nuq")
+    turned, _ = both(model, ids, f"K2V2{options}", truth, levels="nuq", rope="post")
+    plain, plain_bits = both(model, ids, "K2V2[group=32,recent=16,sinks=0]", truth)
+    print(ours, normal, turned, plain)
+    assert bits == same < plain_bits
+    assert ours < normal < turned and ours < 0.7 * plain
+
+
+def test_gear_beats_plain_integers_of_more_bits(reference, truth):
+    model, ids, _ = reference
+    ours, _ = both(model, ids, "gear:K2V2[group=64,recent=0,sinks=0]", truth)
+    half, bits = both(model, ids, "gear[outliers=0.01]:K2V2[group=64,recent=0,sinks=0]", truth)
+    plain, plain_bits = both(model, ids, "K2V2[group=32,recent=16,sinks=0]", truth)
+    only_outliers, _ = both(model, ids, "K2V2[group=64,outliers=0.02,recent=0,sinks=0]", truth)
+    print(ours, half, plain, only_outliers, bits, plain_bits)
+    assert ours < 0.8 * only_outliers, "the low-rank part is read"
+    assert ours < 0.7 * plain
+
+
+def test_zipcache_spends_bits_where_attention_dwells(reference, truth, monkeypatch):
+    model, ids, _ = reference
+    spec = "zipcache[unimportant=0.5]:K4V4[group=32,recent=0,sinks=0]"
+    ours, _ = both(model, ids, spec, truth)
+
+    def against(self, step, positions):
+        judge(self, step, positions)
+        self.mass = self.mass.max() - self.mass
+    judge = zipcache.ZipStore._judge
+    monkeypatch.setattr(zipcache.ZipStore, "_judge", against)
+    turned, _ = both(model, ids, spec, truth)
+    monkeypatch.setattr(zipcache.ZipStore, "_judge", lambda *_: None)
+    blind, _ = both(model, ids, spec, truth)
+    plain, _ = both(model, ids, "K2V2[group=32,recent=0,sinks=0]", truth)
+    print(ours, turned, blind, plain)
+    assert ours < 0.8 * blind and ours < 0.7 * turned and ours < plain

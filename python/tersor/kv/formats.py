@@ -8,6 +8,7 @@ between them (non-uniform, as in KVQuant, arXiv 2401.18079), or float8 e4m3 of t
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -117,17 +118,17 @@ def coding(levels) -> int:
     return UNIFORM if levels is None else FLOAT8 if levels == E4M3 else LEVELS
 
 
-@lru_cache(maxsize=8)
-def normal_levels(bits: int) -> tuple[int, ...]:
-    """Levels of least squared error (Lloyd-Max) for numbers of a normal distribution, whose largest and smallest of 64
-    lie 2.4 deviations out on average: there are -127 and 127."""
-    end, half = 2.4, 2**(bits - 1)
+@lru_cache(maxsize=64)
+def normal_levels(bits: int, length: int = 64, outliers: float = 0.0) -> tuple[int, ...]:
+    """Levels of least squared error (Lloyd-Max) for vectors of ``length`` numbers of a normal distribution, of which the
+    share ``outliers`` is stored apart: -127 and 127 are where the largest number then lies on average."""
+    normal, half = statistics.NormalDist(), 2**(bits - 1)
+    end = normal.inv_cdf(max(0.75, (length * (1 - outliers) - 0.375) / (length + 0.25)))
     levels = [end * (i + 0.5) / half for i in range(half)]  # of the upper half; the lower one mirrors it
     for _ in range(500):
         borders = [0.0, *((a + b) / 2 for a, b in zip(levels, levels[1:])), end]
-        for i, (low, high) in enumerate(zip(borders, borders[1:])):
-            mass = (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
-            levels[i] = (math.exp(-low**2 / 2) - math.exp(-high**2 / 2)) / math.sqrt(2 * math.pi) / mass
+        levels = [(normal.pdf(low) - normal.pdf(high)) / (normal.cdf(high) - normal.cdf(low))
+                  for low, high in zip(borders, borders[1:])]
     upper = [round(level / end * 127) for level in levels]
     return (*(-level for level in reversed(upper)), *upper)
 

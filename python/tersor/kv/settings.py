@@ -66,8 +66,9 @@ class Settings:
             if not _valid(key, value):
                 raise ValueError(f"cache spec {str(spec)!r}: {key}: found {value!r}, accepted is {OPTIONS[key]}")
         few = low < 8  # where the first tokens and the last ones matter
-        settings = cls(parsed.key_bits, parsed.value_bits,
-                       **({"group": 64 if low > 3 else 32, "recent": 32 if few else 0, "sinks": 4 if few else 0} | given))
+        defaults = {"group": 64 if low > 3 else 32, "recent": 32 if few else 0, "sinks": 4 if few else 0,
+                    "rope": "pre" if given.get("levels") == "nuq" and parsed.key_bits < 16 else "post"}
+        settings = cls(parsed.key_bits, parsed.value_bits, **(defaults | given))
         settings.check(str(spec))
         return settings
 

@@ -152,18 +152,20 @@ def page_format(shape: Shape, settings: Settings | None = None, rank: int = 0) -
     """How packed pages of the shape are stored, with ``settings`` in place of its own."""
     s = settings or shape.settings
     parts = {}
-    for part, bits, dim, levels in (("key", s.key_bits, shape.key_dim, s.key_levels),
-                                    ("value", s.value_bits, shape.value_dim, s.value_levels)):
+    separable, group = s.values == "separable", value_group(shape.value_dim, s.group)
+    for part, bits, dim, levels, length in (
+            ("key", s.key_bits, shape.key_dim, s.key_levels, s.group if s.keys == "channel" else shape.key_dim),
+            ("value", s.value_bits, shape.value_dim, s.value_levels, shape.value_dim if separable else group)):
         packed = bits < 16
         if s.levels == "nuq" and packed:
-            parts[f"{part}_levels"] = levels if levels and len(levels) == 2**bits else normal_levels(bits)
+            parts[f"{part}_levels"] = levels if levels and len(levels) == 2**bits else \
+                normal_levels(bits, length, s.outliers)
         elif s.levels == "e4m3" and packed:
             parts[f"{part}_levels"] = E4M3
         if s.outliers and packed:
             parts[f"{part}_outliers"] = max(1, round(s.outliers * s.group * dim))
-    separable = s.values == "separable"
     return PageFormat(s.key_bits, s.value_bits, key_axis=s.keys, value_axis=s.values,
-                      value_group=0 if separable else value_group(shape.value_dim, s.group), rank=rank, **parts)
+                      value_group=0 if separable else group, rank=rank, **parts)
 
 
 def make_layout(shape: Shape, *formats: PageFormat) -> Layout:
