@@ -12,11 +12,6 @@ from .settings import Settings
 from .store import Shape
 
 
-def whole_ranks(rank: float, full: int, blocks: int = 16) -> int:
-    """The multiple of ``blocks`` nearest to ``rank``, at least one and at most ``full``."""
-    return max(blocks, min(round(rank / blocks) * blocks, full))
-
-
 class Moments:
     """Mean and covariance of rows of groups, gathered piece by piece in float64."""
 

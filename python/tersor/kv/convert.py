@@ -15,7 +15,7 @@ from .plan import token_batches
 from .record import Seen, record
 from .rotary import Rotary, find_rotary
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS, OUT = ("q_proj", "k_proj", "v_proj"), ("o_proj", "dense")
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     for name, module in model.named_modules():
         if not hasattr(module, "layer_idx") or not hasattr(module, "head_dim"):
             continue
-        for projection in PROJECTIONS:
+        for projection in (*PROJECTIONS, out_projection(module)):
             linear = getattr(module, projection, None)
             if type(linear) is not nn.Linear:
                 raise ValueError(f"share_heads: {name}.{projection}: found {type(linear).__name__}, accepted are "
-                                 f"separate linear layers {', '.join(PROJECTIONS)}")
+                                 f"separate linear layers {', '.join(PROJECTIONS)} and {' or '.join(OUT)}")
         norms = [child for child, part in module.named_children() if "norm" in child and list(part.parameters())]
         if norms:
             raise ValueError(f"share_heads: {name}: found {' and '.join(norms)} between projection and attention, "
@@ -101,7 +101,8 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
                              "this model")
         found[module.layer_idx] = module
     if not found:
-        raise ValueError(f"share_heads: found no attention in {type(model).__name__}, accepted is a transformers decoder")
+        raise ValueError(f"share_heads: found no attention in {type(model).__name__}, accepted is a transformers "
+                         "decoder")
     return found
 
 
@@ -127,6 +128,10 @@ class GroupMoments:
     pairs: Complex = field(default_factory=Complex)
     others: Moments = field(default_factory=Moments)
     values: Moments = field(default_factory=Moments)
+
+
+def out_projection(module: nn.Module) -> str:
+    return next((name for name in OUT if hasattr(module, name)), OUT[0])
 
 
 def _gather(model, batches, rotaries: dict[int, Rotary], together: int, progress) -> dict[int, GroupMoments]:
@@ -195,8 +200,9 @@ def _merge(layer: int, module: nn.Module, moments: GroupMoments, rotary: Rotary,
             rows = tensor.detach().double().unflatten(0, (groups, together, moments.value_dim))
             merged = torch.einsum("gtdr,gtd...->gr...", values, rows)
             changed[f"v_proj.{name}"] = merged.flatten(0, 1)
-    out = module.o_proj.weight.detach().double().unflatten(1, (groups, together, -1, moments.value_dim))
-    changed["o_proj.weight"] = torch.einsum("ogtqd,gtdr->ogtqr", out, values).flatten(1)
+    name = f"{out_projection(module)}.weight"
+    out = module.get_parameter(name).detach().double().unflatten(1, (groups, together, -1, moments.value_dim))
+    changed[name] = torch.einsum("ogtqd,gtdr->ogtqr", out, values).flatten(1)
     changed = {name: tensor.to(module.k_proj.weight.dtype) for name, tensor in changed.items()}
     value_lost = value_energies[:, moments.value_dim:].sum() / value_energies.sum()
     return changed, SharedRow(layer, (lost / all_keys).item(), value_lost.item())

@@ -186,7 +186,8 @@ def rotary_offsets(name: str, layer: int, step: Step, seen: int, known: Tensor |
         return torch.zeros(batch, dtype=torch.int64) if known is None else known
     positions = step.positions
     if positions.dim() != 2 or positions.shape[-1] != step.fresh:
-        raise ValueError(f"{name}: layer {layer}: found positions {list(positions.shape)}, accepted are [batch, tokens]")
+        raise ValueError(f"{name}: layer {layer}: found positions {list(positions.shape)}, accepted are [batch, "
+                         "tokens]")
     positions = positions.cpu().expand(batch, -1)
     found = positions[:, -1] - (seen + step.fresh - 1)
     even = positions.diff() == 1
@@ -194,8 +195,8 @@ def rotary_offsets(name: str, layer: int, step: Step, seen: int, known: Tensor |
         hidden = step.hidden()  # padding may stand anywhere
         even = even if hidden is None else even | hidden[:, :-1]
     if not even.all() or known is not None and not torch.equal(known, found):
-        raise ValueError(f"{name}: layer {layer}: found positions that jump, accepted are positions that count up by one "
-                         "from token to token")
+        raise ValueError(f"{name}: layer {layer}: found positions that jump, accepted are positions that count up by "
+                         "one from token to token")
     return found
 
 
@@ -289,10 +290,12 @@ class WindowedFeatures(Store):
             self.offsets = self.offsets[sequences]
 
     def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        keys, values = self.recent.decode(dtype)
-        return tuple(torch.cat(pair, 2) for pair in zip(
-            decode_features(read_features(self.older, self.older.tokens, dtype=dtype), self.decoder, self.offsets, dtype),
-            (keys, values))) if self.older.tokens else (keys, values)
+        recent = self.recent.decode(dtype)
+        if not self.older.tokens:
+            return recent
+        chunks = read_features(self.older, self.older.tokens, dtype=dtype)
+        older = decode_features(chunks, self.decoder, self.offsets, dtype)
+        return tuple(torch.cat(pair, 2) for pair in zip(older, recent))
 
     @property
     def nbytes(self) -> int:

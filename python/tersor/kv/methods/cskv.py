@@ -14,7 +14,7 @@ from ..latent import Decoder, Encoder, WindowedFeatures, feature_pages, split_ra
 from ..record import Seen, record
 from ..rotary import find_rotary
 from ..settings import Settings
-from ..store import Inner, Shape, Store, value_group
+from ..store import Inner, Shape, Store, sylvester, value_group
 from .base import CacheMethod, register_cache_method
 
 KEPT_TOKENS = 4096  # of a layer, which training looks at
@@ -28,16 +28,17 @@ class CSKV(CacheMethod):
 
     For features ``A x`` of a layer's input and the factor ``B`` that takes them back, the best A for a given B is
     ``pinv(B) W``: features are then those of the keys (before rotary embedding) and values themselves, and nothing of
-    the model changes. Under the layer-wise squared error the best B is principal, so that is its closed form; where
-    features are quantized, ``steps`` steps of training at ``lr`` (relative to each factor's size) follow, with the
-    rounding passed straight through, and the factor back ends as the least-squares fit to quantized features.
+    the model changes. Under the layer-wise squared error the best B is principal, so that is its closed form. Features
+    of values are turned by an orthogonal matrix, so that those which share a scale are of like size. Where features are
+    quantized, ``steps`` steps of training at ``lr`` (relative to each factor's size) follow, with the rounding passed
+    straight through. (Steps that lower the layer-wise error much further shrink keys, and flatten attention.)
     """
 
     keys: float = 0.5
     values: float = 0.5
     window: int = 32
     steps: int = 100
-    lr: float = 0.01
+    lr: float = 0.003
 
     calibrated: ClassVar[bool] = True
     rotary: ClassVar[bool] = True
@@ -49,8 +50,8 @@ class CSKV(CacheMethod):
             if not 0 < share <= 1:
                 raise ValueError(f"{self.name}: {part}: found {share}, accepted is above 0 and at most 1")
         if self.window < 1 or self.steps < 0 or not self.lr > 0:
-            raise ValueError(f"{self.name}: found window={self.window}, steps={self.steps}, lr={self.lr}, accepted are a "
-                             "window of 1 or more, steps of 0 or more, and an lr above 0")
+            raise ValueError(f"{self.name}: found window={self.window}, steps={self.steps}, lr={self.lr}, accepted are "
+                             "a window of 1 or more, steps of 0 or more, and an lr above 0")
 
     def learn(self, model, batches, settings, progress) -> dict[int, dict[str, Tensor]]:
         moments: dict[int, LayerMoments] = {}
@@ -81,6 +82,8 @@ class CSKV(CacheMethod):
                 rank = min(ranks[i], seen.heads * dim)
                 basis = principal(moment.covariance()[0])[0][:, :rank].float()
                 mean = moment.mean[0, 0].float()
+                if part == "value":
+                    basis = basis @ even_turn(rank)
                 there, back = basis, basis.T.contiguous()
                 bits = settings.key_bits if part == "key" else settings.value_bits
                 if bits < 16 and kept[layer]:
@@ -114,11 +117,7 @@ class CSKV(CacheMethod):
                 loss = error(there, back, data[at:at + size])
                 there.grad, back.grad = torch.autograd.grad(loss, (there, back))
                 optimizer.step()
-        there = there.detach()
-        features = straight_through(data @ there, part, bits, group).double()
-        gram = features.T @ features
-        ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        back = torch.linalg.solve(gram + ridge, features.T @ data.double()).float()
+        there, back = there.detach(), back.detach()
         return (there, back) if error(there, back, data) < error(*first, data) else first
 
     def wrap(self, shape: Shape, tensors: dict[str, Tensor], inner: Inner) -> Store:
@@ -129,11 +128,19 @@ class CSKV(CacheMethod):
         check_fits(self.name, shape, heads, *dims)
         ranks = [tensors[f"{part}_features"].shape[1] for part in ("key", "value")]
         pages = feature_pages(self.name, shape, *ranks, inner)
-        encoder = Encoder(tensors["key_features"], tensors["value_features"], tensors["key_mean"], tensors["value_mean"])
+        names = "key_features", "value_features", "key_mean", "value_mean"
+        encoder = Encoder(*(tensors[name] for name in names))
         values = tensors["value_back"].unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(0)
         decoder = Decoder(heads, tensors["key_back"].unsqueeze(0), values, tensors["key_mean"],
                           tensors["value_mean"].view(heads, 1, -1), shape.rotary)
         return WindowedFeatures(self.name, shape, self.window, pages, encoder, decoder)
+
+
+def even_turn(rank: int) -> Tensor:
+    """An orthogonal matrix that spreads each channel over all: a Hadamard matrix where there is one of that size."""
+    if not rank & rank - 1:
+        return sylvester(rank).float()
+    return torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(rank)))[0]
 
 
 def trains(settings: Settings) -> bool:

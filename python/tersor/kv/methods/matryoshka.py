@@ -17,7 +17,7 @@ from ..store import HeadGroups, Inner, Projected, Shape, Store
 from .base import CacheMethod, register_cache_method
 
 BLOCK = 16  # ranks are multiples of it: what kernels take
-SAMPLES, SAMPLE_TOKENS = 8, 256  # what the search for ranks measures on
+SAMPLE_TOKENS = 256  # of each sequence that the search for ranks measures on
 KL_SHARE = 0.25  # of the loss; the rest is cross entropy
 
 
@@ -31,7 +31,8 @@ class Matryoshka(CacheMethod):
     of a basis is a good one; ``mean``: coordinates are around the mean (not possible under softcap or sinks).
 
     A basis is its principal one times the Cayley map of a free skew-symmetric matrix, so it stays orthogonal. Ranks
-    start full; those whose loss changes the last hidden state least go first, keys and values ranked together.
+    start full; those whose loss changes the last hidden state of ``samples`` sequences least go first, keys and values
+    ranked together.
     """
 
     budget: float = 0.5
@@ -39,6 +40,7 @@ class Matryoshka(CacheMethod):
     steps: int = 200
     lr: float = 1e-3
     mean: bool = True
+    samples: int = 8
     seed: int = 0
 
     calibrated: ClassVar[bool] = True
@@ -48,12 +50,12 @@ class Matryoshka(CacheMethod):
         refuse_rope(settings, self.name)
         if not 0 < self.budget <= 1:
             raise ValueError(f"{self.name}: budget: found {self.budget}, accepted is above 0 and at most 1")
-        if self.steps < 0 or not self.lr > 0:
-            raise ValueError(f"{self.name}: found steps={self.steps}, lr={self.lr}, accepted are steps of 0 or more and "
-                             "an lr above 0")
+        if self.steps < 0 or not self.lr > 0 or self.samples < 1:
+            raise ValueError(f"{self.name}: found steps={self.steps}, lr={self.lr}, samples={self.samples}, accepted "
+                             "are steps of 0 or more, an lr above 0, and samples of 1 or more")
         if self.mean and shifts_matter(model):
-            raise ValueError(f"{self.name}: found {type(model).__name__} with softcap or sinks, which see a mean that is "
-                             "taken off all keys; accepted is mean=false")
+            raise ValueError(f"{self.name}: found {type(model).__name__} with softcap or sinks, which see a mean that "
+                             "is taken off all keys; accepted is mean=false")
 
     def learn(self, model, batches, settings, progress) -> dict[int, dict[str, Tensor]]:
         batches = [ids.to(model.device) for ids in batches]
@@ -66,7 +68,8 @@ class Matryoshka(CacheMethod):
         try:
             if self.train and self.steps:
                 self.fit(model, batches, layers, progress)
-            search_ranks(model, batches, layers, self.budget, progress)
+            samples = [ids[:, :SAMPLE_TOKENS] for ids in batches[:self.samples]]
+            search_ranks(model, samples, layers, self.budget, progress)
         finally:
             for p in parameters:
                 p.requires_grad_(True)
@@ -173,18 +176,17 @@ def cayley(x: Tensor) -> Tensor:
     return torch.linalg.solve(one - half, one + half)
 
 
-def search_ranks(model, batches: list[Tensor], layers: dict[int, Bases], budget: float, progress) -> None:
+def search_ranks(model, samples: list[Tensor], layers: dict[int, Bases], budget: float, progress) -> None:
     """Lower ranks, a block at a time, until the share ``budget`` of all coordinates is left. Each round measures what a
-    lower rank of each head's keys or values does to the last hidden state, and lowers the quarter that does least."""
+    lower rank of each head's keys or values does to the last hidden state, and lowers the third that does least."""
     units = [(bases.ranks[i], head) for bases in layers.values() for i in (0, 1) for head in range(len(bases.ranks[i]))]
     for bases in layers.values():
         for ranks, basis in zip(bases.ranks, bases.bases):
             ranks.fill_(basis.shape[-1])
     full = sum(int(ranks[head]) for ranks, head in units)
     if BLOCK * len(units) > budget * full:
-        raise ValueError(f"matryoshka: budget: found {budget}, accepted is at least {BLOCK * len(units) / full:g}, which "
-                         f"is {BLOCK} coordinates for each head")
-    samples = [ids[:, :SAMPLE_TOKENS] for ids in batches[:SAMPLES]]
+        raise ValueError(f"matryoshka: budget: found {budget}, accepted is at least {BLOCK * len(units) / full:g}, "
+                         f"which is {BLOCK} coordinates for each head")
     active = False
 
     def take(seen: Seen):
@@ -203,7 +205,7 @@ def search_ranks(model, batches: list[Tensor], layers: dict[int, Bases], budget:
                     ranks[head] -= BLOCK
                     errors.append((sum(((h - t).norm() / t.norm()).item() for h, t in zip(hidden(), truth)), index))
                     ranks[head] += BLOCK
-            for _, index in sorted(errors)[:max(1, len(errors) // 4)]:
+            for _, index in sorted(errors)[:max(1, len(errors) // 3)]:
                 if kept > budget * full:
                     ranks, head = units[index]
                     ranks[head] -= BLOCK

@@ -53,7 +53,8 @@ class ShareHeads(CacheMethod):
         for layer, moments in gather(model, batches, arrange, arrange, progress).items():
             together = self.together(moments.heads)
             found[layer] = {}
-            for part, seen, dim in (("key", moments.keys, moments.key_dim), ("value", moments.values, moments.value_dim)):
+            for part, seen, dim in (("key", moments.keys, moments.key_dim),
+                                    ("value", moments.values, moments.value_dim)):
                 rank = self.rank or dim
                 if rank % 16 or not 16 <= rank <= together * dim:
                     raise ValueError(f"{self.name}: rank: found {rank} for {together} heads of {dim}, accepted are "

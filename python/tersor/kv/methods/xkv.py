@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import FEW_QUERIES
-from ..bases import beside, refuse_rope, whole_ranks
+from ..bases import beside, refuse_rope
 from ..latent import (Decoder, append_features, attend_features, decode_features, feature_pages, read_features,
                       rotary_offsets, split_ranks, tail_mask)
 from ..pages import Pages
@@ -24,7 +24,8 @@ from .base import CacheMethod, register_cache_method
 @dataclass(frozen=True)
 class XKV(CacheMethod):
     """``layers`` neighbouring layers share a basis; ``keys`` and ``values`` are its ranks as a share of their channels
-    together. Layers with a sliding window stay as they are, and do not count as neighbours.
+    together, rounded up to multiples of 16. Layers with a sliding window stay as they are, and do not count as
+    neighbours.
 
     When the last layer of a group has its prompt, the keys of all (before rotary embedding), side by side as ``[tokens,
     channels]``, are cut to their leading singular directions: a token keeps one feature vector for all layers, and each
@@ -86,8 +87,8 @@ class LayerGroup:
             first = self.members[0].shape
             if (first.kv_heads, first.key_dim, first.value_dim) != (shape.kv_heads, shape.key_dim, shape.value_dim):
                 raise ValueError(
-                    f"xkv: layer {shape.layer}: found {shape.kv_heads} heads with keys of {shape.key_dim} and values of "
-                    f"{shape.value_dim}, accepted is what layer {first.layer} of its group has: {first.kv_heads}, "
+                    f"xkv: layer {shape.layer}: found {shape.kv_heads} heads with keys of {shape.key_dim} and values "
+                    f"of {shape.value_dim}, accepted is what layer {first.layer} of its group has: {first.kv_heads}, "
                     f"{first.key_dim} and {first.value_dim}; layers=1 shares nothing")
         self.members.append(SharedFeatures(self, shape, tail))
         return self.members[-1]
@@ -107,17 +108,12 @@ class LayerGroup:
         prompts = [m.waiting for m in members]
         tokens, first = prompts[0].keys.shape[2], members[0]
         if any(p.keys.shape != prompts[0].keys.shape for p in prompts):
-            raise RuntimeError(f"xkv: layers {', '.join(str(m.shape.layer) for m in members)}: found prompts of different "
-                               "lengths, accepted are equal ones")
+            raise RuntimeError(f"xkv: layers {', '.join(str(m.shape.layer) for m in members)}: found prompts of "
+                               "different lengths, accepted are equal ones")
         channels = [len(members) * first.shape.kv_heads * dim for dim in (first.shape.key_dim, first.shape.value_dim)]
-        heads, *ranks = split_ranks(*(whole_ranks(min(share * c, tokens), c) for share, c in
+        _, *ranks = split_ranks(*(min(round(share * c), c, tokens) for share, c in
                                       zip((self.method.keys, self.method.values), channels)))
-        settings = first.shape.settings
-        bits, matrix_bits = (settings.key_bits, settings.value_bits), 8 * first.shape.dtype.itemsize
-        bits = [b if b < 16 else matrix_bits for b in bits]
-        before = sum(tokens * c * b for c, b in zip(channels, bits))
-        after = sum(tokens * r * b + r * c * matrix_bits for r, c, b in zip(ranks, channels, bits))
-        if after >= before:
+        if not self.gains(tokens, channels, ranks):
             for member in members:
                 member.keep_whole()
             return
@@ -132,6 +128,14 @@ class LayerGroup:
         append_features(self.pages, *shared)
         for i, member in enumerate(members):
             member.take_features(own[0][i].contiguous(), own[1][i])
+
+    def gains(self, tokens: int, channels: list[int], ranks: list[int]) -> bool:
+        """Whether features and matrices are smaller than keys and values in the bits of the spec."""
+        shape = self.members[0].shape
+        wide = 8 * shape.dtype.itemsize
+        bits = [b if b < 16 else wide for b in (shape.settings.key_bits, shape.settings.value_bits)]
+        return sum(tokens * r * b + r * c * wide for r, c, b in zip(ranks, channels, bits)) \
+            < sum(tokens * c * b for c, b in zip(channels, bits))
 
     def selected(self) -> None:
         """Let go of sequences that no layer reads any more, once all layers agree on what they read."""
