@@ -22,13 +22,13 @@ PAGE_SOURCES = ["cuda/kernels/kv_append.cu", "cuda/kernels/kv_pack.cu", "cuda/di
 
 
 @functools.cache
-def attention_library(dim, sanitize=False):
-    return build(SOURCES, {"TERSOR_HEAD_DIM": dim}, sanitize=sanitize)
+def attention_library(dim):
+    return build(SOURCES, {"TERSOR_HEAD_DIM": dim})
 
 
 @functools.cache
-def page_library():
-    return build(PAGE_SOURCES)
+def page_library(sanitize=False):
+    return build(PAGE_SOURCES, sanitize=sanitize)
 
 
 def ints(*values):

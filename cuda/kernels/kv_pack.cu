@@ -14,6 +14,8 @@
 // gate: wants LDG.E.128.CONSTANT STG.E.128 SHFL
 #include "kernels/kv_pack.h"
 
+#include <cmath>
+
 #include "ptx/ptx.h"
 #include "tile/number.h"
 
