@@ -231,6 +231,8 @@ constexpr bool has_cuda_build = false;
 #else
 constexpr bool has_cuda_build = true;
 
+void define_kv_cuda(py::module_& module);  // bindings_kv_cuda.cpp
+
 namespace {
 
 // Work for a GPU: `stream` is a cudaStream_t as an integer; nothing here waits for it.
@@ -457,6 +459,7 @@ PYBIND11_MODULE(_C, module) {
   define_kv_codec(module);
 #if defined(TERSOR_HAVE_CUDA)
   define_cuda(module);
+  define_kv_cuda(module);
 #endif
   module.def(
       "cuda_devices",

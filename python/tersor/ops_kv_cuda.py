@@ -1,0 +1,171 @@
+"""The compressed cache on CUDA: page tables, `kv_append`, `kv_pack`, `kv_attention` on them, with every check.
+
+A cache is a table of entries on the device (`page_table`), each with the address of a page of up to 64 tokens of one
+sequence, and how many bits its keys and values have; pages lie as `tersor.kv.cuda_layout` describes. The caller keeps
+pages alive. Nothing here waits for the GPU, so contents of a table are checked where it is made, not where it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .kv import cuda_layout as layout
+from .op_checks import CODE, fail
+from .ops_cuda import _device, _workspace
+
+_HALVES = (torch.bfloat16, torch.float16)
+Entry = tuple[int, int, int, int, int]
+
+
+def page_table(rows: Sequence[Sequence[Entry]], device: torch.device, room: int = 0) -> tuple[Tensor, Tensor]:
+    """Entries ``(address, position, tokens, key_bits, value_bits)`` of each sequence as int64 ``[batch, pages, 2]``,
+    with room for at least ``room`` pages, and their numbers as int32 ``[batch]``. ValueError for an entry that no kernel
+    takes: addresses are multiples of 16, tokens 1 to 64, positions ascend without overlap."""
+    op = "page_table"
+    table = torch.zeros(len(rows), max(1, room, *map(len, rows)), 2, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        free = 0
+        for p, (address, position, tokens, key_bits, value_bits) in enumerate(row):
+            name = f"rows[{b}][{p}]"
+            if address <= 0 or address % 16:
+                fail(op, name, f"address {address}", "a multiple of 16")
+            if not 1 <= tokens <= layout.TOKENS:
+                fail(op, name, f"{tokens} tokens", f"1 to {layout.TOKENS}")
+            if not free <= position <= 2**31 - 1 - layout.TOKENS:
+                fail(op, name, f"position {position}", f"{free} to 2^31 - 65")
+            if key_bits not in layout.BITS or value_bits not in layout.BITS:
+                fail(op, name, f"{key_bits}, {value_bits} bits", ", ".join(map(str, layout.BITS)))
+            table[b, p, 0] = address
+            table[b, p, 1] = position | tokens << 32 | key_bits << 48 | value_bits << 56
+            free = position + tokens
+    return table.to(device), torch.tensor([len(row) for row in rows], dtype=torch.int32).to(device)
+
+
+def _check_table(op: str, table: Tensor, pages: Tensor) -> int:
+    """The batch size."""
+    if table.dtype is not torch.int64 or table.dim() != 3 or table.shape[2] != 2 or not table.shape[1] \
+            or not table.is_contiguous():
+        fail(op, "table", f"{table.dtype} {list(table.shape)}", "contiguous torch.int64 [batch, pages, 2]")
+    if pages.dtype is not torch.int32 or pages.shape != table.shape[:1] or not pages.is_contiguous() \
+            or pages.device != table.device:
+        fail(op, "pages", f"{pages.dtype} {list(pages.shape)} on {pages.device}",
+             f"contiguous torch.int32 [{len(table)}] on {table.device}")
+    return len(table)
+
+
+def _check_numbers(op: str, name: str, x: Tensor, batch: int, device: torch.device) -> None:
+    if x.dtype not in _HALVES or x.dim() != 4 or len(x) != batch or x.device != device:
+        fail(op, name, f"{x.dtype} {list(x.shape)} on {x.device}",
+             f"torch.bfloat16 or torch.float16 [{batch}, heads, tokens, head_dim] on {device}")
+    if x.shape[3] not in layout.DIMS:
+        fail(op, name, f"head dimension {x.shape[3]}", ", ".join(map(str, layout.DIMS)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows that start at multiples of 8 bytes; a copy where they do not."""
+    if x.stride(3) == 1 and x.data_ptr() % 8 == 0 and not any(stride % 4 for stride in x.stride()[:3]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device)
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def kv_append(table: Tensor, pages: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Writes ``keys`` and ``values [batch, kv_heads, tokens, head_dim]`` to the raw pages that the table, which counts
+    them already, gives the last ``tokens`` tokens of each sequence."""
+    op = "kv_append"
+    batch = _check_table(op, table, pages)
+    _check_numbers(op, "keys", keys, batch, table.device)
+    if values.shape != keys.shape or values.dtype is not keys.dtype or values.device != keys.device:
+        fail(op, "values", f"{values.dtype} {list(values.shape)} on {values.device}",
+             f"{keys.dtype} {list(keys.shape)} on {keys.device}")
+    keys, values = _rows(keys), _rows(values)
+    with _on(table.device):
+        _C.cuda_kv_append(table.data_ptr(), pages.data_ptr(), batch, table.shape[1], keys.shape[1], keys.shape[3],
+                          keys.data_ptr(), values.data_ptr(), keys.shape[2], keys.stride()[:3], values.stride()[:3],
+                          _stream(table.device))
+
+
+def kv_pack(raw: Sequence[Tensor], head_dim: int, key_bits: int, value_bits: int, dtype: torch.dtype) -> Tensor:
+    """uint8 ``[pages, kv_heads, page_bytes]`` of full raw pages uint8 ``[kv_heads, raw bytes]`` of ``dtype``."""
+    op = "kv_pack"
+    if dtype not in _HALVES:
+        fail(op, "dtype", dtype, "torch.bfloat16, torch.float16")
+    if head_dim not in layout.DIMS:
+        fail(op, "head_dim", head_dim, ", ".join(map(str, layout.DIMS)))
+    if key_bits not in layout.BITS or value_bits not in layout.BITS:
+        fail(op, "key_bits, value_bits", [key_bits, value_bits], ", ".join(map(str, layout.BITS)))
+    if not len(raw):
+        fail(op, "raw", "no page", "1 or more")
+    first, size = raw[0], layout.page_bytes(head_dim, 16, 16)
+    for i, page in enumerate(raw):
+        if page.dtype is not torch.uint8 or page.dim() != 2 or page.shape != (len(first), size) \
+                or not page.is_contiguous() or page.device != first.device or page.data_ptr() % 16:
+            fail(op, f"raw[{i}]", f"{page.dtype} {list(page.shape)} on {page.device}",
+                 f"contiguous torch.uint8 [{len(first)}, {size}] on {first.device}, 16-byte aligned")
+    packed = first.new_empty((len(raw), len(first), layout.page_bytes(head_dim, key_bits, value_bits)))
+    jobs = torch.tensor([[page.data_ptr(), to.data_ptr()] for page, to in zip(raw, packed)]).to(first.device)
+    with _on(first.device):
+        _C.cuda_kv_pack(jobs.data_ptr(), len(raw), len(first), head_dim, CODE[dtype], key_bits, value_bits,
+                        _stream(first.device))
+    return packed
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(batch, heads, kv_heads, head_dim, queries, pages, index):
+    return _C.cuda_kv_attention_plan(batch, heads, kv_heads, head_dim, queries, pages, *_device(index))
+
+
+def _optional(op: str, name: str, x: Tensor | None, dtype: torch.dtype, length: int, device: torch.device) -> int:
+    """The address, 0 for None."""
+    if x is None:
+        return 0
+    if x.dtype is not dtype or x.shape != (length,) or x.device != device or not x.is_contiguous():
+        fail(op, name, f"{x.dtype} {list(x.shape)} on {x.device}", f"contiguous {dtype} [{length}] on {device}")
+    return x.data_ptr()
+
+
+def kv_attention(query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, scale: float, *, softcap: float = 0.0,
+                 causal: bool = True, window: int = 0, positions: Tensor | None = None, first: Tensor | None = None,
+                 sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``(out [batch, queries, heads, head_dim], log_sum_exp [batch, heads, queries])`` of attention of ``query [batch,
+    heads, queries, head_dim]`` over all tokens of the table. The queries are each sequence's last tokens, or begin at
+    ``positions`` int32 ``[batch]``; ``first`` int32 ``[batch]``: the first position that is seen (left padding);
+    ``window``: positions that a query sees, its own included, 0 for all; ``sinks`` float32 ``[heads]``: logits that
+    only take part in the denominator. A query that sees nothing gives 0 and -infinity."""
+    op, device = "kv_attention", table.device
+    batch = _check_table(op, table, pages)
+    _check_numbers(op, "query", query, batch, device)
+    heads, queries, dim = query.shape[1:]
+    if kv_heads < 1 or not heads or heads % kv_heads:
+        fail(op, "kv_heads", kv_heads, f"a divisor of the {heads} query heads")
+    if window < 0 or not softcap >= 0:
+        fail(op, "window, softcap", [window, softcap], "0 or more")
+    extra = [_optional(op, "positions", positions, torch.int32, batch, device),
+             _optional(op, "first", first, torch.int32, batch, device),
+             _optional(op, "sinks", sinks, torch.float32, heads, device)]
+    query = _rows(query)
+    out = query.new_empty((batch, queries, heads, dim))
+    log_sum_exp = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    if not out.numel():
+        return out, log_sum_exp
+    splits, partial_bytes, counter_bytes = _plan(batch, heads, kv_heads, dim, queries, table.shape[1], device.index)
+    with _on(device):
+        partials, counters = _workspace(device, partial_bytes, counter_bytes)
+        _C.cuda_kv_attention(
+            table.data_ptr(), pages.data_ptr(), batch, table.shape[1], query.data_ptr(), CODE[query.dtype], heads,
+            kv_heads, dim, queries, query.stride()[:3], out.data_ptr(), log_sum_exp.data_ptr(), *extra, window, causal,
+            scale, softcap, splits, partials.data_ptr() if splits > 1 else 0, counters.data_ptr() if splits > 1 else 0,
+            _stream(device))
+    return out, log_sum_exp
