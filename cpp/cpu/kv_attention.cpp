@@ -87,7 +87,7 @@ void add_packed_values(const Item& item, Work& work, const tersor_kv_format& f, 
                      work.sums + group * f.value_group, dim);
   }
   Entries entries(page + at.value_index, page + at.value_delta, f.value_outliers, dim);
-  while (entries.next(slots)) {
+  while (Entries::next(entries, slots)) {
     for (int r = 0; r < item.rows; ++r) {
       work.sums[r * dim + entries.channel] += entries.difference * work.scores[r * slots + entries.token];
     }

@@ -1,8 +1,8 @@
 // Scores of some queries against a page of the cache as it is stored.
 //
 // Scales of channels are folded into the query, page by page; scales of tokens are applied to the sums; the minima add
-// a product that does not involve codes. Where keys have to be turned, or a token has several scales, a tile of 16 tokens
-// is unpacked for all rows at once: 16 * key_dim floats of a thread's own, which the next tile overwrites.
+// a product that does not involve codes. Where keys have to be turned, or a token has several scales, a tile of 16
+// tokens is unpacked for all rows: 16 * key_dim floats of a thread's own, which the next tile overwrites.
 #include "cpu/kv_work.h"
 
 namespace tersor::TERSOR_ISA {
@@ -79,7 +79,9 @@ void score_unpacked(const Item& item, Work& work, const tersor_kv_format& f, con
         store(x + d * 16, fma(load(x + d * 16), splat(work.parameters[d]), splat(work.parameters[dim + d])));
       }
     }
-    for (; entries.next((tile + 1) * 16); ) x[entries.channel * 16 + entries.token % 16] += entries.difference;
+    while (Entries::next(entries, (tile + 1) * 16)) {
+      x[entries.channel * 16 + entries.token % 16] += entries.difference;
+    }
     if (kv.rotary_dim) turn_tile(kv, kv.rotary + tile * kv.rotary_dim * 16, x);
     kScoreTiles[kFloat32](reinterpret_cast<const char*>(x), 0, 1, dim, 64, work.q, item.rows, levels, none, nullptr,
                           nullptr, work.scores + tile * 16, kv.page_tokens);
@@ -145,7 +147,7 @@ void score_packed(const Item& item, Work& work, const tersor_kv_format& f, const
                     f.key_group ? page + at.key_scales : nullptr, has_minima ? page + at.key_minima : nullptr,
                     work.scores, slots);
   Entries entries(page + at.key_index, page + at.key_delta, f.key_outliers, dim);
-  while (entries.next(slots)) {
+  while (Entries::next(entries, slots)) {
     for (int r = 0; r < item.rows; ++r) {
       work.scores[r * slots + entries.token] += entries.difference * work.q[r * dim + entries.channel];
     }

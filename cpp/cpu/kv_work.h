@@ -42,23 +42,29 @@ TERSOR_INLINE Lanes exp_approximate(Lanes x) {
 // Outliers of a page, one after another.
 struct Entries {
   const char *index, *delta;
-  int64_t left, dim, token = 0, channel = 0;
-  float difference = 0;
+  int64_t left, dim, token = 0, base = 0, channel = 0;
+  int64_t taken = 0;
+  float difference = 0, block[16];
   Entries(const char* at, const char* differences, int64_t count, int64_t channels)
       : index(at), delta(differences), left(count), dim(channels) {}
   // The next one, if it belongs to a token before `end`.
-  bool next(int64_t end) {
-    if (!left) return false;
-    uint16_t at, bits;
-    std::memcpy(&at, index, 2);
-    if (at >= end * dim) return false;
-    if (at < token * dim || at >= (token + 1) * dim) token = at / static_cast<uint32_t>(dim);
-    channel = at - token * dim;
-    std::memcpy(&bits, delta, 2);
-    difference = fp16_to_float(bits);
-    index += 2;
-    delta += 2;
-    --left;
+  TERSOR_INLINE bool next(Entries& e, int64_t end) {
+    if (!e.left) return false;
+    uint16_t at;
+    std::memcpy(&at, e.index + e.taken * 2, 2);
+    if (at >= end * e.dim) return false;
+    if (at < e.base) e.token = e.base = 0;  // they ascend, unless the page is damaged
+    for (; at >= e.base + e.dim; e.base += e.dim) ++e.token;
+    e.channel = at - e.base;
+    if (e.taken % 16 == 0) {
+      if (e.left >= 16) {
+        store(e.block, load_as(e.delta + e.taken * 2, TERSOR_FLOAT16));
+      } else {
+        for (int64_t i = 0; i < e.left; ++i) e.block[i] = load_as_float(e.delta, TERSOR_FLOAT16, e.taken + i);
+      }
+    }
+    e.difference = e.block[e.taken++ % 16];
+    --e.left;
     return true;
   }
 };
