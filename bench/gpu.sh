@@ -67,5 +67,6 @@ step sanitize 240 bash -c sanitize
 step record 60 "$VENV/bin/python" bench/record_ptx.py && [[ $OUT != "$PWD/bench/results" ]] &&
   cp tests/data/ptx_replay.npz "$OUT/"
 step bench 240 "$VENV/bin/python" bench/linear.py --device cuda --out "$OUT/linear-cuda.json"
+step bench:attention 120 "$VENV/bin/python" bench/attention_cuda.py --out "$OUT/attention-cuda.json"
 printf '%s\n' "${TOLD[@]}"
 [[ "${TOLD[*]}" != *FAILED* ]]

@@ -49,7 +49,8 @@ def induction_model(seed: int = 0, positions: int = 8192) -> LlamaForCausalLM:
         model.model.norm.weight.fill_((4.0 / WIDTH)**0.5)
         for layer in range(2):
             for head in range(KV_HEADS):
-                what, where, matrix = (EVEN, ODD), SAID, torch.randn(CODE, CODE, generator=generator) * DECOY / CODE**0.5
+                what, where = (EVEN, ODD), SAID
+                matrix = torch.randn(CODE, CODE, generator=generator) * DECOY / CODE**0.5
                 if (layer, head) == PREVIOUS:
                     _looks_back(model, layer, head, 1)
                     where, matrix = BEFORE, torch.eye(CODE)

@@ -1,11 +1,13 @@
 """RazorAttention: the heads that look things up are found, keep everything, and suffice."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from induction import INDUCTION, VOCABULARY, haystack, induction_model
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM,
+                          MistralConfig, MistralForCausalLM)
 
 import tersor
 from tersor.kv import CachePlan, calibrate
@@ -16,6 +18,7 @@ from tersor.kv.settings import Settings
 from tersor.kv.store import Shape, Step, Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+REFERENCE = Path(__file__).resolve().parent.parent / "examples" / "models" / "stdlib-llama"
 SPEC = "razor[window=128,ratio=16,tokens=150]:K16V16"
 
 
@@ -45,7 +48,8 @@ def with_heads(plan, chosen):
 
 
 def kept(plan):
-    return {(layer, h) for layer, own in plan.tensors["razor"].items() for h in own["retrieval"].nonzero().flatten().tolist()}
+    return {(layer, head) for layer, own in plan.tensors["razor"].items()
+            for head in own["retrieval"].nonzero().flatten().tolist()}
 
 
 def test_heads_are_found_and_named(plan):
@@ -115,6 +119,34 @@ def test_long_answers_packed(model):
     cache = tersor.Cache(model, plan)
     found = model.generate(batch, attention_mask=mask, max_new_tokens=4, do_sample=False, past_key_values=cache)
     assert torch.equal(found[:, 901:], needles[:, 1:])
+
+
+def test_reference_model_has_retrieval_heads():
+    """On a trained model: two heads of 16 that induce, and a mean for the others, keep most of what is said next."""
+    model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    ids = tokenizer((REFERENCE / "heldout.txt").read_text()[:20000], return_tensors="pt").input_ids[0]
+    ids = ids[:6 * 240].view(6, 240)
+    plan = calibrate(model, "razor[window=28,ratio=100.0,tokens=63]:K16V16")
+    scores = torch.stack([own["induction"] for own in plan.tensors["razor"].values()]).flatten()
+    chosen = torch.stack([own["retrieval"] for own in plan.tensors["razor"].values()]).flatten()
+    assert chosen.sum() == 2 and scores[chosen].min() > 0.4 > 2 * scores[~chosen].median()
+
+    def through(cache):
+        with torch.no_grad():
+            model(ids[:, :144], past_key_values=cache)
+            parts = [model(ids[:, at:at + 8], past_key_values=cache).logits for at in range(144, 240, 8)]
+        return torch.cat(parts, 1).log_softmax(-1)
+
+    truth, found = through(DynamicCache(config=model.config)), {}
+    others = {layer: dict(own, retrieval=own["retrieval"].roll(1)) for layer, own in plan.tensors["razor"].items()}
+    for name, method, tensors in (("razor", plan.methods[0], plan.tensors["razor"]),
+                                  ("no mean", replace(plan.methods[0], compensate=False), plan.tensors["razor"]),
+                                  ("other heads", plan.methods[0], others)):
+        logits = through(tersor.Cache(model, CachePlan(plan.settings, plan.spec, (method,), {"razor": tensors})))
+        found[name] = (truth.exp() * (truth - logits)).sum(-1).mean().item()
+    print("divergence", {name: round(value, 4) for name, value in found.items()})
+    assert found["razor"] < 0.5 * found["no mean"] and found["razor"] < 0.2 * found["other heads"]
 
 
 # -- the parts ------------------------------------------------------------------------------------------------------

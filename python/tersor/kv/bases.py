@@ -92,8 +92,9 @@ def refuse_latent(model: nn.Module, name: str) -> None:
 
 
 def refuse_rope(settings: Settings, name: str) -> None:
-    """ValueError where pages would turn keys back that are in coordinates of their own."""
-    if settings.rope != "post":
+    """ValueError where pages are asked to turn keys back that are in coordinates of their own. (Where levels=nuq alone
+    brings rope=pre with it, keys stay as they come.)"""
+    if settings.rope != "post" and settings.levels != "nuq":
         raise ValueError(f"{name}: found rope={settings.rope}, accepted is rope=post inside a method that changes the "
                          "coordinates of keys")
 

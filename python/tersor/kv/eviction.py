@@ -21,7 +21,7 @@ CHUNK = 1024  # tokens that are summed, or compared with centres, at once
 
 def around_pages(store: Store, name: str, make: Callable[[Shape, Sequence[int]], Store],
                  heads: Sequence[int] | None = None) -> Store:
-    """``store`` with ``make(shape, heads)`` in place of its pages; ``heads`` are those of the layer that the shape's are.
+    """``store`` with ``make(shape, heads)`` in place of its pages; ``heads``: which of the layer's the shape's are.
     ValueError for stores that hold tokens in another way."""
     if type(store) is PagedStore:
         return make(store.shape, range(store.shape.kv_heads) if heads is None else heads)
@@ -33,8 +33,8 @@ def around_pages(store: Store, name: str, make: Callable[[Shape, Sequence[int]],
     if isinstance(store, Projected):
         store.inner = around_pages(store.inner, name, make, heads)
         return store
-    raise ValueError(f"{name}: found {type(store).__name__} inside it, accepted are methods that hold tokens in pages of "
-                     "one kind, such as kvquant, fireq, smooth_attention, matryoshka, or none")
+    raise ValueError(f"{name}: found {type(store).__name__} inside it, accepted are methods that hold tokens in pages "
+                     "of one kind, such as kvquant, fireq, smoothattention, matryoshka, or none")
 
 
 def pages_for(shape: Shape, **changes) -> PagedStore:
@@ -105,7 +105,7 @@ def attend_few(step: Step, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[
 
 
 def from_position(step: Step, first: int, before: int = 0) -> Step:
-    """The step for a store whose entries are ``before`` ones that every query sees, then positions from ``first`` on."""
+    """The step for a store of ``before`` entries that every query sees, and then positions from ``first`` on."""
     if step.mask is None:
         return step
     skip = first - step.mask_first
@@ -254,8 +254,8 @@ class WindowStore(Store):
 
     def crop(self, tokens: int) -> None:
         if self.compensate and tokens > self.seen - self.gone:
-            raise RuntimeError(f"crop: {tokens} tokens cannot be removed, because only the last {self.seen - self.gone} "
-                               "are still whole, and earlier ones are a mean")
+            raise RuntimeError(f"crop: {tokens} tokens cannot be removed, because only the last "
+                               f"{self.seen - self.gone} are still whole, and earlier ones are a mean")
         self.inner.crop(tokens)
         self.sink_at.masked_fill_(self.sink_at >= self.seen, -1)
         if self.real is not None:
@@ -300,9 +300,9 @@ class WindowStore(Store):
 
 @dataclass
 class Entries:
-    """What heads hold: ``keys``, ``values [batch, kv_heads, entries, dim]``, and ``[batch, kv_heads, entries]`` float32:
-    ``count`` of tokens that an entry stands for (0: padding), the attention ``total`` that it got, and ``local``, that
-    of the last queries."""
+    """What heads hold: ``keys``, ``values [batch, kv_heads, entries, dim]``; float32 ``[batch, kv_heads, entries]`` are
+    the ``count`` of tokens that an entry stands for (0: padding), the attention ``total`` that it got, and ``local``,
+    that of the last queries."""
 
     keys: Tensor
     values: Tensor

@@ -22,8 +22,8 @@ class EMS(CacheMethod):
 
     What is no centre is evicted as long as all that is evicted got at most the share ``evict`` of a head's importance;
     the others go to the centre of largest ``cos(K, K') cos(V, V')`` (0 where a cosine is negative), into its average
-    weighted by importance, if that exceeds ``similarity``, else to the zero class, which is nothing. A centre's score is
-    raised by the logarithm of the tokens in it. Heads differ in all of this and share one set of tensor operations.
+    weighted by importance, if that exceeds ``similarity``, else to the zero class, which is nothing. A centre's score
+    is raised by the logarithm of the tokens in it. Heads differ in all of this and share one set of tensor operations.
     The paper's thresholds are not public; these are ours.
     """
 
@@ -34,8 +34,8 @@ class EMS(CacheMethod):
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         if not 0 < self.window < self.budget:
-            raise ValueError(f"ems: found budget {self.budget} and window {self.window}, accepted are a budget above the "
-                             "window, and a window above 0")
+            raise ValueError(f"ems: found budget {self.budget} and window {self.window}, accepted are a budget above "
+                             "the window, and a window above 0")
         if not 0 <= self.evict < 1 or not 0 <= self.similarity <= 1:
             raise ValueError(f"ems: found evict {self.evict} and similarity {self.similarity}, accepted are shares "
                              "between 0 and 1")

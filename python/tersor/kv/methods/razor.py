@@ -1,4 +1,4 @@
-"""RazorAttention (arXiv 2407.15891): heads that look things up keep all; the others a window and one token for the rest."""
+"""RazorAttention (arXiv 2407.15891): heads that look things up keep all, others a window and one token for the rest."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Razor(CacheMethod):
             if getattr(self, name) < least:
                 raise ValueError(f"razor: {name}: found {getattr(self, name)}, accepted is {least} or more")
         if not full_layers(model):
-            raise ValueError(f"razor: found {type(model).__name__} with sliding windows in all layers, accepted is a model "
-                             "with layers of full attention")
+            raise ValueError(f"razor: found {type(model).__name__} with sliding windows in all layers, accepted is a "
+                             "model with layers of full attention")
 
     # -- which heads ------------------------------------------------------------------------------------------------
 
-    def learn(self, model: nn.Module, batches: list[Tensor], settings: Settings, progress) -> dict[int, dict[str, Tensor]]:
+    def learn(self, model: nn.Module, batches, settings: Settings, progress) -> dict[int, dict[str, Tensor]]:
         ids = self.sequence(model).to(model.device)
         layers = set(full_layers(model))
         found: dict[int, dict[str, Tensor]] = {}
@@ -83,8 +83,8 @@ class Razor(CacheMethod):
         usable = torch.tensor([i for i in range(config.vocab_size) if i not in special])
         count = min(self.tokens, (positions - 1) // self.repeats, len(usable))
         if count < 16:
-            raise ValueError(f"razor: found {positions} positions and {len(usable)} ids, accepted is a model with room for "
-                             f"16 different tokens, {self.repeats} times")
+            raise ValueError(f"razor: found {positions} positions and {len(usable)} ids, accepted is a model with room "
+                             f"for 16 different tokens, {self.repeats} times")
         generator = torch.Generator().manual_seed(self.seed)
         block = usable[torch.randperm(len(usable), generator=generator)[:count]]
         first = torch.tensor([config.bos_token_id if isinstance(config.bos_token_id, int) else 0])

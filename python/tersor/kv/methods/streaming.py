@@ -23,8 +23,8 @@ class Streaming(CacheMethod):
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         if self.sinks < 0 or self.window < 1:
-            raise ValueError(f"streaming: found sinks {self.sinks} and window {self.window}, accepted are sinks of 0 or "
-                             "more and a window of 1 or more")
+            raise ValueError(f"streaming: found sinks {self.sinks} and window {self.window}, accepted are sinks of 0 "
+                             "or more and a window of 1 or more")
 
     def wrap(self, shape: Shape, tensors: dict[str, Tensor], inner: Inner) -> Store:
         if shape.window:
