@@ -152,7 +152,7 @@ def test_counters():
             assert read["sectors"] == read["minimum_sectors"]
         loop = counters["regions"]["pages"]
         assert loop["shared"]["matrix"]["requests"] == 0
-        assert loop["shared"]["extra_cycles"] <= 0.02 * loop["shared"]["cycles"], (dim, bits, loop["shared"])
+        assert loop["shared"]["extra_cycles"] == 0 < loop["shared"]["cycles"], (dim, bits)
         # For each record 8 products of keys and 8 of values; below 8 bits one of keys with ones.
         products = 2 * 6 * dim // 16 * (16 + (bits < 8))
         assert sum(counters["total"]["mma"].values()) == products
