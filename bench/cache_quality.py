@@ -30,7 +30,7 @@ SPECS = """K16V16 K8V8 K8V8[levels=e4m3] K4V4 K4V4[hadamard=true] K4V4[keys=toke
 fireq:K4V4[keys=token] K3V3 K2V2 K2V2[group=64] K2V2[group=64,levels=nuq,outliers=0.01]
 K2V2[group=64,levels=nuq,outliers=0.01,rope=pre] kvquant:K2V2[group=64,outliers=0.01] kvquant:K3V3[group=64,outliers=0.01]
 gear:K2V2 gear:K4V4 zipcache:K4V4 matryoshka[budget=0.5]:K16V16 matryoshka[budget=0.5]:K4V4 cskv:K4V4 xkv:K16V16
-share_heads:K16V16 streaming[window=128]:K16V16 h2o[budget=128]:K16V16 ems[budget=128]:K16V16 razor:K16V16""".split()
+share_heads:K16V16 streaming[window=128]:K16V16 h2o[budget=128]:K16V16 ems[budget=128]:K16V16 razor[window=64,tokens=63]:K16V16""".split()
 
 
 def through(model, ids, cache, prompt: int, step: int):
