@@ -1,4 +1,4 @@
-"""The compressed cache on CUDA, host-executed: attention, append and pack against float64 and the layout's reference."""
+"""The cache on CUDA, host-executed: attention, append and pack against float64 and the reference of the layout."""
 
 import ctypes
 import itertools

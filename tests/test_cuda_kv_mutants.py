@@ -26,7 +26,7 @@ def check_attention(library):
     """Raises AssertionError (Violation is one) where attention is not right."""
     caches = [cached(64, 2, torch.float16, [[FOUR] * 9 + [EIGHT, (20, 4, 4), (5, 16, 16)], [RAW, EIGHT, FOUR]]),
               cached(64, 1, torch.float16, [[FOUR] * 75 + [(3, 16, 16)]])]
-    for cache, options in ((caches[0], {}), (caches[0], dict(splits=3, sinks=torch.tensor([1.0, 3.0, 0.0, 6.0]))),
+    for cache, options in ((caches[0], {}), (caches[0], dict(splits=5, sinks=torch.tensor([1.0, 3.0, 0.0, 6.0]))),
                            (caches[0], dict(window=64)), (caches[1], {})):
         q = queries(len(cache.rows), 2 * cache.kv_heads, 3, 64, torch.float16)
         out, lse, _ = attend(library, cache, q, seeds=range(4), **options)
@@ -44,6 +44,7 @@ def check_pages(library):
         test_cuda_kv.test_append(80, 7)
         test_cuda_kv.test_append(64, 150)
         test_cuda_kv.test_pack_equals_the_reference_to_the_bit(80)
+        test_cuda_kv.test_pack_equals_the_reference_to_the_bit(128)
         test_cuda_kv.test_pack_of_what_is_not_finite()
     finally:
         test_cuda_kv.page_library = before
@@ -108,7 +109,7 @@ PAGES = {
     "append: one token late": (
         APPEND, "last.position + last.tokens - 1 - behind", "last.position + last.tokens - behind"),
     "append: the first lane's page": (APPEND, "(lanes & (0u - lanes)) - 1) : 0", "0u) : 0"),
-    "append: every token again": (APPEND, "if (token >= a.tokens) return;", ""),
+    "append: half a page": (APPEND, "slot = position - page.position", "slot = (position - page.position) & 31"),
     "append: values as they come": (APPEND, "v[i / 2] >> (16 * (i % 2))", "v[i / 2]"),
     "append: the first head": (APPEND, "int64_t(head) * kv_page_bytes(a.dim, 16, 16)", "0"),
     "pack: ranges of half the lanes": (PACK, "mask <= 16", "mask <= 8"),
