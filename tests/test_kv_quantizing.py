@@ -60,6 +60,14 @@ def test_method_specs():
             make_method(atom)
 
 
+def test_methods_that_pack_come_last(reference):
+    model = reference[0]
+    for spec, message in (("gear+smoothattention:K4V4", "accepted is 'gear' as the last method"),
+                          ("zipcache:K4V4[hadamard=true]", "accepted is hadamard=false")):
+        with pytest.raises(SpecError, match=message):
+            calibrate(model, spec, [])
+
+
 def test_plans_are_kept_and_refused(reference, tmp_path):
     model, ids, data = reference
     with pytest.raises(ValueError, match="learns from data first"):

@@ -30,7 +30,7 @@ def around_pages(store: Store, name: str, make: Callable[[Shape, Sequence[int]],
         store.groups = [(own, around_pages(part, name, make, [every[i] for i in own.tolist()]))
                         for own, part in store.groups]
         return store
-    if isinstance(store, Projected):
+    if isinstance(store, Projected) and store.together == 1:
         store.inner = around_pages(store.inner, name, make, heads)
         return store
     raise ValueError(f"{name}: found {type(store).__name__} inside it, accepted are methods that hold tokens in pages "

@@ -95,6 +95,13 @@ def read_plan(spec: str, options: dict) -> CachePlan:
     for name in names:
         if names.count(name) > 1:
             raise SpecError(f"cache spec {spec!r}: found method {name!r} twice, accepted is once")
+    for method in methods[:-1]:
+        if method.innermost:
+            raise SpecError(f"cache spec {spec!r}: found {method.name!r} before {names[names.index(method.name) + 1]!r}, "
+                            f"accepted is {method.name!r} as the last method: it packs pages itself")
+    if methods and methods[-1].innermost and settings.hadamard:
+        raise SpecError(f"cache spec {spec!r}: found hadamard=true with {names[-1]!r}, which packs pages itself; accepted "
+                        "is hadamard=false")
     return CachePlan(settings, CacheSpec(settings.key_bits, settings.value_bits, given, tuple(map(method_atom, methods))),
                      methods)
 

@@ -30,6 +30,7 @@ class CacheMethod:
     calibrated: ClassVar[bool] = False
     data: ClassVar[bool] = True
     rotary: ClassVar[bool] = False
+    innermost: ClassVar[bool] = False  # makes pages of its own, so that no method can stand between it and the bits
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         """ValueError for a model whose layers, or settings, that the method cannot serve."""

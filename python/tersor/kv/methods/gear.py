@@ -27,6 +27,8 @@ class Gear(CacheMethod):
     outliers: float = 0.02
     loops: int = 3
 
+    innermost = True
+
     def check(self, model: nn.Module, settings: Settings) -> None:
         if not settings.packs or settings.key_bits == 16 or settings.value_bits == 16:
             raise ValueError(f"gear: found {settings.name}, accepted are 8, 4, 3 or 2 bits for keys and values")

@@ -33,6 +33,8 @@ class ZipCache(CacheMethod):
     gap: int = 100
     normalise: bool = True
 
+    innermost = True
+
     def check(self, model: nn.Module, settings: Settings) -> None:
         bits = settings.key_bits, settings.value_bits
         if self.low_bits not in BITS or max(bits) > 8 or self.low_bits >= min(bits):
