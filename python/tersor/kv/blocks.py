@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,10 @@ class BlockStore(Store):
         self.pages = Pages(layout, shape.batch, recent=1 << 60)
         self.packed = 0  # tokens
 
+    @abstractmethod
     def pack(self, keys: Tensor, values: Tensor, bias: Tensor | None, tokens: int) -> None:
         """Append the block ``[batch, kv_heads, tokens, dim]``, the oldest raw tokens, to ``self.pages`` as packed pages;
         ``tokens`` is a multiple of a page."""
-        raise NotImplementedError  # the interface
 
     @property
     def seen(self) -> int:

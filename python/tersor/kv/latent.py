@@ -161,7 +161,7 @@ def read_features(pages: Pages, tokens: int, rows: list[int] | None = None,
 
 def _decode(layout: Layout, page: Page, rows: list[int] | None, count: int, dtype) -> tuple[Tensor, Tensor]:
     own = page.rows if rows is None else [page.rows[row] for row in rows]
-    return tuple(beside(x[:, :, :count]) for x in layout.decode(page.memory[own], page.packed, dtype))
+    return tuple(beside(x[:, :, :count]) for x in layout.decode(page.memory[own], page.kind, dtype))
 
 
 def _joined(at: int, held: list[tuple[Tensor, Tensor]]) -> Chunk:

@@ -7,6 +7,7 @@ a step. `HeadGroups` gives groups of heads stores of their own; `Projected` keep
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -78,32 +79,32 @@ class Step:
         return None if seen.all() else ~seen
 
 
-class Store:
+class Store(ABC):
     """The interface. ``seen``: tokens of the sequence so far, those that are no longer held included."""
 
     seen: int
     batch: int
 
+    @abstractmethod
     def prompt(self, step: Step) -> None:
         """Take the tokens of the first prompt, which have been attended to already."""
-        raise NotImplementedError  # the interface: every store has its own
 
+    @abstractmethod
     def attend(self, step: Step):
         """Take the fresh tokens and attend to everything held: ``[batch, queries, heads, value_dim]``; with
         ``step.log_sum_exp`` a pair with float32 ``[batch, heads, queries]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def crop(self, tokens: int) -> None:
         """Forget the last ``tokens``; RuntimeError where what would be needed then is gone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def select(self, sequences: list[int]) -> None:
         """Sequence i becomes what ``sequences[i]`` was."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """Keys and values held, ``[batch, kv_heads, entries, dim]``, as attention takes them."""
-        raise NotImplementedError
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """As `decode`, for models that compute with keys outside attention; None where that would unpack a packed
@@ -119,13 +120,14 @@ class Store:
         return self.seen
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
-        raise NotImplementedError
+        """Bytes of all memory that is held."""
 
     @property
+    @abstractmethod
     def bits(self) -> float:
         """Bits of one number in a packed page, scales and all counted."""
-        raise NotImplementedError
 
     @property
     def kernel(self) -> str:
