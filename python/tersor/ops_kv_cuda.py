@@ -116,10 +116,19 @@ def kv_pack(raw: Sequence[Tensor], head_dim: int, key_bits: int, value_bits: int
                  f"contiguous torch.uint8 [{len(first)}, {size}] on {first.device}, 16-byte aligned")
     packed = first.new_empty((len(raw), len(first), layout.page_bytes(head_dim, key_bits, value_bits)))
     jobs = torch.tensor([[page.data_ptr(), to.data_ptr()] for page, to in zip(raw, packed)]).to(first.device)
-    with _on(first.device):
-        _C.cuda_kv_pack(jobs.data_ptr(), len(raw), len(first), head_dim, CODE[dtype], key_bits, value_bits,
-                        _stream(first.device))
+    kv_pack_jobs(jobs, len(first), head_dim, key_bits, value_bits, dtype)
     return packed
+
+
+def kv_pack_jobs(jobs: Tensor, kv_heads: int, head_dim: int, key_bits: int, value_bits: int,
+                 dtype: torch.dtype) -> None:
+    """`kv_pack` by addresses, which the caller vouches for: int64 ``[count, 2]`` on the device, a full raw page's (0:
+    no job) and that of the page it becomes."""
+    if jobs.dtype is not torch.int64 or jobs.dim() != 2 or jobs.shape[1] != 2 or not jobs.is_contiguous():
+        fail("kv_pack", "jobs", f"{jobs.dtype} {list(jobs.shape)}", "contiguous torch.int64 [count, 2]")
+    with _on(jobs.device):
+        _C.cuda_kv_pack(jobs.data_ptr(), len(jobs), kv_heads, head_dim, CODE[dtype], key_bits, value_bits,
+                        _stream(jobs.device))
 
 
 @functools.lru_cache(maxsize=4096)
