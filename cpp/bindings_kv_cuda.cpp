@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "tersor.h"
 #include "tersor_kv.h"
@@ -25,6 +27,15 @@ void check(int status) {
   if (status == TERSOR_OK) return;
   if (status == TERSOR_CUDA_ERROR) throw std::runtime_error(tersor_last_error());
   throw py::value_error(tersor_last_error());
+}
+
+// A struct of int64 and pointers from its fields.
+template <class T>
+T fields(const std::vector<int64_t>& numbers) {
+  T made{};
+  if (numbers.size() * sizeof(int64_t) != sizeof(T)) throw py::value_error("found another number of fields");
+  std::memcpy(&made, numbers.data(), sizeof(T));
+  return made;
 }
 
 }  // namespace
@@ -66,20 +77,12 @@ void define_kv_cuda(py::module_& module) {
       "(splits, bytes of partials, bytes of counters) for cuda_kv_attention on a device");
   module.def(
       "cuda_kv_attention",
-      [](Address table, Address pages, int64_t batch, int64_t table_pages, Address q, int dtype, int64_t heads,
-         int64_t kv_heads, int64_t head_dim, int64_t queries, const Strides& strides, Address out, Address log_sum_exp,
-         Address positions, Address first, Address sinks, int64_t window, bool causal, float scale, float softcap,
-         int64_t splits, Address partials, Address counters, Address stream) {
-        check(tersor_cuda_kv_attention(pointer(table), pointer<const int32_t>(pages), batch, table_pages, pointer(q),
-                                       dtype, heads, kv_heads, head_dim, queries, strides[0], strides[1], strides[2],
-                                       pointer(out), pointer<float>(log_sum_exp), pointer<const int32_t>(positions),
-                                       pointer<const int32_t>(first), pointer<const float>(sinks), window, causal,
-                                       scale, softcap, splits, pointer<float>(partials), pointer<uint32_t>(counters),
-                                       pointer(stream)));
+      [](const std::vector<int64_t>& cache, const std::vector<int64_t>& query, float scale, float softcap,
+         Address stream) {
+        const auto c = fields<tersor_cuda_kv_cache>(cache);
+        const auto q = fields<tersor_cuda_kv_query>(query);
+        check(tersor_cuda_kv_attention(&c, &q, scale, softcap, pointer(stream)));
       },
-      py::arg("table"), py::arg("pages"), py::arg("batch"), py::arg("table_pages"), py::arg("q"), py::arg("dtype"),
-      py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("queries"), py::arg("strides"),
-      py::arg("out"), py::arg("log_sum_exp"), py::arg("positions"), py::arg("first"), py::arg("sinks"),
-      py::arg("window"), py::arg("causal"), py::arg("scale"), py::arg("softcap"), py::arg("splits"),
-      py::arg("partials"), py::arg("counters"), py::arg("stream"), "attention over a paged cache on a GPU");
+      py::arg("cache"), py::arg("query"), py::arg("scale"), py::arg("softcap"), py::arg("stream"),
+      "attention over a paged cache on a GPU; cache, query: the fields of the structs of cuda/tersor_kv.h in order");
 }

@@ -26,7 +26,8 @@ int tersor_cuda_kv_append(const void* table, const int32_t* pages, int64_t batch
                           int64_t key_head, int64_t key_token, int64_t value_batch, int64_t value_head,
                           int64_t value_token, void* stream);
 
-/* Packs full raw pages: jobs [count, 2] int64, the address of each raw page and of its packed one. */
+/* Packs full raw pages: jobs [count, 2] int64, the address of each raw page and of its packed one; a job with an
+ * address of 0 is none. */
 int tersor_cuda_kv_pack(const int64_t* jobs, int64_t count, int64_t kv_heads, int64_t head_dim, int dtype,
                         int64_t key_bits, int64_t value_bits, void* stream);
 
@@ -38,19 +39,34 @@ int tersor_cuda_kv_attention_workspace(int64_t batch, int64_t heads, int64_t kv_
                                        int64_t queries, int64_t splits, int64_t* partial_bytes,
                                        int64_t* counter_bytes);
 
-/* out [batch, queries, heads, head_dim] = softmax(cap(q k^T scale)) v, log_sum_exp [batch, heads, queries] or NULL.
- * q [batch, heads, queries, head_dim]: strides (multiples of 4) of the first three dimensions, 8-byte aligned. The
- * first query's position is positions [batch], or, if NULL, the queries are each sequence's last tokens. first [batch]:
- * the first position that is seen, or NULL. window: a query sees so many positions up to its own, 0: all. sinks [heads]:
- * logits of the denominator alone, or NULL. softcap 0: none. A query that sees nothing gives 0 and -infinity. partials
- * (16-byte aligned) and counters are scratch memory of workspace's sizes, used by one launch at a time; counters are
- * zero before the first launch, and again after each. */
-int tersor_cuda_kv_attention(const void* table, const int32_t* pages, int64_t batch, int64_t table_pages, const void* q,
-                             int dtype, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t queries,
-                             int64_t q_batch, int64_t q_head, int64_t q_query, void* out, float* log_sum_exp,
-                             const int32_t* positions, const int32_t* first, const float* sinks, int64_t window,
-                             int causal, float scale, float softcap, int64_t splits, float* partials,
-                             uint32_t* counters, void* stream);
+/* A cache as a launch reads it. All fields of this and the next are int64 or pointers. */
+typedef struct tersor_cuda_kv_cache {
+  const void* table;
+  const int32_t* pages;
+  int64_t batch, table_pages, kv_heads, head_dim, dtype;
+} tersor_cuda_kv_cache;
+
+typedef struct tersor_cuda_kv_query {
+  const void* q; /* [batch, heads, queries, head_dim], 8-byte aligned; strides are multiples of 4, the last is 1 */
+  int64_t heads, queries, strides[3];
+  void* out;                /* [batch, queries, heads, head_dim] */
+  float* log_sum_exp;       /* [batch, heads, queries], or NULL */
+  const int32_t* positions; /* [batch]: of the first query, or NULL: the queries are each sequence's last tokens */
+  const int32_t* first;     /* [batch]: the first position that is seen, or NULL */
+  int64_t window;           /* a query sees so many positions up to its own, 0: all */
+  int64_t causal;           /* a query sees no position after its own */
+  const uint8_t* mask;      /* 1 where a query sees a position, or NULL */
+  int64_t mask_strides[4];  /* of batch, head, query, position */
+  int64_t mask_first, mask_tokens; /* positions that the mask covers; others are not seen */
+  const float* sinks;       /* [heads]: logits of the denominator alone, or NULL */
+  int64_t splits;
+  float* partials;          /* 16-byte aligned; both of workspace's sizes, used by one launch at a time */
+  uint32_t* counters;       /* zero before the first launch, and again after each */
+} tersor_cuda_kv_query;
+
+/* out = softmax(cap(q k^T scale)) v; softcap 0: none. A query that sees nothing gives 0 and -infinity. */
+int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const tersor_cuda_kv_query* query, float scale,
+                             float softcap, void* stream);
 
 #ifdef __cplusplus
 }

@@ -4,9 +4,11 @@ Tables hold addresses, so buffers are registered where they lie instead of being
 to a multiple of 256 bytes of its own, and the kernels are run for several orders of threads.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import torch
 from emulation import Violation, build
@@ -37,6 +39,12 @@ def ints(*values):
 
 def address(tensor):
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def fields(*values):
+    """A struct of int64 and pointers; tensors are their addresses, None is null."""
+    numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else int(v or 0) for v in values]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def launch(library, name, arguments, buffers, outputs, seeds=(0,), count=False):
@@ -136,7 +144,7 @@ def cached(dim, kv_heads, dtype, sequences, scale=1.0, seed=0):
 
 
 def attend(library, cache, q, splits=1, *, window=0, causal=True, softcap=0.0, sinks=None, first=None, positions=None,
-           scale=None, seeds=(0,), count=False):
+           scale=None, mask=None, mask_first=0, seeds=(0,), count=False):
     """``(out, log_sum_exp, counters)`` of the emulated kernel. ``q [batch, heads, queries, dim]``."""
     batch, heads, queries, dim = q.shape
     table, pages = cache.table
@@ -150,13 +158,15 @@ def attend(library, cache, q, splits=1, *, window=0, causal=True, softcap=0.0, s
     partials = torch.full((sizes[0].value // 4 + 4,), float("nan"))
     partials = partials[-(partials.data_ptr() // 4) % 4 :]
     counters = torch.zeros(sizes[1].value // 4, dtype=torch.int32)
+    hidden = [None] * 7 if mask is None else [
+        mask, *(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride())), mask_first, mask.shape[3]]
     arguments = [
-        address(table), address(pages), *ints(batch, table.shape[1]), address(q), ctypes.c_int(CODE[q.dtype]),
-        *ints(heads, cache.kv_heads, dim, queries, *q.stride()[:3]), address(out), address(lse), address(positions),
-        address(first), address(sinks), *ints(window), ctypes.c_int(causal), ctypes.c_float(scale),
-        ctypes.c_float(softcap), *ints(splits), address(partials), address(counters), ctypes.c_void_p(None)]
+        fields(table, pages, batch, table.shape[1], cache.kv_heads, dim, CODE[q.dtype]),
+        fields(q, heads, queries, *q.stride()[:3], out, lse, positions, first, window, causal, *hidden, sinks, splits,
+               partials, counters),
+        ctypes.c_float(scale), ctypes.c_float(softcap), ctypes.c_void_p(None)]
     buffers = {"table": table, "pages": pages, "q": q, "out": out, "log_sum_exp": lse, "positions": positions,
-               "first": first, "sinks": sinks, **cache.pages}
+               "first": first, "mask": mask, "sinks": sinks, **cache.pages}
     outputs = ["out", "log_sum_exp"]
     if splits > 1:
         buffers |= {"partials": partials, "counters": counters}
@@ -168,7 +178,8 @@ def attend(library, cache, q, splits=1, *, window=0, causal=True, softcap=0.0, s
     return out, lse, made
 
 
-def truth(cache, q, *, window=0, causal=True, softcap=0.0, sinks=None, first=None, positions=None, scale=None):
+def truth(cache, q, *, window=0, causal=True, softcap=0.0, sinks=None, first=None, positions=None, scale=None,
+          mask=None, mask_first=0):
     """The same in float64 over the numbers as stored."""
     outs, sums = [], []
     for b in range(len(q)):
@@ -183,8 +194,13 @@ def truth(cache, q, *, window=0, causal=True, softcap=0.0, sinks=None, first=Non
             visible &= at > own - window
         if first is not None:
             visible &= at >= int(first[b])
+        visible = visible.expand(1, 1, -1, -1)
+        if mask is not None:
+            whole = torch.zeros(1, mask.shape[1], q.shape[2], max(len(at), mask_first + mask.shape[3]), dtype=torch.bool)
+            whole[..., mask_first : mask_first + mask.shape[3]] = mask[b % len(mask)]
+            visible = visible & whole[..., : len(at)]
         out, total = reference_attention(q[b : b + 1], keys[None], values[None],
-                                         q.shape[3] ** -0.5 if scale is None else scale, visible.expand(1, 1, -1, -1),
+                                         q.shape[3] ** -0.5 if scale is None else scale, visible,
                                          softcap, sinks)
         outs.append(out)
         sums.append(total)
@@ -194,3 +210,77 @@ def truth(cache, q, *, window=0, causal=True, softcap=0.0, sinks=None, first=Non
 def relative_error(out, expected):
     expected = expected.double()
     return float((out.double() - expected).norm() / expected.norm())
+
+
+class Launchers:
+    """`_C`'s functions of the cache, run by the emulated libraries on tensors where they lie. What a launch may touch is
+    in `buffers`: tensors that the code under test makes come by themselves (`install`), others by the test."""
+
+    def __init__(self):
+        self.buffers, self.calls, self.splits = [], [], None
+
+    def run(self, library, name, arguments):
+        native = library.library
+        native.tersor_last_error.restype = ctypes.c_char_p
+        native.emulation_clear()
+        for tensor in self.buffers:
+            native.emulation_register(tensor.data_ptr(), tensor.nbytes, b"buffer", 1)
+        status = getattr(native, name)(*arguments)
+        assert status == 0, native.emulation_error().decode() or native.tersor_last_error().decode()
+        self.calls.append(name)
+
+    def append(self, table, pages, batch, table_pages, kv_heads, dim, keys, values, tokens, k, v, stream):
+        self.run(page_library(), "tersor_cuda_kv_append",
+                 ints(table, pages, batch, table_pages, kv_heads, dim, keys, values, tokens, *k, *v, stream))
+
+    def pack(self, jobs, count, kv_heads, dim, dtype, key_bits, value_bits, stream):
+        self.run(page_library(), "tersor_cuda_kv_pack",
+                 [*ints(jobs, count, kv_heads, dim), ctypes.c_int(dtype), *ints(key_bits, value_bits, stream)])
+
+    def plan(self, *numbers):
+        made = [ctypes.c_int64() for _ in range(3)]
+        native = attention_library(64).library
+        assert native.tersor_cuda_kv_attention_plan(*ints(*numbers[:6]), ctypes.c_int(numbers[6]), *ints(numbers[7]),
+                                                    ctypes.byref(made[0])) == 0
+        assert native.tersor_cuda_kv_attention_workspace(*ints(*numbers[:5]), made[0], ctypes.byref(made[1]),
+                                                         ctypes.byref(made[2])) == 0
+        return tuple(value.value for value in made)
+
+    def attention(self, cache, query, scale, softcap, stream):
+        self.splits = query[-3]
+        self.run(attention_library(cache[5]), "tersor_cuda_kv_attention", [
+            fields(*cache), fields(*query), ctypes.c_float(scale), ctypes.c_float(softcap), *ints(stream)])
+
+    def functions(self):
+        return {"cuda_kv_append": self.append, "cuda_kv_pack": self.pack, "cuda_kv_attention_plan": self.plan,
+                "cuda_kv_attention": self.attention}
+
+    def install(self, monkeypatch):
+        """In place of a GPU under `tersor.ops_kv_cuda`."""
+        from tersor import ops_kv_cuda as ops
+
+        monkeypatch.setattr(ops, "_C", SimpleNamespace(**self.functions()))
+        monkeypatch.setattr(ops, "_device", lambda index: (8, 100 * 1024))
+        monkeypatch.setattr(ops, "_on", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(ops, "_stream", lambda device: 0)
+        whole, to, workspace = torch.Tensor.new_empty, torch.Tensor.to, ops._workspace
+
+        def noticed(self_, *args, **options):
+            self.buffers.append(whole(self_, *args, **options))
+            return self.buffers[-1]
+
+        def noticed_to(self_, *args, **options):
+            tensor = to(self_, *args, **options)
+            if self_.dtype is torch.int64 and self_.dim() == 2:  # the jobs of kv_pack
+                self.buffers.append(tensor)
+            return tensor
+
+        def noticed_workspace(*args):
+            tensors = workspace(*args)
+            self.buffers.extend(tensor for tensor in tensors if tensor.numel())
+            return tensors
+
+        monkeypatch.setattr(torch.Tensor, "new_empty", noticed)
+        monkeypatch.setattr(torch.Tensor, "to", noticed_to)
+        monkeypatch.setattr(ops, "_workspace", noticed_workspace)
+        ops._plan.cache_clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_kv import (CODE, address, attend, attention_library, cached, ints, launch, layout, page_library,
+from cuda_kv import (CODE, address, attend, attention_library, cached, fields, ints, launch, layout, page_library,
                      relative_error, table_of, truth)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +104,21 @@ def test_padding_and_positions():
     agree(cache, q, first=torch.tensor([70, 145], dtype=torch.int32))
     agree(cache, q, positions=torch.tensor([30, 64], dtype=torch.int32))
     agree(cache, q, causal=False, positions=torch.tensor([30, 64], dtype=torch.int32), window=40)
+
+
+def test_masks():
+    """Beside causal order, window and padding; of one batch entry or head for all, transposed, of some positions only;
+    a row that sees nothing, and pages seen whole by position alone."""
+    cache = cached(64, 2, torch.float16, [[FOUR, (64, 2, 8), FOUR, (20, 16, 16)], [FOUR, FOUR, RAW, (20, 16, 16)]])
+    random = torch.Generator().manual_seed(5)
+    for count, splits in ((1, 2), (3, 1), (6, 1)):
+        q, mask = queries(2, 8, count, 64, torch.float16), torch.rand(2, 8, count, 212, generator=random) < 0.6
+        agree(cache, q, splits, mask=mask)
+        agree(cache, q, mask=mask[:1, :1].expand(2, 8, -1, -1), causal=False, window=100)
+        agree(cache, q, mask=mask[:1], mask_first=30, first=torch.tensor([70, 0], dtype=torch.int32))
+        agree(cache, q, mask=mask[:, :, :, 50:150].mT.contiguous().mT, mask_first=50)
+        mask[1, 3, 0] = False
+        agree(cache, q, mask=mask, sinks=torch.linspace(-2, 2, 8))
 
 
 @pytest.mark.parametrize("dim", (64, 256))
@@ -218,6 +233,16 @@ def test_pack_equals_the_reference_to_the_bit(dim):
         assert torch.equal(packed, layout.encode(k, v, key_bits, value_bits)), (key_bits, value_bits, dtype)
 
 
+def test_jobs_that_are_none():
+    raw = layout.encode(*torch.randn(2, 2, 1, 64, 64).half().unbind(), 16, 16)
+    packed = torch.full((2, 1, layout.page_bytes(64, 4, 4)), 7, dtype=torch.uint8)
+    jobs = torch.tensor([[0, packed[0].data_ptr()], [raw[1].data_ptr(), packed[1].data_ptr()], [raw[0].data_ptr(), 0]])
+    launch(page_library(), "tersor_cuda_kv_pack", [
+        address(jobs), *ints(3, 1, 64), ctypes.c_int(2), *ints(4, 4), ctypes.c_void_p(None)],
+        {"jobs": jobs, "raw": raw, "packed": packed}, ["packed"])
+    assert packed[0].eq(7).all() and not packed[1].eq(7).all()
+
+
 def test_pack_of_what_is_not_finite():
     for dtype in CODE:
         k, v = torch.randn(2, 1, 1, 64, 64).to(dtype).unbind()
@@ -242,17 +267,19 @@ def test_pack_of_what_is_not_finite():
     (dict(softcap=-1.0), "softcap is -1"),
     (dict(table_pages=0), "table_pages is 0"),
     (dict(out=None), "out is absent"),
+    (dict(mask_first=-1), "mask_first, mask_tokens are -1, 0"),
 ])  # fmt: skip
 def test_the_launcher_refuses(changes, words):
-    a = dict(dim=64, heads=4, dtype=2, stride=64, splits=1, window=0, softcap=0.0, table_pages=1, out=True) | changes
+    a = dict(dim=64, heads=4, dtype=2, stride=64, splits=1, window=0, softcap=0.0, table_pages=1, out=True,
+             mask_first=0) | changes
     x, table = torch.zeros(4, 64).half(), torch.zeros(1, 2, dtype=torch.int64)
     used = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match=words):
         launch(attention_library(64), "tersor_cuda_kv_attention", [
-            address(table), address(used), *ints(1, a["table_pages"]), address(x), ctypes.c_int(a["dtype"]),
-            *ints(a["heads"], 2, a["dim"], 1, 256, a["stride"], 64), address(x if a["out"] else None),
-            *[address(None)] * 4, *ints(a["window"]), ctypes.c_int(1), ctypes.c_float(1.0),
-            ctypes.c_float(a["softcap"]), *ints(a["splits"]), *[address(None)] * 3], {"x": x}, [])
+            fields(table, used, 1, a["table_pages"], 2, a["dim"], a["dtype"]),
+            fields(x, a["heads"], 1, 256, a["stride"], 64, x if a["out"] else None, None, None, None, a["window"], 1,
+                   None, *[0] * 4, a["mask_first"], 0, None, a["splits"], None, None),
+            ctypes.c_float(1.0), ctypes.c_float(a["softcap"]), ctypes.c_void_p(None)], {"x": x}, [])
 
 
 def test_the_plan_fills_the_device():

@@ -79,7 +79,7 @@ ATTENTION = {
                              "return ring_ + (slot_ + 1) % kSlots * kSlotBytes;"),
     "pages left over by the splits": (KERNEL, "(pages + a.splits - 1) / a.splits", "pages / a.splits"),
     # masks
-    "no mask": (KERNEL, "if (position < from[row] || position > to[row])", "if (false)"),
+    "no mask of positions": (KERNEL, "if (position < from[row] || position > to[row])", "if (false)"),
     "a window one token too long": (KERNEL, "? own - a.window + 1 : first", "? own - a.window : first"),
     "unseen raw values": (KERNEL, "if (kBits == 16 && valid != 0xffff)", "if (false)"),
     "every page seen whole": (KERNEL, "page.position >= seen.all_from && last <= seen.all_to",

@@ -1,12 +1,8 @@
 """What `ops_kv_cuda` hands to the launchers, run on CPU tensors: the launchers are the host-compiled ones."""
 
-import contextlib
-import ctypes
-from types import SimpleNamespace
-
 import pytest
 import torch
-from cuda_kv import attention_library, ints, layout, page_library, relative_error
+from cuda_kv import Launchers, layout, relative_error
 
 from tersor import ops_kv_cuda as ops
 from tersor.kv.layout import reference_attention
@@ -14,83 +10,10 @@ from tersor.kv.layout import reference_attention
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Launchers:
-    """`_C`'s functions on the emulated libraries. All storages are registered by the test; `extent` guards the rest."""
-
-    def __init__(self):
-        self.buffers, self.calls = [], []
-
-    def run(self, library, name, arguments):
-        native = library.library
-        native.tersor_last_error.restype = ctypes.c_char_p
-        native.emulation_clear()
-        for tensor in self.buffers:
-            native.emulation_register(tensor.data_ptr(), tensor.nbytes, b"buffer", 1)
-        status = getattr(native, name)(*arguments)
-        assert status == 0, native.emulation_error().decode() or native.tersor_last_error().decode()
-        self.calls.append(name)
-
-    def append(self, table, pages, batch, table_pages, kv_heads, dim, keys, values, tokens, k, v, stream):
-        self.run(page_library(), "tersor_cuda_kv_append",
-                 ints(table, pages, batch, table_pages, kv_heads, dim, keys, values, tokens, *k, *v, stream))
-
-    def pack(self, jobs, count, kv_heads, dim, dtype, key_bits, value_bits, stream):
-        self.run(page_library(), "tersor_cuda_kv_pack",
-                 [*ints(jobs, count, kv_heads, dim), ctypes.c_int(dtype), *ints(key_bits, value_bits, stream)])
-
-    def plan(self, *numbers):
-        made = [ctypes.c_int64() for _ in range(3)]
-        native = attention_library(64).library
-        assert native.tersor_cuda_kv_attention_plan(*ints(*numbers[:6]), ctypes.c_int(numbers[6]), *ints(numbers[7]),
-                                                    ctypes.byref(made[0])) == 0
-        assert native.tersor_cuda_kv_attention_workspace(*ints(*numbers[:5]), made[0], ctypes.byref(made[1]),
-                                                         ctypes.byref(made[2])) == 0
-        return tuple(value.value for value in made)
-
-    def attention(self, table, pages, batch, table_pages, q, dtype, heads, kv_heads, dim, queries, strides, out, lse,
-                  positions, first, sinks, window, causal, scale, softcap, splits, partials, counters, stream):
-        self.run(attention_library(dim), "tersor_cuda_kv_attention", [
-            *ints(table, pages, batch, table_pages, q), ctypes.c_int(dtype), *ints(heads, kv_heads, dim, queries),
-            *ints(*strides, out, lse, positions, first, sinks, window), ctypes.c_int(causal), ctypes.c_float(scale),
-            ctypes.c_float(softcap), *ints(splits, partials, counters, stream)])
-        self.splits = splits
-
-
 @pytest.fixture
 def launchers(monkeypatch):
     made = Launchers()
-    monkeypatch.setattr(ops, "_C", SimpleNamespace(
-        cuda_kv_append=made.append, cuda_kv_pack=made.pack, cuda_kv_attention_plan=made.plan,
-        cuda_kv_attention=made.attention))
-    monkeypatch.setattr(ops, "_device", lambda index: (8, 100 * 1024))
-    monkeypatch.setattr(ops, "_on", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(ops, "_stream", lambda device: 0)
-    whole = torch.Tensor.new_empty
-
-    def noticed(self, *args, **options):
-        tensor = whole(self, *args, **options)
-        made.buffers.append(tensor)
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", noticed)
-    workspace = ops._workspace
-
-    def noticed_workspace(*args):
-        tensors = workspace(*args)
-        made.buffers.extend(tensor for tensor in tensors if tensor.numel())
-        return tensors
-
-    monkeypatch.setattr(ops, "_workspace", noticed_workspace)
-    to = torch.Tensor.to
-
-    def noticed_to(self, *args, **options):
-        tensor = to(self, *args, **options)
-        if self.dtype is torch.int64 and self.dim() == 2:  # the jobs of kv_pack
-            made.buffers.append(tensor)
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "to", noticed_to)
-    ops._plan.cache_clear()
+    made.install(monkeypatch)
     yield made
     ops._plan.cache_clear()
 
@@ -118,7 +41,13 @@ def test_append_pack_attend(launchers):
     visible = torch.arange(total).ge(30).view(1, 1, 1, -1)
     expected, expected_lse = reference_attention(q, k, v, 0.125, visible, 0.0, sinks)
     assert relative_error(out, expected) < 4e-4 and torch.allclose(lse.double(), expected_lse, atol=1e-4)
-    assert launchers.calls == ["tersor_cuda_kv_append", "tersor_cuda_kv_pack", "tersor_cuda_kv_attention"]
+    mask = torch.rand(1, 1, 1, total - 5).gt(0.4)
+    launchers.buffers.append(mask)
+    out, lse = ops.kv_attention(q, table, pages, kv_heads, 0.125, mask=mask.expand(1, 8, 1, -1), mask_first=5)
+    visible = torch.nn.functional.pad(mask, (5, 0))
+    expected, expected_lse = reference_attention(q, k, v, 0.125, visible, 0.0, None)
+    assert relative_error(out, expected) < 4e-4 and torch.allclose(lse.double(), expected_lse, atol=1e-4)
+    assert launchers.calls == ["tersor_cuda_kv_append", "tersor_cuda_kv_pack", *["tersor_cuda_kv_attention"] * 2]
 
 
 def test_nothing_to_attend_with(launchers):
@@ -150,6 +79,11 @@ def test_checks_come_before_pointers(launchers):
         "window, softcap": lambda: ops.kv_attention(x, table, pages, 2, 1.0, window=-1),
         "sinks: found": lambda: ops.kv_attention(x, table, pages, 2, 1.0, sinks=torch.zeros(3)),
         "first: found": lambda: ops.kv_attention(x, table, pages, 2, 1.0, first=torch.zeros(1)),
+        "mask: found torch.float32": lambda: ops.kv_attention(x, table, pages, 2, 1.0, mask=torch.zeros(1, 1, 1, 9)),
+        r"mask: found torch.bool \[1, 2": lambda: ops.kv_attention(x, table, pages, 2, 1.0,
+                                                                   mask=torch.zeros(1, 2, 1, 9).bool()),
+        "mask_first: found -1": lambda: ops.kv_attention(x, table, pages, 2, 1.0, mask_first=-1,
+                                                         mask=torch.zeros(1, 1, 1, 9).bool()),
         "pages: found": lambda: ops.kv_attention(x, table, pages.long(), 2, 1.0),
         "table: found": lambda: ops.kv_append(table[0], pages, x, x),
         "values: found": lambda: ops.kv_append(table, pages, x, x.bfloat16()),

@@ -90,66 +90,70 @@ extern "C" int tersor_cuda_kv_attention_workspace(int64_t batch, int64_t heads, 
   return TERSOR_OK;
 }
 
-extern "C" int tersor_cuda_kv_attention(const void* table, const int32_t* pages, int64_t batch, int64_t table_pages,
-                                        const void* q, int dtype, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                                        int64_t queries, int64_t q_batch, int64_t q_head, int64_t q_query, void* out,
-                                        float* log_sum_exp, const int32_t* positions, const int32_t* first,
-                                        const float* sinks, int64_t window, int causal, float scale, float softcap,
-                                        int64_t splits, float* partials, uint32_t* counters, void* stream) {
+extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const tersor_cuda_kv_query* query,
+                                        float scale, float softcap, void* stream) {
+  const tersor_cuda_kv_cache& c = *cache;
+  const tersor_cuda_kv_query& q = *query;
   Problem p;
-  if (int status = describe(batch, heads, kv_heads, head_dim, queries, &p)) return status;
-  if (batch == 0 || queries == 0) return TERSOR_OK;
-  if (int status = check_kv_table(table, pages, table_pages)) return status;
-  if (int status = check_kv_dtype(dtype)) return status;
-  if (!q || !out) return fail(TERSOR_INVALID, "%s is absent", !q ? "q" : "out");
-  if (!kv_aligned(q, 8) || q_batch % 4 || q_head % 4 || q_query % 4) {
-    return fail(TERSOR_INVALID, "q starts at %p with strides %lld, %lld, %lld; accepted: 8-byte aligned rows", q,
-                (long long)q_batch, (long long)q_head, (long long)q_query);
+  if (int status = describe(c.batch, q.heads, c.kv_heads, c.head_dim, q.queries, &p)) return status;
+  if (c.batch == 0 || q.queries == 0) return TERSOR_OK;
+  if (int status = check_kv_table(c.table, c.pages, c.table_pages)) return status;
+  if (int status = check_kv_dtype(c.dtype)) return status;
+  if (!q.q || !q.out) return fail(TERSOR_INVALID, "%s is absent", !q.q ? "q" : "out");
+  if (!kv_aligned(q.q, 8) || q.strides[0] % 4 || q.strides[1] % 4 || q.strides[2] % 4) {
+    return fail(TERSOR_INVALID, "q starts at %p with strides %lld, %lld, %lld; accepted: 8-byte aligned rows", q.q,
+                (long long)q.strides[0], (long long)q.strides[1], (long long)q.strides[2]);
   }
-  if (!kv_aligned(out, 8)) return fail(TERSOR_INVALID, "out: accepted is an 8-byte aligned address");
-  if (window < 0 || window > INT32_MAX) {
-    return fail(TERSOR_INVALID, "window is %lld; accepted: 0 to 2^31 - 1", (long long)window);
+  if (!kv_aligned(q.out, 8)) return fail(TERSOR_INVALID, "out: accepted is an 8-byte aligned address");
+  if (q.window < 0 || q.window > INT32_MAX) {
+    return fail(TERSOR_INVALID, "window is %lld; accepted: 0 to 2^31 - 1", (long long)q.window);
+  }
+  if (q.mask_first < 0 || q.mask_tokens < 0 || q.mask_tokens > INT32_MAX - q.mask_first) {
+    return fail(TERSOR_INVALID, "mask_first, mask_tokens are %lld, %lld; accepted: 0 to 2^31 - 1, together too",
+                (long long)q.mask_first, (long long)q.mask_tokens);
   }
   if (!(softcap >= 0)) return fail(TERSOR_INVALID, "softcap is %g; accepted: 0 or more", softcap);
-  if (splits < 1 || splits > 65535) {
-    return fail(TERSOR_INVALID, "splits is %lld; accepted: 1 to 65535", (long long)splits);
+  if (q.splits < 1 || q.splits > 65535) {
+    return fail(TERSOR_INVALID, "splits is %lld; accepted: 1 to 65535", (long long)q.splits);
   }
-  if (splits > 1 && (!partials || !counters || !kv_aligned(partials, 16))) {
+  if (q.splits > 1 && (!q.partials || !q.counters || !kv_aligned(q.partials, 16))) {
     return fail(TERSOR_INVALID,
                 "partials and counters: accepted is the workspace, 16-byte aligned, for splits above 1");
   }
-  KvAttentionChooser* chooser = kv_attention_choosers[head_dim];
+  KvAttentionChooser* chooser = kv_attention_choosers[c.head_dim];
   KvAttentionKernel* kernel = chooser ? chooser(p.rows) : nullptr;
-  if (!kernel) return fail(TERSOR_INVALID, "head_dim %lld: not in this build", (long long)head_dim);
+  if (!kernel) return fail(TERSOR_INVALID, "head_dim %lld: not in this build", (long long)c.head_dim);
 
   KvAttentionArguments a{};
-  a.q = q;
-  a.out = out;
-  a.log_sum_exp = log_sum_exp;
-  a.table = static_cast<const KvPage*>(table);
-  a.pages = pages;
-  a.positions = positions;
-  a.first = first;
-  a.sinks = sinks;
-  a.partials = partials;
-  a.counters = counters;
-  a.q_strides[0] = q_batch;
-  a.q_strides[1] = q_head;
-  a.q_strides[2] = q_query;
-  a.heads = static_cast<int>(heads);
-  a.kv_heads = static_cast<int>(kv_heads);
-  a.queries = static_cast<int>(queries);
-  a.group = static_cast<int>(heads / kv_heads);
-  a.table_pages = static_cast<int>(table_pages);
-  a.splits = static_cast<int>(splits);
-  a.window = static_cast<int>(window);
-  a.causal = causal;
-  a.is_bfloat16 = dtype == TERSOR_BFLOAT16;
+  a.q = q.q;
+  a.out = q.out;
+  a.log_sum_exp = q.log_sum_exp;
+  a.table = static_cast<const KvPage*>(c.table);
+  a.pages = c.pages;
+  a.positions = q.positions;
+  a.first = q.first;
+  a.mask = q.mask;
+  a.sinks = q.sinks;
+  a.partials = q.partials;
+  a.counters = q.counters;
+  for (int i = 0; i < 3; ++i) a.q_strides[i] = q.strides[i];
+  for (int i = 0; i < 4; ++i) a.mask_strides[i] = q.mask_strides[i];
+  a.heads = static_cast<int>(q.heads);
+  a.kv_heads = static_cast<int>(c.kv_heads);
+  a.queries = static_cast<int>(q.queries);
+  a.group = static_cast<int>(q.heads / c.kv_heads);
+  a.table_pages = static_cast<int>(c.table_pages);
+  a.splits = static_cast<int>(q.splits);
+  a.window = static_cast<int>(q.window);
+  a.causal = q.causal != 0;
+  a.is_bfloat16 = c.dtype == TERSOR_BFLOAT16;
+  a.mask_first = static_cast<int>(q.mask_first);
+  a.mask_end = static_cast<int>(q.mask_first + q.mask_tokens);
   a.scale = scale;
   a.softcap = softcap;
-  const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(p.row_tiles * kv_heads),
-                  static_cast<unsigned>(batch));
-  const int shared = kv_shared_bytes(static_cast<int>(head_dim), p.rows);
+  const dim3 grid(static_cast<unsigned>(q.splits), static_cast<unsigned>(p.row_tiles * c.kv_heads),
+                  static_cast<unsigned>(c.batch));
+  const int shared = kv_shared_bytes(static_cast<int>(c.head_dim), p.rows);
   const int error = launch(kernel, grid, dim3(kKvThreads), shared, static_cast<cudaStream_t>(stream), a);
   if (error) return fail(TERSOR_CUDA_ERROR, "kv_attention: the kernel did not start: CUDA error %d", error);
   return TERSOR_OK;

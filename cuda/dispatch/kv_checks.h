@@ -29,9 +29,9 @@ inline int check_kv_bits(int64_t key_bits, int64_t value_bits) {
               (long long)value_bits);
 }
 
-inline int check_kv_dtype(int dtype) {
+inline int check_kv_dtype(int64_t dtype) {
   if (dtype == TERSOR_BFLOAT16 || dtype == TERSOR_FLOAT16) return TERSOR_OK;
-  return fail(TERSOR_INVALID, "dtype is %d; accepted on CUDA: 1 bfloat16, 2 float16", dtype);
+  return fail(TERSOR_INVALID, "dtype is %lld; accepted on CUDA: 1 bfloat16, 2 float16", (long long)dtype);
 }
 
 inline int check_kv_table(const void* table, const int32_t* pages, int64_t table_pages) {

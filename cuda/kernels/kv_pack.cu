@@ -8,7 +8,8 @@
 //   number, the scale the least float16 that reaches the greatest, both found in double precision; a code is the
 //   nearest, halves up. What is not finite makes its group's scale NaN. Equal to that reference to the bit.
 //
-//   No shared memory. A page is packed once in 64 steps of decoding.
+//   No shared memory. A page is packed once in 64 steps of decoding; a captured launch has its jobs all the same, with
+//   addresses of 0 where there is nothing to do.
 //
 // gate: registers 168
 // gate: wants LDG.E.128.CONSTANT STG.E.128 SHFL
@@ -250,6 +251,7 @@ struct KvPack {
     const int warp = threadIdx.x / 32, head = blockIdx.y;
     const auto job =
         ptx::load_global_constant(reinterpret_cast<const ptx::Vec<int64_t, 2>*>(a.jobs) + blockIdx.x);
+    if (job[0] == 0 || job[1] == 0) return;
     const char* raw = reinterpret_cast<const char*>(job[0]) + int64_t(head) * kv_page_bytes(a.dim, 16, 16);
     char* packed = reinterpret_cast<char*>(job[1]) + int64_t(head) * kv_page_bytes(a.dim, a.key_bits, a.value_bits);
     if (a.key_bits == 16) {

@@ -250,7 +250,27 @@ struct KvAttention : KvRows<kDim, kRows> {
           if (position < from[row] || position > to[row]) score[j][2 * row + column] = -infinity();
         }
       }
+    if (a.mask != nullptr) hide(score, page.position, from, to);
     return valid;
+  }
+
+  // By the mask, whose bytes are read where the row sees at all.
+  TERSOR_DEVICE void hide(float (&score)[8][2 * kOwn], int first, const int (&from)[kOwn], const int (&to)[kOwn]) const {
+#pragma unroll
+    for (int row = 0; row < kOwn; ++row) {
+      const int index = this->index_of(g + 8 * row);
+      const uint8_t* bytes = a.mask + this->sequence() * a.mask_strides[0] +
+                             this->query_head(index) * a.mask_strides[1] + index / a.group * a.mask_strides[2];
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          const int position = first + 8 * j + 2 * t + column;
+          if (position < from[row] || position > to[row]) continue;
+          const int64_t at = (position - a.mask_first) * a.mask_strides[3];
+          if (ptx::load_global_constant(bytes + at) == 0) score[j][2 * row + column] = -infinity();
+        }
+    }
   }
 
   // tanh by its exponential: close to 0 it has an absolute error of 2^-23, which times the cap is small enough.
@@ -433,16 +453,23 @@ struct KvAttention : KvRows<kDim, kRows> {
   // `position`: of the first query.
   TERSOR_DEVICE void store_limits(int position) const {
     const int first = a.first != nullptr ? ptx::load_global_constant(a.first + this->sequence()) : 0;
+    const int least = a.mask != nullptr && a.mask_first > first ? a.mask_first : first;
+    const int most = a.mask != nullptr ? a.mask_end - 1 : INT32_MAX;
     const auto from = [&](int row) {
       const int own = position + this->index_of(row) / a.group;
-      return a.window > 0 && own - a.window + 1 > first ? own - a.window + 1 : first;
+      return a.window > 0 && own - a.window + 1 > least ? own - a.window + 1 : least;
     };
-    const auto to = [&](int row) { return a.causal ? position + this->index_of(row) / a.group : INT32_MAX; };
+    const auto to = [&](int row) {
+      const int own = position + this->index_of(row) / a.group;
+      return a.causal && own < most ? own : most;
+    };
     if (threadIdx.x < kRows) {
       const ptx::Vec<int, 2> range = {{from(threadIdx.x), to(threadIdx.x)}};
       ptx::store_shared(limits_at + 16 + 8 * threadIdx.x, range);
     } else if (threadIdx.x == kRows) {
-      ptx::store_shared(limits_at, Limits{from(kRows - 1), to(0), from(0), to(kRows - 1)});
+      // With a mask no page is seen whole unread.
+      const int all_from = a.mask != nullptr ? INT32_MAX : from(kRows - 1);
+      ptx::store_shared(limits_at, Limits{all_from, to(0), from(0), to(kRows - 1)});
     }
   }
 

@@ -18,13 +18,15 @@ struct KvAttentionArguments {
   const int32_t* pages;      // [batch]: entries of the table in use
   const int32_t* positions;  // [batch]: of the first query, or null: the queries are the last tokens
   const int32_t* first;      // [batch]: the first position that is seen, or null
+  const uint8_t* mask;       // of batch, head, query, position, or null
   const float* sinks;        // [heads] or null
   float* partials;           // for each (sequence, head of keys, row tile, split): rows x (dim + 2)
   uint32_t* counters;        // for each (sequence, head of keys, row tile); zero before and after
-  int64_t q_strides[3];
+  int64_t q_strides[3], mask_strides[4];
   int heads, kv_heads, queries, group;  // group: query heads that share a head of keys
   int table_pages, splits;
   int window, causal, is_bfloat16;
+  int mask_first, mask_end;  // positions that the mask covers
   float scale, softcap;
 };
 

@@ -145,14 +145,33 @@ def _optional(op: str, name: str, x: Tensor | None, dtype: torch.dtype, length: 
     return x.data_ptr()
 
 
+def _mask(op: str, mask: Tensor | None, first: int, shape: tuple[int, int, int], device: torch.device) -> list[int]:
+    """The mask's address, four strides, first position and length."""
+    if mask is None:
+        return [0] * 7
+    batch, heads, queries = shape
+    if mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[0] not in (1, batch) \
+            or mask.shape[1] not in (1, heads) or mask.shape[2] != queries or mask.device != device:
+        fail(op, "mask", f"{mask.dtype} {list(mask.shape)} on {mask.device}",
+             f"torch.bool [{batch} or 1, {heads} or 1, {queries}, tokens] on {device}")
+    if not 0 <= first <= 2**31 - 1 - mask.shape[3]:
+        fail(op, "mask_first", first, "positions from 0 to 2^31 - 1")
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride())]
+    # One without columns has no address, and hides everything all the same.
+    return [mask.data_ptr() or 1, *strides, first, mask.shape[3]]
+
+
 def kv_attention(query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, scale: float, *, softcap: float = 0.0,
                  causal: bool = True, window: int = 0, positions: Tensor | None = None, first: Tensor | None = None,
-                 sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                 sinks: Tensor | None = None, mask: Tensor | None = None,
+                 mask_first: int = 0) -> tuple[Tensor, Tensor]:
     """``(out [batch, queries, heads, head_dim], log_sum_exp [batch, heads, queries])`` of attention of ``query [batch,
     heads, queries, head_dim]`` over all tokens of the table. The queries are each sequence's last tokens, or begin at
     ``positions`` int32 ``[batch]``; ``first`` int32 ``[batch]``: the first position that is seen (left padding);
     ``window``: positions that a query sees, its own included, 0 for all; ``sinks`` float32 ``[heads]``: logits that
-    only take part in the denominator. A query that sees nothing gives 0 and -infinity."""
+    only take part in the denominator; ``mask``: bool ``[batch or 1, heads or 1, queries, tokens]``, of any strides, which
+    of the positions from ``mask_first`` on a query sees, others it does not. A query that sees nothing gives 0 and
+    -infinity."""
     op, device = "kv_attention", table.device
     batch = _check_table(op, table, pages)
     _check_numbers(op, "query", query, batch, device)
@@ -162,8 +181,9 @@ def kv_attention(query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, sca
     if window < 0 or not softcap >= 0:
         fail(op, "window, softcap", [window, softcap], "0 or more")
     extra = [_optional(op, "positions", positions, torch.int32, batch, device),
-             _optional(op, "first", first, torch.int32, batch, device),
-             _optional(op, "sinks", sinks, torch.float32, heads, device)]
+             _optional(op, "first", first, torch.int32, batch, device)]
+    sink_address = _optional(op, "sinks", sinks, torch.float32, heads, device)
+    hidden = _mask(op, mask, mask_first, (batch, heads, queries), device)
     query = _rows(query)
     out = query.new_empty((batch, queries, heads, dim))
     log_sum_exp = query.new_empty((batch, heads, queries), dtype=torch.float32)
@@ -173,8 +193,8 @@ def kv_attention(query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, sca
     with _on(device):
         partials, counters = _workspace(device, partial_bytes, counter_bytes)
         _C.cuda_kv_attention(
-            table.data_ptr(), pages.data_ptr(), batch, table.shape[1], query.data_ptr(), CODE[query.dtype], heads,
-            kv_heads, dim, queries, query.stride()[:3], out.data_ptr(), log_sum_exp.data_ptr(), *extra, window, causal,
-            scale, softcap, splits, partials.data_ptr() if splits > 1 else 0, counters.data_ptr() if splits > 1 else 0,
-            _stream(device))
+            [table.data_ptr(), pages.data_ptr(), batch, table.shape[1], kv_heads, dim, CODE[query.dtype]],
+            [query.data_ptr(), heads, queries, *query.stride()[:3], out.data_ptr(), log_sum_exp.data_ptr(), *extra,
+             window, int(causal), *hidden, sink_address, splits, partials.data_ptr() if splits > 1 else 0,
+             counters.data_ptr() if splits > 1 else 0], scale, softcap, _stream(device))
     return out, log_sum_exp
