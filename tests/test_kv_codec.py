@@ -258,6 +258,13 @@ def test_extremes():
                      LEVELS["low"], 0, 0)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_tokens_that_do_not_spread(tokens):
+    x = sample("heavy", 1, 16).expand(1, tokens, 16).contiguous() * 3
+    data = encode_streams(x, steps(x, 16))[0]
+    assert ((decode_one(data, tokens, 16) - x[0]).abs() <= x.abs().max() / 2000).all()
+
+
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 

@@ -103,8 +103,22 @@ def test_what_the_pace_allows(published):
     assert pick(sizes[0] * 0.5, chunk=3) == "high", "only what is left counts"
 
 
+class Clock:
+    """Time that passes only where the server waits to keep its rate: what is measured is the rate, exactly."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 @pytest.mark.parametrize("share,expected", [(20.0, "high"), (1.0, "low"), (0.2, "text")])
-def test_levels_follow_the_measured_bandwidth(model, ids, published, share, expected):
+def test_levels_follow_the_measured_bandwidth(model, ids, published, share, expected, monkeypatch):
+    monkeypatch.setattr(streaming, "time", Clock())
     directory, manifest = published
     seconds = 1.0
     # What is left after the first chunk, which comes at the middle level, just about fits at the wanted level.

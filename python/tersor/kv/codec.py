@@ -121,9 +121,10 @@ class Geometry:
 
 
 def steps(x: Tensor, bins: int) -> Tensor:
-    """Steps float16 ``[heads]`` for ``x [heads, tokens, dim]`` in ``bins`` bins, never under float16's least number."""
+    """Steps float16 ``[heads]`` for ``x [heads, tokens, dim]`` in ``bins`` bins, never under float16's least number, nor
+    under 2^-11 of the largest number (a single token, or equal ones, do not spread at all)."""
     spread = (x.float() - x.float().mean(1, keepdim=True)).abs().amax(2).mean(1) / (bins // 2 - 1)
-    return spread.clamp(2.0**-24, 65504.0).to(torch.float16)
+    return spread.maximum(x.float().abs().amax((1, 2)) / 2048).clamp(2.0**-24, 65504.0).to(torch.float16)
 
 
 def encode_streams(x: Tensor, step: Tensor, threads: int | None = None) -> list[bytes]:
