@@ -20,7 +20,8 @@ def hadamard_matrix(order: int) -> Tensor:
     """A Hadamard matrix ``H [order, order]`` of -1 and 1 in float64: ``H @ H.T = order * I``.
 
     ``order = m * 2^k``; the matrix is ``base(m) kron sylvester(2^k)``, with the smallest m that one of these gives: 1,
-    Paley's constructions (m - 1, or m / 2 - 1, a prime or the square of one). ValueError where none does.
+    Paley's constructions (m - 1, or m / 2 - 1, a prime or the square of one),
+    Williamson's (156, 172). ValueError where none does.
     """
     m = hadamard_base(order)
     return torch.kron(_base_matrix(m), _sylvester(order // m))
@@ -37,7 +38,7 @@ def hadamard_base(order: int) -> int:
             return m
         m *= 2
     raise ValueError(f"Hadamard transform: found width {order}; accepted are powers of two times 1, 12, 20, 28, 36, 44, "
-                     f"52, 60 and other orders up to {MOST_ORDER} that Paley's constructions give")
+                     f"52, 60 and other orders up to {MOST_ORDER} that Paley's constructions give, 156 and 172")
 
 
 def hadamard(x: Tensor, size: int = 0, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
@@ -101,6 +102,12 @@ def permute(x: Tensor, index: Tensor) -> Tensor:
 
 # -- constructions ----------------------------------------------------------------------------------------------
 
+# The known part of the first rows of four symmetric circulant matrices whose squares add up to m I: entries 0 to m / 8.
+_WILLIAMSON = {
+    156: ("+++--+-+-----+--++--", "++++---+--++----+-+-", "+++--++-+---+-+--+--", "+---++-+-+-----+++-+"),
+    172: ("+---++--++++-+-+++-++-", "++-++++++----+-+--++-+", "+++-+-++--+-+-++++-+--", "++---++++-+--+--++----"),
+}
+
 
 def _prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
@@ -121,7 +128,7 @@ def _construction(m: int) -> str | None:
         return "paley"
     if (m // 2 - 1) % 4 == 1 and _field(m // 2 - 1):
         return "double"
-    return None
+    return "williamson" if m in _WILLIAMSON else None
 
 
 def _characters(q: int) -> Tensor:
@@ -148,6 +155,13 @@ def _legendre(p: int) -> Tensor:
     return character
 
 
+def _circulant(half: str, order: int) -> Tensor:
+    """The symmetric circulant matrix with this beginning of its first row."""
+    row = torch.tensor([1.0 if sign == "+" else -1.0 for sign in half], dtype=torch.float64)
+    distance = (torch.arange(order)[:, None] - torch.arange(order)).abs()
+    return row[torch.minimum(distance, order - distance)]
+
+
 def _sylvester(order: int) -> Tensor:
     h = torch.ones(1, 1, dtype=torch.float64)
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
@@ -162,6 +176,9 @@ def _base_matrix(m: int) -> Tensor:
     kind = _construction(m)
     if kind == "sylvester":
         return _sylvester(m)
+    if kind == "williamson":
+        a, b, c, d = (_circulant(row, m // 4) for row in _WILLIAMSON[m])
+        return torch.cat([torch.cat(row, 1) for row in ((a, b, c, d), (-b, a, -d, c), (-c, d, a, -b), (-d, -c, b, a))])
     q = m - 1 if kind == "paley" else m // 2 - 1
     border = torch.zeros(q + 1, q + 1, dtype=torch.float64)
     border[1:, 1:] = _characters(q)
