@@ -20,8 +20,8 @@ def hadamard_matrix(order: int) -> Tensor:
     """A Hadamard matrix ``H [order, order]`` of -1 and 1 in float64: ``H @ H.T = order * I``.
 
     ``order = m * 2^k``; the matrix is ``base(m) kron sylvester(2^k)``, with the smallest m that one of these gives: 1,
-    Paley's constructions (m - 1, or m / 2 - 1, a prime or the square of one),
-    Williamson's (156, 172). ValueError where none does.
+    Paley's constructions (m - 1, or m / 2 - 1, a prime or the square of one), Williamson's (156, 172). ValueError where
+    none does.
     """
     m = hadamard_base(order)
     return torch.kron(_base_matrix(m), _sylvester(order // m))
@@ -37,8 +37,8 @@ def hadamard_base(order: int) -> int:
         if m == 1 or _construction(m) is not None:
             return m
         m *= 2
-    raise ValueError(f"Hadamard transform: found width {order}; accepted are powers of two times 1, 12, 20, 28, 36, 44, "
-                     f"52, 60 and other orders up to {MOST_ORDER} that Paley's constructions give, 156 and 172")
+    raise ValueError(f"Hadamard transform: found width {order}; accepted are powers of two times 1, 12, 20, 28, 36, "
+                     f"44, 52, 60, 156, 172 and what else Paley's constructions give up to {MOST_ORDER}")
 
 
 def hadamard(x: Tensor, size: int = 0, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
