@@ -20,7 +20,8 @@ from tersor.registry import resolve_format
 
 FORMATS = [
     Int(4), Int(3, 32, False), Int(2, 0), Int(5, 64, scale_dtype="fp16"), Int(8, 0, activation=8),
-    Int(4, 32, activation=4), Dense(), LowRank(4), Float("e4m3", "tensor"), Float("e4m3", "channel"),
+    Int(4, 32, activation=4), Int(6, 32, activation=6, act_group=64, act_clip=0.9),
+    Int(4, 32, False, activation=8, act_group=0, act_sym=False), Dense(), LowRank(4), Float("e4m3", "tensor"), Float("e4m3", "channel"),
     Float("e4m3", "block"), Microscaling("e2m1"), Microscaling("e2m3"), Microscaling("e4m3"), NVFP4(),
     Inputs(Int(4, 32), "fp8", "token"), PRESETS["FP8"], PRESETS["FP8_BLOCK"], PRESETS["NVFP4"], PRESETS["MXFP4"],
     PRESETS["MXFP6A8"], PRESETS["MXFP4XFP8"], Sparse24(), Sparse24(Int(4, 32)), Sparse24(Int(4, 32, False)),
@@ -146,7 +147,7 @@ def test_kernel_is_named_or_reference(fmt):
     name = fmt.kernel(EVEN)
     expected = isinstance(fmt, (Int, Dense, LowRank)) or isinstance(fmt, Sum) and all(
         isinstance(term, (Int, LowRank)) for term in fmt.terms)
-    if isinstance(fmt, Int) and fmt.activation == 4:
+    if isinstance(fmt, Int) and not fmt._by_kernel:
         expected = False
     assert reference_kernel(name) is not expected, name
 

@@ -111,7 +111,7 @@ def test_every_name_resolves_and_names_itself(name):
     ("gptq:W4A16+", "expected a format name at character 12, found the end"),
     ("W4A16 W4A16", "expected the end"),
     ("gptqq:W4A16", "unknown method 'gptqq'; did you mean 'gptq'?"),
-    ("gptq:W4A61", "61 activation bits, accepted are 4, 8 and 16"),
+    ("gptq:W4A61", "61 activation bits, accepted are 4, 6, 8 and 16"),
     ("gptq:W9A16", "9 weight bits, accepted are 2 to 8"),
     ("gptq:FP8_DYNAMC", "unknown format 'FP8_DYNAMC'; did you mean 'FP8_DYNAMIC'?"),
     ("nvfp4", "did you mean 'NVFP4'?"),

@@ -17,6 +17,8 @@ TILE_ROWS = 16  # rows that a kernel tile interleaves
 BLOCK_COLUMNS = 32  # columns of one block of a tile
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ACTIVATION_BITS = (4, 6, 8, 16)
+_EXACT_INPUT = (BLOCK_COLUMNS, 1.0, True, False)
 SEARCH_STEPS = 80  # ranges tried: the full one down to a fifth of it, a hundredth at a time
 
 
@@ -25,9 +27,13 @@ class Int(Format):
     """``w = (q - zero_point) * scale`` with ``q`` in ``0 .. 2^bits - 1``.
 
     Symmetric weights fix the zero point at ``2^(bits-1)``. ``group_size`` columns of a row share a scale; 0 means the
-    whole row. ``activation`` is the input's precision inside the kernel: 16 leaves it exact, 8 quantizes each token to
-    int8 on the fly in blocks of 32 channels, 4 does the same in four bits at reference level. ``scale_dtype`` is
-    ``model`` (the weight's own dtype), ``fp32``, ``bf16`` or ``fp16``.
+    whole row. ``scale_dtype`` is ``model`` (the weight's own dtype), ``fp32``, ``bf16`` or ``fp16``.
+
+    ``activation`` is the input's precision inside the kernel: 16 leaves it exact; 8, 6 and 4 round it to integers, as
+    `quantize_activations` defines. ``act_group`` channels of a token share a scale (multiples of 32; 0: all of them),
+    which covers ``act_clip`` times their largest size (0 < act_clip <= 1; what lies beyond saturates), or without
+    ``act_sym`` their range, with a zero point. ``act_scale`` says where the scale comes from: ``dynamic``, each call's
+    input, or ``static``, the stored float32 ``input_scale [groups]`` (steps, from calibration).
     """
 
     num_bits: int = 4
@@ -35,17 +41,41 @@ class Int(Format):
     symmetric: bool = True
     activation: int = 16
     scale_dtype: str = "model"
+    act_group: int = BLOCK_COLUMNS
+    act_clip: float = 1.0
+    act_scale: str = "dynamic"
+    act_sym: bool = True
 
     def __post_init__(self):
         if not 2 <= self.num_bits <= 8:
             raise ValueError(f"found {self.num_bits} weight bits, accepted are 2 to 8")
-        if self.activation not in (4, 8, 16):
-            raise ValueError(f"found {self.activation} activation bits, accepted are 4, 8 and 16")
+        if self.activation not in ACTIVATION_BITS:
+            raise ValueError(f"found {self.activation} activation bits, accepted are 4, 6, 8 and 16")
         if self.group_size < 0 or self.group_size % BLOCK_COLUMNS:
             raise ValueError(f"found group={self.group_size}, accepted are multiples of {BLOCK_COLUMNS} "
                              "(32, 64, 128 are usual) and 0 for one scale per channel")
         if self.scale_dtype != "model" and self.scale_dtype not in _DTYPES:
             raise ValueError(f"found scale={self.scale_dtype!r}, accepted are model, {', '.join(_DTYPES)}")
+        self._check_activations()
+
+    def _check_activations(self) -> None:
+        if self.act_group < 0 or self.act_group % BLOCK_COLUMNS:
+            raise ValueError(f"found act_group={self.act_group}, accepted are multiples of {BLOCK_COLUMNS} and 0 for "
+                             "one scale per token")
+        if not 0 < self.act_clip <= 1:
+            raise ValueError(f"found act_clip={self.act_clip}, accepted are factors above 0 up to 1")
+        if self.act_scale not in ("dynamic", "static"):
+            raise ValueError(f"found act_scale={self.act_scale!r}, accepted are dynamic and static")
+        if self.act_scale == "static" and not self.act_sym:
+            raise ValueError("found act_scale=static with act_sym=false, accepted are static scales of symmetric codes")
+        if self.activation == 16 and self.input_options != _EXACT_INPUT:
+            raise ValueError("found options of quantized activations with 16 bits, accepted are act_group, act_clip, "
+                             "act_scale and act_sym with 4, 6 or 8 bits")
+
+    @property
+    def input_options(self) -> tuple[int, float, bool, bool]:
+        """``(act_group, act_clip, act_sym, static)``."""
+        return self.act_group, self.act_clip, self.act_sym, self.act_scale == "static"
 
     # -- parameters and projection ------------------------------------------------------------------------------
 
@@ -122,15 +152,40 @@ class Int(Format):
 
     def pack(self, w_hat: Tensor, params: Params) -> Tensors:
         codes = self.codes(w_hat, params).to(torch.uint8)
-        return self.pack_codes(codes, params["scales"].to(params["dtype"]), params.get("zero_points"))
+        return self.pack_codes(codes, params["scales"].to(params["dtype"]), params.get("zero_points"),
+                               params.get("input_scale"))
 
-    def pack_codes(self, codes: Tensor, scales: Tensor, zero_points: Tensor | None) -> Tensors:
+    def pack_codes(self, codes: Tensor, scales: Tensor, zero_points: Tensor | None,
+                   input_scale: Tensor | None = None) -> Tensors:
         """Stored tensors from ``codes`` uint8 ``[out, in]``, ``scales`` ``[out, groups]`` in their final dtype and
         ``zero_points`` ``[out, groups]`` (None where symmetric). The standard checkpoint layouts come in here."""
         tensors = {"qweight": ops.int_pack(codes.contiguous(), self.num_bits), "scales": tile_rows(scales)}
         if not self.symmetric:
             tensors["zero_points"] = tile_rows(zero_points.to(torch.uint8))
+        if self.act_scale == "static":
+            accepted = f"finite steps above 0, [{self.input_groups(codes.shape[1])}], from calibration"
+            if input_scale is None:
+                raise ValueError(f"{self}: found no input_scale, accepted are {accepted}")
+            input_scale = input_scale.to(torch.float32).reshape(-1)
+            if len(input_scale) != self.input_groups(codes.shape[1]) \
+                    or not bool((input_scale.isfinite() & (input_scale > 0)).all()):
+                raise ValueError(f"{self}: found input_scale {list(input_scale.shape)} from {input_scale.min():g} to "
+                                 f"{input_scale.max():g}, accepted are {accepted}")
+            tensors["input_scale"] = input_scale.contiguous()
         return tensors
+
+    def input_groups(self, in_features: int) -> int:
+        """Activation scales of a token."""
+        return math.ceil(in_features / self.act_group) if self.act_group else 1
+
+    def input_scale(self, largest: Tensor) -> Tensor:
+        """The static ``input_scale [groups]`` for ``largest [in]``, the largest size of each channel that calibration
+        saw. A group without any gets the least normal step."""
+        group = self.act_group or largest.numel()
+        padded = torch.nn.functional.pad(largest.float(), (0, -largest.numel() % group))
+        top = 2 ** (self.activation - 1) - 1
+        steps = padded.unflatten(0, (-1, group)).amax(-1) * self.act_clip / top
+        return steps.clamp_min(torch.finfo(torch.float32).smallest_normal)
 
     def unpack_codes(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(codes, scales, zero_points)`` in row-major order, as `pack_codes` takes them."""
@@ -160,37 +215,49 @@ class Int(Format):
         }
         if not self.symmetric:
             spec["zero_points"] = TensorSpec(scales, torch.uint8)
+        if self.act_scale == "static":
+            spec["input_scale"] = TensorSpec((self.input_groups(shape[1]),), torch.float32)
         return spec
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def quantize_input(self, x: Tensor) -> Tensor:
-        return x if self.activation == 16 else quantize_activations(x, self.activation)
+    def quantize_input(self, x: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the kernel sees of ``x [..., in]``; ``tensors`` hold the scale where it is static."""
+        if self.activation == 16:
+            return x
+        scale = None if self.act_scale == "dynamic" else tensors["input_scale"]
+        return quantize_activations(x, self.activation, self.act_group, self.act_clip, self.act_sym, scale)
+
+    @property
+    def _by_kernel(self) -> bool:
+        return self.activation in (8, 16) and self.input_options == _EXACT_INPUT
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
-        if self.activation == 4:
-            return super().linear(x, tensors, bias, shape)
+        if not self._by_kernel:
+            seen = self.quantize_input(x, tensors)
+            return torch.nn.functional.linear(seen, self.unpack(tensors, shape, x.dtype), bias)
         return ops.int_linear(x, tensors["qweight"], tensors["scales"], tensors.get("zero_points"), bias,
                               shape[0], self.num_bits, self.group_size, self.activation)
 
     def linear_grouped(self, x: Tensor, ends: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None,
                        shape: Shape) -> Tensor:
-        if self.activation == 4:
+        if not self._by_kernel:
             return super().linear_grouped(x, ends, tensors, bias, shape)
         return ops.int_linear_grouped(x, ends, tensors["qweight"], tensors["scales"], tensors.get("zero_points"), bias,
                                       shape[0], self.num_bits, self.group_size, self.activation)
 
     def bind(self, tensors: Mapping[str, Tensor], shape: Shape):
-        if self.activation == 4 or not tensors["qweight"].is_cpu:
+        if not self._by_kernel or not tensors["qweight"].is_cpu:
             return None
         return ops.BoundIntLinear(tensors["qweight"], tensors["scales"], tensors.get("zero_points"), shape,
                                   self.num_bits, self.group_size, self.activation)
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
-        if self.activation == 4:
-            return "reference: no kernel for 4-bit activations"
-        if self.activation == 8 and torch.device(device).type == "cuda":
-            return "reference: no CUDA kernel for 8-bit activations, torch rounds them for int_linear cuda"
+        if not self._by_kernel:
+            return "reference: no kernel for these activations"
+        if self.activation < 16 and torch.device(device).type == "cuda":
+            return (f"reference: no CUDA kernel for {self.activation}-bit activations, torch rounds them for "
+                    "int_linear cuda")
         return ops.int_linear.kernel(torch.device(device))
 
     def kernel_grouped(self, shape: Shape, device: torch.device | str = "cpu") -> str:
@@ -205,6 +272,14 @@ class Int(Format):
             shown.append("sym=false")
         if self.scale_dtype != "model":
             shown.append(f"scale={self.scale_dtype}")
+        if self.act_group != BLOCK_COLUMNS:
+            shown.append(f"act_group={self.act_group}")
+        if self.act_clip != 1:
+            shown.append(f"act_clip={self.act_clip}")
+        if self.act_scale != "dynamic":
+            shown.append(f"act_scale={self.act_scale}")
+        if not self.act_sym:
+            shown.append("act_sym=false")
         return f"W{self.num_bits}A{self.activation}" + (f"[{','.join(shown)}]" if shown else "")
 
 
@@ -249,15 +324,46 @@ def default_group(num_bits: int, activation: int) -> int:
     return 0 if (num_bits, activation) == (8, 8) else 128
 
 
-def quantize_activations(x: Tensor, bits: int, block: int = BLOCK_COLUMNS) -> Tensor:
-    """What the low-bit kernels see of ``x [..., in]``: symmetric integers per token and block of ``block`` channels,
-    multiplied back, in ``x``'s dtype (float32 arithmetic inside)."""
-    top = 2 ** (bits - 1) - 1
-    padding = -x.shape[-1] % block
-    blocks = torch.nn.functional.pad(x.float(), (0, padding)).unflatten(-1, (-1, block))
-    scale = blocks.abs().amax(-1, keepdim=True) / top
-    q = torch.where(scale > 0, (blocks / scale).round(), 0.0).clamp(-top, top)
-    return (q * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+def quantize_activations(x: Tensor, bits: int, group: int = BLOCK_COLUMNS, clip: float = 1.0, symmetric: bool = True,
+                         scale: Tensor | None = None, block_bits: Tensor | None = None) -> Tensor:
+    """What the low-bit kernels see of ``x [..., in]``: the integers of `activation_codes` times their scales, in the
+    dtype of ``x`` (float32 arithmetic inside). A group with NaN or Inf gives NaN."""
+    values, scales = activation_codes(x, bits, group, clip, symmetric, scale, block_bits)
+    return (values * scales).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+
+def activation_codes(x: Tensor, bits: int, group: int = BLOCK_COLUMNS, clip: float = 1.0, symmetric: bool = True,
+                     scale: Tensor | None = None, block_bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Integers ``[..., groups, group]`` and scales ``[..., groups, 1]``, float32, of ``x [..., in]`` (padded with 0).
+
+    ``group`` channels share a scale; 0: all. Symmetric: ``scale = clip * max|x| / top``, ``top = 2^(bits-1) - 1``,
+    integers from -top to top. Not symmetric: ``scale`` covers ``clip * min(x, 0)`` to ``clip * max(x, 0)`` in
+    2^bits - 1 steps, and the integer is code - zero point, codes from 0. ``scale [groups]`` replaces the dynamic one.
+    ``block_bits`` uint8 ``[ceil(in / 128)]``, 4 or 8 for each 128 channels, replaces ``bits`` (COMET); groups are then
+    32, 64 or 128. Codes are rounded to nearest even. A group whose scale is 0 gives zeros.
+    """
+    group = group or max(x.shape[-1], 1)
+    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    wide = groups.new_tensor(float(bits))
+    if block_bits is not None:
+        wide = block_bits.to(groups).repeat_interleave(128 // group)[: groups.shape[-2], None]
+    if symmetric:
+        high = 2 ** (wide - 1) - 1
+        low = -high
+        largest = groups.abs().amax(-1, keepdim=True)
+        found = largest * clip / high
+        if scale is not None:
+            found = torch.where(largest.isfinite(), scale.to(groups)[:, None], float("nan"))
+    else:
+        high = groups.amax(-1, keepdim=True).clamp_min(0) * clip
+        low = groups.amin(-1, keepdim=True).clamp_max(0) * clip
+        levels = 2**wide - 1
+        found = high / levels - low / levels
+        zero = torch.where(found > 0, (-low / found).round(), 0.0).clamp(min=0)
+        zero = torch.minimum(zero, levels)
+        low, high = -zero, levels - zero
+    codes = torch.where(found > 0, (groups / found).round(), 0.0)
+    return torch.minimum(torch.maximum(codes, low), high), found
 
 
 def tile_rows(values: Tensor) -> Tensor:
@@ -273,8 +379,9 @@ def untile_rows(values: Tensor, rows: int) -> Tensor:
     return values.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
 
 
-@register_format(r"W(\d+)A(\d+)(_ASYM)?", "W4A16", "integer weights of 2 to 8 bits, activations of 16, 8 or 4 bits")
-def _integer(match, inner, *, group: int | None = None, sym: bool | None = None, scale: str = "model"):
+@register_format(r"W(\d+)A(\d+)(_ASYM)?", "W4A16", "integer weights of 2 to 8 bits, activations of 16, 8, 6 or 4 bits")
+def _integer(match, inner, *, group: int | None = None, sym: bool | None = None, scale: str = "model",
+             act_group: int = BLOCK_COLUMNS, act_clip: float = 1.0, act_scale: str = "dynamic", act_sym: bool = True):
     if inner is not None:
         raise ValueError(f"an integer format holds values and nothing nests in it, found {inner}")
     bits, activation = int(match[1]), int(match[2])
@@ -283,4 +390,5 @@ def _integer(match, inner, *, group: int | None = None, sym: bool | None = None,
     if group == -1:
         group = 0
     symmetric = match[3] is None if sym is None else sym
-    return Int(bits, group, symmetric, activation, scale)
+    act_group = 0 if act_group == -1 else act_group
+    return Int(bits, group, symmetric, activation, scale, act_group, float(act_clip), act_scale, act_sym)

@@ -92,8 +92,10 @@ class Packed(OwnLayout):
 
     def decode(self, tensors: Tensors, site: Site) -> Decoded:
         decoded = self._standard.decode(tensors, site)
+        f = self.format
+        format = replace(decoded.format, act_group=f.act_group, act_clip=f.act_clip, act_sym=f.act_sym)
         pre, post = self._steps(tensors, site)
-        return replace(decoded, pre=pre, post=post)
+        return replace(decoded, format=format, pre=pre, post=post)
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ def _layout(what: str, group: Mapping) -> OwnLayout:
     except SpecError as error:
         raise CheckpointError(f"{what}.spec: {error}") from None
     steps = _steps(what, "pre", group.get("pre", [])) + _steps(what, "post", group.get("post", []))
-    if kind == PACKED and isinstance(format, Int):
+    if kind == PACKED and isinstance(format, Int) and format.act_scale == "dynamic":
         return Packed(format, steps)
     if kind != NATIVE:
         raise CheckpointError(f"{what}.format: found {kind!r} for {spec}, accepted are {PACKED!r} (integer formats) "
@@ -252,7 +254,7 @@ def layout_of(layer: nn.Module) -> OwnLayout:
     if not named:
         raise Unsupported(f"format {format!r}: its name {text!r} stands for another format")
     steps = _held(getattr(layer, "pre", None), "pre") + _held(getattr(layer, "post", None), "post")
-    packed = isinstance(format, Int) and not isinstance(layer, Experts)
+    packed = isinstance(format, Int) and format.act_scale == "dynamic" and not isinstance(layer, Experts)
     return (Packed if packed else Native)(format, steps)
 
 

@@ -180,6 +180,10 @@ def _write_compressed_tensors(layers: Mapping[str, Layer], plain: Surroundings) 
             raise _refuse(container, name, f"found format {layer.format}, accepted are integer formats")
         if _steps(layer):
             raise _refuse(container, name, f"it has online steps ({_steps(layer)})")
+        f = layer.format
+        if f.activation == 6 or f.act_group not in (0, 32) or f.input_options[1:] != (1.0, True, False):
+            raise _refuse(container, name, f"found activations of {f}, accepted are dynamic symmetric ones of 4 or 8 "
+                                           "bits with act_group 0 or 32")
         if layer.format.group_size and layer.shape[1] % layer.format.group_size:
             raise _refuse(container, name, f"{layer.shape[1]} columns are not whole groups of "
                                            f"{layer.format.group_size}")
