@@ -1,9 +1,9 @@
 // The part of tersor._C for the compressed cache on CUDA (cuda/tersor_kv.h). Pointers are integers, 0 for absent;
-// `stream` is a cudaStream_t as an integer, and nothing here waits for it. No logic here.
+// `stream` is a cudaStream_t as an integer, and nothing here waits for it; structs are lists of their fields in order.
+// No logic here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace {
 
 using Address = uintptr_t;
-using Strides = std::array<int64_t, 3>;
+using Numbers = std::vector<int64_t>;
 
 template <class T = void>
 T* pointer(Address address) {
@@ -31,10 +31,20 @@ void check(int status) {
 
 // A struct of int64 and pointers from its fields.
 template <class T>
-T fields(const std::vector<int64_t>& numbers) {
+T fields(const Numbers& numbers) {
   T made{};
   if (numbers.size() * sizeof(int64_t) != sizeof(T)) throw py::value_error("found another number of fields");
   std::memcpy(&made, numbers.data(), sizeof(T));
+  return made;
+}
+
+// The cache with its formats, one after another, which live as long as `formats`.
+tersor_cuda_kv_cache with_formats(const Numbers& cache, const Numbers& formats) {
+  auto made = fields<tersor_cuda_kv_cache>(cache);
+  if (formats.size() * sizeof(int64_t) != made.formats * sizeof(tersor_cuda_kv_format)) {
+    throw py::value_error("found another number of formats");
+  }
+  made.format = reinterpret_cast<const tersor_cuda_kv_format*>(formats.data());
   return made;
 }
 
@@ -43,24 +53,23 @@ T fields(const std::vector<int64_t>& numbers) {
 void define_kv_cuda(py::module_& module) {
   module.def(
       "cuda_kv_append",
-      [](Address table, Address pages, int64_t batch, int64_t table_pages, int64_t kv_heads, int64_t head_dim,
-         Address keys, Address values, int64_t tokens, const Strides& k, const Strides& v, Address stream) {
-        check(tersor_cuda_kv_append(pointer(table), pointer<const int32_t>(pages), batch, table_pages, kv_heads,
-                                    head_dim, pointer(keys), pointer(values), tokens, k[0], k[1], k[2], v[0], v[1],
-                                    v[2], pointer(stream)));
+      [](const Numbers& cache, const Numbers& tokens, Address stream) {
+        const auto c = fields<tersor_cuda_kv_cache>(cache);
+        const auto t = fields<tersor_cuda_kv_tokens>(tokens);
+        check(tersor_cuda_kv_append(&c, &t, pointer(stream)));
       },
-      py::arg("table"), py::arg("pages"), py::arg("batch"), py::arg("table_pages"), py::arg("kv_heads"),
-      py::arg("head_dim"), py::arg("keys"), py::arg("values"), py::arg("tokens"), py::arg("key_strides"),
-      py::arg("value_strides"), py::arg("stream"), "the last `tokens` tokens of each sequence to their raw pages");
+      py::arg("cache"), py::arg("tokens"), py::arg("stream"),
+      "the last tokens of each sequence to their raw pages; fields of structs in order");
   module.def(
       "cuda_kv_pack",
-      [](Address jobs, int64_t count, int64_t kv_heads, int64_t head_dim, int dtype, int64_t key_bits,
-         int64_t value_bits, Address stream) {
-        check(tersor_cuda_kv_pack(pointer<const int64_t>(jobs), count, kv_heads, head_dim, dtype, key_bits, value_bits,
+      [](const Numbers& cache, const Numbers& formats, int64_t format, int64_t key_bits, int64_t value_bits,
+         Address jobs, int64_t count, Address stream) {
+        const auto c = with_formats(cache, formats);
+        check(tersor_cuda_kv_pack(&c, format, key_bits, value_bits, pointer<const int64_t>(jobs), count,
                                   pointer(stream)));
       },
-      py::arg("jobs"), py::arg("count"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("dtype"),
-      py::arg("key_bits"), py::arg("value_bits"), py::arg("stream"), "packs full raw pages");
+      py::arg("cache"), py::arg("formats"), py::arg("format"), py::arg("key_bits"), py::arg("value_bits"),
+      py::arg("jobs"), py::arg("count"), py::arg("stream"), "packs full raw pages");
   module.def(
       "cuda_kv_attention_plan",
       [](int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t queries, int64_t pages,
@@ -77,12 +86,12 @@ void define_kv_cuda(py::module_& module) {
       "(splits, bytes of partials, bytes of counters) for cuda_kv_attention on a device");
   module.def(
       "cuda_kv_attention",
-      [](const std::vector<int64_t>& cache, const std::vector<int64_t>& query, float scale, float softcap,
+      [](const Numbers& cache, const Numbers& formats, const Numbers& query, float scale, float softcap,
          Address stream) {
-        const auto c = fields<tersor_cuda_kv_cache>(cache);
+        const auto c = with_formats(cache, formats);
         const auto q = fields<tersor_cuda_kv_query>(query);
         check(tersor_cuda_kv_attention(&c, &q, scale, softcap, pointer(stream)));
       },
-      py::arg("cache"), py::arg("query"), py::arg("scale"), py::arg("softcap"), py::arg("stream"),
-      "attention over a paged cache on a GPU; cache, query: the fields of the structs of cuda/tersor_kv.h in order");
+      py::arg("cache"), py::arg("formats"), py::arg("query"), py::arg("scale"), py::arg("softcap"), py::arg("stream"),
+      "attention over a paged cache on a GPU; cache, query: fields of structs in order");
 }

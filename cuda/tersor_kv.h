@@ -2,10 +2,10 @@
  * cudaStream_t) of the current device and not waited for. Every function returns TERSOR_OK or an error code.
  *
  * A cache is a table [batch, table_pages] of 16-byte entries (struct KvPage of cuda/tile/kv_layout.h: int64 address,
- * int32 position of the first token, uint16 tokens, uint8 key_bits, uint8 value_bits) and pages [batch], the entries in
- * use. A page holds up to 64 tokens of one sequence, all heads of keys; positions ascend from page to page. Addresses
- * are multiples of 16. Numbers are 16-bit: dtype is 1 bfloat16, 2 float16. head_dim is 64, 80, 96, 128 or 256, bits are
- * 2, 3, 4, 8 or 16 (raw). */
+ * int32 position of the first token, uint8 tokens, format, key_bits, value_bits) and pages [batch], the entries in use.
+ * A page holds up to 64 tokens of one sequence, all heads of keys; positions ascend from page to page. Addresses are
+ * multiples of 16. Numbers are 16-bit: dtype is 1 bfloat16, 2 float16. head_dim is 64, 80, 96, 128 or 256, bits are 2,
+ * 3, 4, 8 or 16 (raw); format 0 is plain, k the k-th of the cache's. Fields of structs are int64 or pointers. */
 #ifndef TERSOR_KV_CUDA_H
 #define TERSOR_KV_CUDA_H
 
@@ -18,18 +18,45 @@ extern "C" {
 /* Bytes of a page for one head; -1 where there is no such page. */
 int64_t tersor_cuda_kv_page_bytes(int64_t head_dim, int64_t key_bits, int64_t value_bits);
 
-/* Writes the last `tokens` tokens of each sequence, as the table counts them, to their raw pages. keys and values
- * [batch, kv_heads, tokens, head_dim]: strides of the first three dimensions (multiples of 4), the last one's is 1;
- * 8-byte aligned. Tokens whose page is packed are left out. */
-int tersor_cuda_kv_append(const void* table, const int32_t* pages, int64_t batch, int64_t table_pages, int64_t kv_heads,
-                          int64_t head_dim, const void* keys, const void* values, int64_t tokens, int64_t key_batch,
-                          int64_t key_head, int64_t key_token, int64_t value_batch, int64_t value_head,
-                          int64_t value_token, void* stream);
+/* What a format above 0 says (struct KvFormat of cuda/tile/kv_layout.h, enum tersor_kv_coding). */
+typedef struct tersor_cuda_kv_format {
+  int64_t key_coding, value_coding; /* levels: of 2 to 4 bits, ascending, -127 to 127; E4M3: of 8 bits */
+  int64_t key_token;                /* scales of keys are tokens', over all channels */
+  int64_t value_whole;              /* scales of values are for all channels of a token */
+  int64_t separable;                /* channels of values have factors; value_whole too */
+  int64_t key_outliers, value_outliers;
+  int8_t key_levels[16], value_levels[16];
+} tersor_cuda_kv_format;
 
-/* Packs full raw pages: jobs [count, 2] int64, the address of each raw page and of its packed one; a job with an
- * address of 0 is none. */
-int tersor_cuda_kv_pack(const int64_t* jobs, int64_t count, int64_t kv_heads, int64_t head_dim, int dtype,
-                        int64_t key_bits, int64_t value_bits, void* stream);
+typedef struct tersor_cuda_kv_cache {
+  const void* table;
+  const int32_t* pages;
+  int64_t batch, table_pages, kv_heads, head_dim, dtype;
+  int64_t biased;  /* pages have a float32 for each token of a head, which is added to its logits */
+  int64_t formats; /* to 7 */
+  const tersor_cuda_kv_format* format;
+} tersor_cuda_kv_cache;
+
+/* Tokens [batch, kv_heads, tokens, head_dim]: strides of the first three dimensions (multiples of 4), the last one's is
+ * 1; 8-byte aligned. */
+typedef struct tersor_cuda_kv_tokens {
+  const void *keys, *values;
+  int64_t tokens, key_strides[3], value_strides[3];
+  const float* bias; /* [batch, kv_heads, tokens] of a biased cache, or NULL: 0 */
+} tersor_cuda_kv_tokens;
+
+/* Bytes of a page for one head, in format `format`; -1 where there is no such page. */
+int64_t tersor_cuda_kv_format_bytes(const tersor_cuda_kv_cache* cache, int64_t format, int64_t key_bits,
+                                    int64_t value_bits);
+
+/* Writes the last `tokens` tokens of each sequence, as the table counts them, to their raw pages. Tokens whose page is
+ * packed are left out. */
+int tersor_cuda_kv_append(const tersor_cuda_kv_cache* cache, const tersor_cuda_kv_tokens* fresh, void* stream);
+
+/* Packs full raw pages in format `format`: jobs [count, 2] int64, the address of each raw page and of its packed one; a
+ * job with an address of 0 is none. The cache's table is not read. */
+int tersor_cuda_kv_pack(const tersor_cuda_kv_cache* cache, int64_t format, int64_t key_bits, int64_t value_bits,
+                        const int64_t* jobs, int64_t count, void* stream);
 
 /* How many splits suit a device, for sequences of up to `pages` pages, and what scratch memory a launch needs. */
 int tersor_cuda_kv_attention_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t queries,
@@ -38,13 +65,6 @@ int tersor_cuda_kv_attention_plan(int64_t batch, int64_t heads, int64_t kv_heads
 int tersor_cuda_kv_attention_workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                        int64_t queries, int64_t splits, int64_t* partial_bytes,
                                        int64_t* counter_bytes);
-
-/* A cache as a launch reads it. All fields of this and the next are int64 or pointers. */
-typedef struct tersor_cuda_kv_cache {
-  const void* table;
-  const int32_t* pages;
-  int64_t batch, table_pages, kv_heads, head_dim, dtype;
-} tersor_cuda_kv_cache;
 
 typedef struct tersor_cuda_kv_query {
   const void* q; /* [batch, heads, queries, head_dim], 8-byte aligned; strides are multiples of 4, the last is 1 */
@@ -64,7 +84,7 @@ typedef struct tersor_cuda_kv_query {
   uint32_t* counters;       /* zero before the first launch, and again after each */
 } tersor_cuda_kv_query;
 
-/* out = softmax(cap(q k^T scale)) v; softcap 0: none. A query that sees nothing gives 0 and -infinity. */
+/* out = softmax(cap(q k^T scale) + bias) v; softcap 0: none. A query that sees nothing gives 0 and -infinity. */
 int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const tersor_cuda_kv_query* query, float scale,
                              float softcap, void* stream);
 

@@ -14,18 +14,19 @@ import torch
 from emulation import Violation, build
 
 from tersor.kv import cuda_layout as layout
-from tersor.kv.layout import reference_attention
+from tersor.kv.layout import Layout, reference_attention
 
 CODE = {torch.bfloat16: 1, torch.float16: 2}
 KERNEL = "cuda/kernels/sm80_kv_attention.cu"
 SOURCES = [KERNEL, "cuda/dispatch/kv_attention.cu", "cpp/common/status.cpp"]
+FORMAT_SOURCES = [KERNEL.replace(".cu", "_formats.cu"), *SOURCES[1:]]
 PAGE_SOURCES = ["cuda/kernels/kv_append.cu", "cuda/kernels/kv_pack.cu", "cuda/dispatch/kv_append.cu",
                 "cpp/common/status.cpp"]
 
 
 @functools.cache
-def attention_library(dim):
-    return build(SOURCES, {"TERSOR_HEAD_DIM": dim})
+def attention_library(dim, formats=False):
+    return build(FORMAT_SOURCES if formats else SOURCES, {"TERSOR_HEAD_DIM": dim})
 
 
 @functools.cache
@@ -81,16 +82,33 @@ def table_of(rows):
     value_bits)`` for each sequence."""
     table = torch.zeros(len(rows), max(1, *map(len, rows)), 2, dtype=torch.int64)
     for b, row in enumerate(rows):
-        for p, (at, position, tokens, key_bits, value_bits) in enumerate(row):
-            rest = position | tokens << 32 | key_bits << 48 | value_bits << 56
+        for p, (at, position, tokens, key_bits, value_bits, *kind) in enumerate(row):
+            rest = position | tokens << 32 | (kind or [0])[0] << 40 | key_bits << 48 | value_bits << 56
             table[b, p, 0], table[b, p, 1] = at, rest
     return table, torch.tensor([len(row) for row in rows], dtype=torch.int32)
 
 
+def cache_fields(cache, table=None, pages=None):
+    """The struct of a `Cached`."""
+    formats = cache.formats
+    where = [table, pages, len(table), table.shape[1]] if table is not None else [None] * 4
+    return with_formats([*where, cache.kv_heads, cache.dim, CODE[cache.dtype], cache.biased, len(formats) // 11, 0],
+                        formats)
+
+
+def with_formats(cache, formats):
+    """The struct of a cache, whose formats live as long as it."""
+    held = fields(*formats)
+    made = fields(*cache[:-1], ctypes.addressof(held))
+    made.held = held
+    return made
+
+
 @dataclasses.dataclass
 class Cached:
-    """Pages of several sequences, packed by the reference: ``keys``, ``values`` [heads, tokens, dim] of each in float64,
-    as stored. Slots past a page's tokens hold NaN, or, packed, what they were before a crop."""
+    """Pages of several sequences, packed by the reference: ``keys``, ``values`` [heads, tokens, dim] (and ``biases``
+    [heads, tokens]) of each in float64, as stored. Slots past a page's tokens hold NaN, or, packed, what they were
+    before a crop. ``rows``: entries (address, position, tokens, key_bits, value_bits, format)."""
 
     dim: int
     kv_heads: int
@@ -99,47 +117,82 @@ class Cached:
     rows: list
     keys: list
     values: list
+    layout: Layout | None = None
+    biases: list | None = None
 
     @property
     def table(self):
         return table_of(self.rows)
 
+    @property
+    def formats(self):
+        return [] if self.layout is None else list(layout.format_numbers(self.layout))
+
+    @property
+    def biased(self):
+        return self.layout is not None and self.layout.biased
+
 
 def cached(dim, kv_heads, dtype, sequences, scale=1.0, seed=0):
-    """sequences: for each a list of pages (tokens, key_bits, value_bits). Keys' channels have unequal ranges and means,
-    which is what quantization per channel is for."""
-    random = torch.Generator().manual_seed(seed)
+    """sequences: for each a list of plain pages (tokens, key_bits, value_bits). Keys' channels have unequal ranges and
+    means, which is what quantization per channel is for."""
     made = Cached(dim, kv_heads, dtype, {}, [], [], [])
+
+    def encoded(k, v, page, _):
+        data = layout.encode(k, v, *page[1:])
+        return data, *layout.decode(data, dim, *page[1:], dtype), page[1:]
+
+    return _fill(made, sequences, encoded, scale, seed)
+
+
+def cached_layout(made_of, sequences, scale=1.0, seed=0):
+    """Of a `Layout`: sequences are lists of pages (tokens, kind)."""
+    made = Cached(made_of.key_dim, made_of.kv_heads, made_of.dtype, {}, [], [], [], made_of, [])
+
+    def encoded(k, v, page, bias):
+        data = layout.encode_page(made_of, k, v, page[1], bias)
+        entry = layout.entry_kind(made_of, page[1])
+        return data, *layout.decode_page(made_of, data, page[1]), (entry >> 8 & 255, entry >> 16, entry & 255)
+
+    return _fill(made, sequences, encoded, scale, seed)
+
+
+def _fill(made, sequences, encoded, scale, seed):
+    random = torch.Generator().manual_seed(seed)
+    dim, kv_heads, dtype = made.dim, made.kv_heads, made.dtype
     spread = torch.rand(kv_heads, 1, dim, generator=random) * 2 + 0.2
     middle = torch.randn(kv_heads, 1, dim, generator=random)
     for b, pages in enumerate(sequences):
-        row, keys, values, position = [], [torch.empty(kv_heads, 0, dim, dtype=torch.float64)], [], 0
-        values = [keys[0]]
-        for p, (tokens, key_bits, value_bits) in enumerate(pages):
+        row, keys, position = [], [torch.empty(kv_heads, 0, dim, dtype=torch.float64)], 0
+        values, biases = [keys[0]], [torch.empty(kv_heads, 0, dtype=torch.float64)]
+        for p, page in enumerate(pages):
+            tokens = page[0]
             k = ((torch.randn(kv_heads, 64, dim, generator=random) * spread + middle) * scale).to(dtype)
             v = (torch.randn(kv_heads, 64, dim, generator=random) + 0.3).to(dtype)
-            data = layout.encode(k, v, key_bits, value_bits)
-            k, v = layout.decode(data, dim, key_bits, value_bits, dtype)
-            if tokens < 64 and 16 in (key_bits, value_bits):
+            bias = torch.randn(kv_heads, 64, generator=random) if made.biased else None
+            data, k, v, kind = encoded(k, v, page, bias)
+            if tokens < 64 and 16 in kind[:2]:
                 k[:, tokens:] = v[:, tokens:] = float("nan")
-                raw = layout.encode(k.to(dtype), v.to(dtype), 16, 16)
-                half = layout.key_bytes(dim, 16)
-                if key_bits == 16:
+                raw, half = layout.encode(k.to(dtype), v.to(dtype), 16, 16), layout.key_bytes(dim, 16)
+                if kind[0] == 16:
                     data[:, :half] = raw[:, :half]
-                if value_bits == 16:
-                    data[:, layout.key_bytes(dim, key_bits) :] = raw[:, half:]
+                if kind[1] == 16:
+                    data[:, -half:] = raw[:, half:]
             name = f"page {b}.{p}"
             made.pages[name] = torch.empty(data.numel() + 256, dtype=torch.uint8)
             at = made.pages[name].data_ptr() % 16
             store = made.pages[name][-at % 16 :][: data.numel()].view_as(data)
             store.copy_(data)
-            row.append((store.data_ptr(), position, tokens, key_bits, value_bits))
+            row.append((store.data_ptr(), position, tokens, *kind))
             keys.append(k[:, :tokens])
             values.append(v[:, :tokens])
+            biases += [bias[:, :tokens].double()] if made.biased else []
             position += tokens
         made.rows.append(row)
         made.keys.append(torch.cat(keys, 1))
         made.values.append(torch.cat(values, 1))
+        if made.biased:
+            made.biases.append(torch.cat(biases, 1))
     return made
 
 
@@ -159,9 +212,9 @@ def attend(library, cache, q, splits=1, *, window=0, causal=True, softcap=0.0, s
     partials = partials[-(partials.data_ptr() // 4) % 4 :]
     counters = torch.zeros(sizes[1].value // 4, dtype=torch.int32)
     hidden = [None] * 7 if mask is None else [
-        mask, *(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride())), mask_first, mask.shape[3]]
+        mask, *(stride * (size > 1) for size, stride in zip(mask.shape, mask.stride())), mask_first, mask.shape[3]]
     arguments = [
-        fields(table, pages, batch, table.shape[1], cache.kv_heads, dim, CODE[q.dtype]),
+        cache_fields(cache, table, pages),
         fields(q, heads, queries, *q.stride()[:3], out, lse, positions, first, window, causal, *hidden, sinks, splits,
                partials, counters),
         ctypes.c_float(scale), ctypes.c_float(softcap), ctypes.c_void_p(None)]
@@ -196,12 +249,12 @@ def truth(cache, q, *, window=0, causal=True, softcap=0.0, sinks=None, first=Non
             visible &= at >= int(first[b])
         visible = visible.expand(1, 1, -1, -1)
         if mask is not None:
-            whole = torch.zeros(1, mask.shape[1], q.shape[2], max(len(at), mask_first + mask.shape[3]), dtype=torch.bool)
+            whole = torch.zeros(1, *mask.shape[1:3], max(len(at), mask_first + mask.shape[3]), dtype=torch.bool)
             whole[..., mask_first : mask_first + mask.shape[3]] = mask[b % len(mask)]
             visible = visible & whole[..., : len(at)]
         out, total = reference_attention(q[b : b + 1], keys[None], values[None],
                                          q.shape[3] ** -0.5 if scale is None else scale, visible,
-                                         softcap, sinks)
+                                         softcap, sinks, cache.biases[b][None] if cache.biased else None)
         outs.append(out)
         sums.append(total)
     return torch.cat(outs), torch.cat(sums)
@@ -213,8 +266,8 @@ def relative_error(out, expected):
 
 
 class Launchers:
-    """`_C`'s functions of the cache, run by the emulated libraries on tensors where they lie. What a launch may touch is
-    in `buffers`: tensors that the code under test makes come by themselves (`install`), others by the test."""
+    """`_C`'s functions of the cache, run by the emulated libraries on tensors where they lie. What a launch may touch
+    is in `buffers`: tensors that the code under test makes come by themselves (`install`), others by the test."""
 
     def __init__(self):
         self.buffers, self.calls, self.splits = [], [], None
@@ -229,13 +282,12 @@ class Launchers:
         assert status == 0, native.emulation_error().decode() or native.tersor_last_error().decode()
         self.calls.append(name)
 
-    def append(self, table, pages, batch, table_pages, kv_heads, dim, keys, values, tokens, k, v, stream):
-        self.run(page_library(), "tersor_cuda_kv_append",
-                 ints(table, pages, batch, table_pages, kv_heads, dim, keys, values, tokens, *k, *v, stream))
+    def append(self, cache, tokens, stream):
+        self.run(page_library(), "tersor_cuda_kv_append", [fields(*cache), fields(*tokens), *ints(stream)])
 
-    def pack(self, jobs, count, kv_heads, dim, dtype, key_bits, value_bits, stream):
-        self.run(page_library(), "tersor_cuda_kv_pack",
-                 [*ints(jobs, count, kv_heads, dim), ctypes.c_int(dtype), *ints(key_bits, value_bits, stream)])
+    def pack(self, cache, formats, kind, key_bits, value_bits, jobs, count, stream):
+        self.run(page_library(), "tersor_cuda_kv_pack", [
+            with_formats(cache, formats), *ints(kind, key_bits, value_bits, jobs, count, stream)])
 
     def plan(self, *numbers):
         made = [ctypes.c_int64() for _ in range(3)]
@@ -246,10 +298,11 @@ class Launchers:
                                                          ctypes.byref(made[2])) == 0
         return tuple(value.value for value in made)
 
-    def attention(self, cache, query, scale, softcap, stream):
+    def attention(self, cache, formats, query, scale, softcap, stream):
         self.splits = query[-3]
-        self.run(attention_library(cache[5]), "tersor_cuda_kv_attention", [
-            fields(*cache), fields(*query), ctypes.c_float(scale), ctypes.c_float(softcap), *ints(stream)])
+        self.run(attention_library(cache[5], bool(formats or cache[7])), "tersor_cuda_kv_attention", [
+            with_formats(cache, formats), fields(*query), ctypes.c_float(scale), ctypes.c_float(softcap),
+            *ints(stream)])
 
     def functions(self):
         return {"cuda_kv_append": self.append, "cuda_kv_pack": self.pack, "cuda_kv_attention_plan": self.plan,

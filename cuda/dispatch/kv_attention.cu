@@ -11,6 +11,7 @@
 namespace tersor {
 
 KvAttentionChooser* kv_attention_choosers[257] = {};
+KvAttentionChooser* kv_format_choosers[257] = {};
 
 namespace {
 
@@ -54,6 +55,15 @@ extern "C" int64_t tersor_cuda_kv_page_bytes(int64_t head_dim, int64_t key_bits,
   return kv_page_bytes(static_cast<int>(head_dim), static_cast<int>(key_bits), static_cast<int>(value_bits));
 }
 
+extern "C" int64_t tersor_cuda_kv_format_bytes(const tersor_cuda_kv_cache* cache, int64_t format, int64_t key_bits,
+                                               int64_t value_bits) {
+  KvFormat formats[kKvFormats];
+  if (check_kv_shape(1, 1, cache->head_dim) || check_kv_bits(key_bits, value_bits)) return -1;
+  if (read_kv_formats(*cache, formats) || format < 0 || format > cache->formats) return -1;
+  return kv_page_bytes(static_cast<int>(cache->head_dim), static_cast<int>(key_bits), static_cast<int>(value_bits),
+                       formats[format], cache->biased != 0);
+}
+
 extern "C" int tersor_cuda_kv_attention_plan(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                              int64_t queries, int64_t pages, int multiprocessors,
                                              int64_t shared_memory_per_multiprocessor, int64_t* splits) {
@@ -65,7 +75,7 @@ extern "C" int tersor_cuda_kv_attention_plan(int64_t batch, int64_t heads, int64
   }
   const int dim = static_cast<int>(head_dim);
   // The driver keeps 1 KB of each block's shared memory for itself.
-  int64_t resident = shared_memory_per_multiprocessor / (kv_shared_bytes(dim, p.rows) + 1024);
+  int64_t resident = shared_memory_per_multiprocessor / (kv_shared_bytes(dim, p.rows, false) + 1024);
   const int64_t by_registers = kv_blocks_per_multiprocessor(dim, p.rows);
   if (resident > by_registers) resident = by_registers;
   if (resident < 1) resident = 1;
@@ -120,11 +130,14 @@ extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const
     return fail(TERSOR_INVALID,
                 "partials and counters: accepted is the workspace, 16-byte aligned, for splits above 1");
   }
-  KvAttentionChooser* chooser = kv_attention_choosers[c.head_dim];
+  const bool formats = c.formats > 0 || c.biased;
+  KvAttentionChooser* chooser = (formats ? kv_format_choosers : kv_attention_choosers)[c.head_dim];
   KvAttentionKernel* kernel = chooser ? chooser(p.rows) : nullptr;
   if (!kernel) return fail(TERSOR_INVALID, "head_dim %lld: not in this build", (long long)c.head_dim);
 
   KvAttentionArguments a{};
+  if (int status = read_kv_formats(c, a.formats)) return status;
+  a.biased = c.biased != 0;
   a.q = q.q;
   a.out = q.out;
   a.log_sum_exp = q.log_sum_exp;
@@ -153,7 +166,7 @@ extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const
   a.softcap = softcap;
   const dim3 grid(static_cast<unsigned>(q.splits), static_cast<unsigned>(p.row_tiles * c.kv_heads),
                   static_cast<unsigned>(c.batch));
-  const int shared = kv_shared_bytes(static_cast<int>(c.head_dim), p.rows);
+  const int shared = kv_shared_bytes(static_cast<int>(c.head_dim), p.rows, formats);
   const int error = launch(kernel, grid, dim3(kKvThreads), shared, static_cast<cudaStream_t>(stream), a);
   if (error) return fail(TERSOR_CUDA_ERROR, "kv_attention: the kernel did not start: CUDA error %d", error);
   return TERSOR_OK;

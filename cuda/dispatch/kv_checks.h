@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/status.h"
 #include "tersor.h"
-#include "tile/kv_layout.h"
+#include "tersor_kv.h"
+#include "tile/kv_stream.h"
 
 namespace tersor {
 
@@ -42,6 +44,50 @@ inline int check_kv_table(const void* table, const int32_t* pages, int64_t table
     return fail(TERSOR_INVALID, "table and pages: accepted are addresses, the table's 16-byte aligned");
   }
   return TERSOR_OK;
+}
+
+// A launch's formats as kernels have them; the first, of plain pages, is all zeros.
+inline int read_kv_formats(const tersor_cuda_kv_cache& c, KvFormat (&formats)[kKvFormats]) {
+  if (c.formats < 0 || c.formats >= kKvFormats || (c.formats > 0 && !c.format)) {
+    return fail(TERSOR_INVALID, "formats is %lld; accepted on CUDA: 0 to %d", (long long)c.formats, kKvFormats - 1);
+  }
+  for (int i = 0; i < kKvFormats; ++i) formats[i] = KvFormat{};
+  const int dim = static_cast<int>(c.head_dim);
+  for (int i = 0; i < c.formats; ++i) {
+    const tersor_cuda_kv_format& from = c.format[i];
+    KvFormat& f = formats[i + 1];
+    const auto coding_exists = [](int64_t coding) { return coding >= 0 && coding <= kKvE4M3; };
+    if (!coding_exists(from.key_coding) || !coding_exists(from.value_coding)) {
+      return fail(TERSOR_INVALID, "format %d: codings are %lld, %lld; accepted: 0, 1, 2", i + 1,
+                  (long long)from.key_coding, (long long)from.value_coding);
+    }
+    if (from.key_outliers < 0 || from.key_outliers > kv_most_key_outliers(dim) || from.value_outliers < 0 ||
+        from.value_outliers > kv_most_value_outliers(dim)) {
+      return fail(TERSOR_INVALID, "format %d: outliers of a page and head are %lld, %lld; accepted on CUDA: to %d, %d",
+                  i + 1, (long long)from.key_outliers, (long long)from.value_outliers, kv_most_key_outliers(dim),
+                  kv_most_value_outliers(dim));
+    }
+    f.key_coding = static_cast<uint8_t>(from.key_coding);
+    f.value_coding = static_cast<uint8_t>(from.value_coding);
+    f.key_token = from.key_token != 0;
+    f.value_whole = from.value_whole != 0 || from.separable != 0;
+    f.separable = from.separable != 0;
+    f.key_outliers = static_cast<uint16_t>(from.key_outliers);
+    f.value_outliers = static_cast<uint16_t>(from.value_outliers);
+    std::memcpy(f.key_levels, from.key_levels, 16);
+    std::memcpy(f.value_levels, from.value_levels, 16);
+  }
+  return TERSOR_OK;
+}
+
+// Codings that the bits of a page's parts can have.
+inline int check_kv_codings(const KvFormat& f, int64_t key_bits, int64_t value_bits) {
+  const auto fits = [](int coding, int64_t bits) {
+    return coding == kKvUniform || (coding == kKvLevels ? bits <= 4 : bits == 8);
+  };
+  if (fits(f.key_coding, key_bits) && fits(f.value_coding, value_bits)) return TERSOR_OK;
+  return fail(TERSOR_INVALID, "codings %d, %d of %lld, %lld bits; accepted: levels of 2 to 4 bits, E4M3 of 8",
+              f.key_coding, f.value_coding, (long long)key_bits, (long long)value_bits);
 }
 
 }  // namespace tersor

@@ -8,6 +8,8 @@
 //   token's page is not past the one that full pages would give, and mostly that one: entries are read 32 at once from
 //   there backwards.
 //
+//   Pages of a biased cache hold a float32 for each token behind the keys, which a lane stores.
+//
 //   No shared memory. Limits: the 2-byte stores, a sector each, make long prompts cost some 16 times their bytes of
 //   values in L2; tokens whose page is packed are left out.
 //
@@ -55,8 +57,13 @@ __global__ void __launch_bounds__(32 * kKvAppendWarps) kv_append(const KvAppendA
 
   ptx::region("store");
   const int slot = position - page.position;
-  char* keys = reinterpret_cast<char*>(page.address) + int64_t(head) * kv_page_bytes(a.dim, 16, 16);
-  char* values = keys + kv_key_bytes(a.dim, 16);
+  char* keys = reinterpret_cast<char*>(page.address) + int64_t(head) * kv_page_bytes(a.dim, 16, 16, {}, a.biased);
+  char* values = keys + kv_values_at(a.dim, 16, {}, a.biased);
+  if (a.biased && lane == 0) {
+    const int64_t at = (int64_t(sequence) * a.kv_heads + head) * a.tokens + token;
+    const float bias = a.bias != nullptr ? ptx::load_global_constant(a.bias + at) : 0.0f;
+    ptx::store_global(reinterpret_cast<float*>(keys + kv_key_bytes(a.dim, 16)) + slot, bias);
+  }
   const auto row = [&](const void* numbers, const int64_t (&strides)[3]) {
     return static_cast<const uint16_t*>(numbers) + sequence * strides[0] + head * strides[1] + token * strides[2];
   };

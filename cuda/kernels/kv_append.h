@@ -13,8 +13,9 @@ struct KvAppendArguments {
   const KvPage* table;   // [batch, table_pages]
   const int32_t* pages;  // [batch]
   const void *keys, *values;  // [batch, kv_heads, tokens, dim], 16 bits
+  const float* bias;          // [batch, kv_heads, tokens], or null: 0
   int64_t key_strides[3], value_strides[3];
-  int tokens, dim, table_pages;
+  int tokens, kv_heads, dim, table_pages, biased;
 };
 
 using KvAppendKernel = void(KvAppendArguments);

@@ -11,10 +11,11 @@ constexpr int kKvPackWarps = 4;
 
 struct KvPackArguments {
   const int64_t* jobs;  // [count, 2]: addresses of a raw page and of its packed one
-  int dim, key_bits, value_bits, is_bfloat16;
+  int dim, key_bits, value_bits, is_bfloat16, biased;
+  KvFormat format;
 };
 
 using KvPackKernel = void(KvPackArguments);
-extern KvPackKernel* kv_pack_kernel;
+extern KvPackKernel *kv_pack_kernel, *kv_pack_formats_kernel;  // for plain pages, and for all others
 
 }  // namespace tersor

@@ -1,5 +1,5 @@
-// What the attention kernel over a paged cache (sm80_kv_attention.cu) and its launcher (dispatch/kv_attention.cu)
-// agree on.
+// What the attention kernels over a paged cache (sm80_kv_attention.cu, and sm80_kv_attention_formats.cu for pages of
+// formats) and their launcher (dispatch/kv_attention.cu) agree on.
 #pragma once
 
 #include <cstdint>
@@ -27,21 +27,35 @@ struct KvAttentionArguments {
   int table_pages, splits;
   int window, causal, is_bfloat16;
   int mask_first, mask_end;  // positions that the mask covers
+  int biased;                // pages have tails with float32 of their tokens
   float scale, softcap;
+  KvFormat formats[kKvFormats];
 };
 
 using KvAttentionKernel = void(KvAttentionArguments);
 
 // Query rows of a block: 8, whose remainders fill the other half of a fragment, or 16. Beside the queries lie the
-// positions that each row, and the block, sees.
+// positions that each row, and the block, sees; with formats, then 8 rows' probabilities for each warp.
 __host__ __device__ constexpr int kv_query_bytes(int dim, int rows) { return dim * rows * 2; }
-constexpr int kv_shared_bytes(int dim, int rows, int slots) {
-  return kKvWarps * kv_stream_bytes(dim, slots) + kv_query_bytes(dim, rows) + 16 + 8 * rows;
+__host__ __device__ constexpr int kv_limit_bytes(int rows) { return 16 + 8 * rows; }
+constexpr int kKvWeightBytes = 8 * kKvTokens * 4;
+constexpr int kv_shared_bytes(int dim, int rows, int slots, bool formats) {
+  return kKvWarps * kv_stream_bytes(dim, slots, formats) + kv_query_bytes(dim, rows) + kv_limit_bytes(rows) +
+         (formats ? kKvWarps * kKvWeightBytes : 0);
 }
 // Units under way and the present one: as many of 4 as one block may have without asking.
-constexpr int kv_slots(int dim, int rows) { return kv_shared_bytes(dim, rows, 4) <= 48 * 1024 ? 4 : 3; }
-constexpr int kv_shared_bytes(int dim, int rows) { return kv_shared_bytes(dim, rows, kv_slots(dim, rows)); }
-static_assert(kv_shared_bytes(96, 16) <= 48 * 1024 && kv_shared_bytes(256, 8) <= 48 * 1024,
+constexpr int kv_slots(int dim, int rows, bool formats) {
+  return kv_shared_bytes(dim, rows, 4, formats) <= 48 * 1024 ? 4 : 3;
+}
+constexpr int kv_shared_bytes(int dim, int rows, bool formats) {
+  return kv_shared_bytes(dim, rows, kv_slots(dim, rows, formats), formats);
+}
+constexpr bool kv_shared_memory_fits(bool formats) {
+  return kv_shared_bytes(64, 16, formats) <= 48 * 1024 && kv_shared_bytes(80, 16, formats) <= 48 * 1024 &&
+         kv_shared_bytes(96, 16, formats) <= 48 * 1024 && kv_shared_bytes(128, 16, formats) <= 48 * 1024 &&
+         kv_shared_bytes(256, 8, formats) <= 48 * 1024;
+}
+static_assert(kv_shared_memory_fits(false) && kv_shared_memory_fits(true),
               "shared memory stays below what needs an attribute");
 
 __host__ __device__ constexpr int kv_partial_floats(int dim, int rows) { return rows * (dim + 2); }
@@ -50,10 +64,13 @@ __host__ __device__ constexpr int kv_partial_floats(int dim, int rows) { return 
 constexpr int kv_most_rows(int dim) { return dim == 256 ? 8 : 16; }
 
 // Blocks that should share a multiprocessor: the register budget follows from it.
-constexpr int kv_blocks_per_multiprocessor(int dim, int rows) { return rows == 8 && dim == 64 ? 3 : 2; }
+constexpr int kv_blocks_per_multiprocessor(int dim, int rows, bool formats = false) {
+  return rows == 8 && dim == 64 && !formats ? 3 : 2;
+}
 
-// The kernel for one head dimension, for 8 or 16 rows; null for what was not built.
+// The kernel for one head dimension, for 8 or 16 rows, without and with formats; null for what was not built.
 using KvAttentionChooser = KvAttentionKernel*(int rows);
 extern KvAttentionChooser* kv_attention_choosers[257];
+extern KvAttentionChooser* kv_format_choosers[257];
 
 }  // namespace tersor

@@ -25,6 +25,19 @@
 //     before) 16 minima, of tokens 8j + 2t, + 1 in the order of j.
 //
 // A raw page is one of 16 bits. Tokens past a page's count are never read as numbers, whatever they hold.
+//
+// FORMATS. Pages whose entry names a format above 0 (KvFormat) differ from this as it says:
+//
+//   key_token     scales of keys belong to tokens, over all channels: parameters of 256 bytes, as those of values, lie
+//                 before the records, which have none
+//   value_whole   a token's scale of values is for all channels: the records are one group
+//   separable     a value is times a factor of its channel: a record of values begins with 16 of them, float16
+//   coding        levels: code c of b bits is minimum + scale (2^b - 1) (level[c] + 127) / 254; E4M3: a byte as it is
+//   outliers      entries (uint16 token * dim + channel, float16 what to add to that number), after the keys: those of
+//                 keys in order of tokens, then those of values in order of channels. Before each list, 16 bits each:
+//                 where the entries of every second token (channel) begin, and where the last ends.
+//
+// Where the cache is biased, float32 of each token lie after the keys, or their outliers, of every page.
 #pragma once
 
 #include <cstdint>
@@ -41,32 +54,68 @@ constexpr int kKvKeyParameters = 64, kKvValueParameters = 256;  // bytes: of a r
 struct alignas(16) KvPage {
   int64_t address;  // of the sequence's first head; the others follow
   int32_t position;  // of the first token; they ascend from page to page
-  uint16_t tokens;
+  uint8_t tokens, format;  // format 0: integers, keys by channel, values by token and group
   uint8_t key_bits, value_bits;
 };
 static_assert(sizeof(KvPage) == 16, "an entry is one 16-byte load");
 
+// How the numbers of a packed page are stored; nothing of it holds for what has 16 bits. Enum tersor_kv_coding.
+enum KvCoding : uint8_t { kKvUniform = 0, kKvLevels = 1, kKvE4M3 = 2 };
+struct KvFormat {
+  uint8_t key_coding, value_coding, key_token, value_whole, separable;
+  uint16_t key_outliers, value_outliers;  // of a page and head
+  uint32_t key_levels[4], value_levels[4];  // int8 [16]
+};
+constexpr int kKvFormats = 8;  // with the plain one, 0
+
 constexpr bool kv_bits_exist(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8 || bits == 16; }
 constexpr bool kv_dim_exists(int dim) { return dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256; }
 
-// Records whose values share parameters.
+// Records whose values share parameters, but for formats with value_whole.
 __host__ __device__ constexpr int kv_group_records(int dim) { return dim % 64 == 0 ? 4 : dim / kKvRecordChannels; }
 __host__ __device__ constexpr int kv_code_bytes(int bits) { return 128 * bits; }
-__host__ __device__ constexpr int kv_key_record_bytes(int bits) {
-  return kv_code_bytes(bits) + (bits < 16 ? kKvKeyParameters : 0);
+__host__ __device__ constexpr int kv_key_record_bytes(int bits, bool token = false) {
+  return kv_code_bytes(bits) + (bits < 16 && !token ? kKvKeyParameters : 0);
 }
-__host__ __device__ constexpr int kv_key_bytes(int dim, int bits) {
-  return dim / kKvRecordChannels * kv_key_record_bytes(bits);
+__host__ __device__ constexpr int kv_key_bytes(int dim, int bits, bool token = false) {
+  return dim / kKvRecordChannels * kv_key_record_bytes(bits, token) + (bits < 16 && token ? kKvValueParameters : 0);
 }
-__host__ __device__ constexpr int kv_value_group_bytes(int dim, int bits) {
-  return kv_group_records(dim) * kv_code_bytes(bits) + (bits < 16 ? kKvValueParameters : 0);
+__host__ __device__ constexpr int kv_value_record_bytes(int bits, bool separable = false) {
+  return kv_code_bytes(bits) + (bits < 16 && separable ? kKvRecordChannels * 2 : 0);
 }
-__host__ __device__ constexpr int kv_value_bytes(int dim, int bits) {
-  return dim / kKvRecordChannels / kv_group_records(dim) * kv_value_group_bytes(dim, bits);
+__host__ __device__ constexpr int kv_value_groups(int dim, bool whole = false) {
+  return whole ? 1 : dim / kKvRecordChannels / kv_group_records(dim);
 }
-// Of one head.
+__host__ __device__ constexpr int kv_value_group_bytes(int dim, int bits, bool whole = false, bool separable = false) {
+  return dim / kKvRecordChannels / kv_value_groups(dim, whole) * kv_value_record_bytes(bits, separable) +
+         (bits < 16 ? kKvValueParameters : 0);
+}
+__host__ __device__ constexpr int kv_value_bytes(int dim, int bits, bool whole = false, bool separable = false) {
+  return kv_value_groups(dim, whole) * kv_value_group_bytes(dim, bits, whole, separable);
+}
+// Of a list of outliers: where the entries of each pair of tokens (or channels) begin, then the entries.
+__host__ __device__ constexpr int kv_outlier_starts_bytes(int pairs) { return (2 * (pairs + 1) + 15) / 16 * 16; }
+__host__ __device__ constexpr int kv_outlier_bytes(int pairs, int count) {
+  return count > 0 ? kv_outlier_starts_bytes(pairs) + (4 * count + 15) / 16 * 16 : 0;
+}
+__host__ __device__ constexpr int kv_key_tail_bytes(int outliers, bool biased) {
+  return kv_outlier_bytes(kKvTokens / 2, outliers) + (biased ? 4 * kKvTokens : 0);
+}
+__host__ __device__ constexpr int kv_value_tail_bytes(int dim, int outliers) {
+  return kv_outlier_bytes(dim / 2, outliers);
+}
+
+// Of one head, of a plain page.
 __host__ __device__ constexpr int kv_page_bytes(int dim, int key_bits, int value_bits) {
   return kv_key_bytes(dim, key_bits) + kv_value_bytes(dim, value_bits);
+}
+// Where the values begin, and the end, of one of any format.
+__host__ __device__ constexpr int kv_values_at(int dim, int key_bits, const KvFormat& f, bool biased) {
+  return kv_key_bytes(dim, key_bits, f.key_token) + kv_key_tail_bytes(f.key_outliers, biased) +
+         kv_value_tail_bytes(dim, f.value_outliers);
+}
+__host__ __device__ constexpr int kv_page_bytes(int dim, int key_bits, int value_bits, const KvFormat& f, bool biased) {
+  return kv_values_at(dim, key_bits, f, biased) + kv_value_bytes(dim, value_bits, f.value_whole, f.separable);
 }
 
 // Byte of a lane's word in a record's codes.
@@ -102,63 +151,5 @@ static_assert(kv_raw_places_are_distinct(false) && kv_raw_places_are_distinct(tr
               "every token and channel of a record has a place of its own");
 static_assert(kv_raw_key_offset(9, 2) - kv_raw_key_offset(9, 0) == 4 && kv_raw_key_offset(9, 0) % 8 == 0,
               "four channels of a raw key are one 8-byte piece");
-
-// ---- words to operands -----------------------------------------------------------------------------------------
-
-// The `bits` words of a lane, from anywhere: load_piece(value of the piece's type, byte offset) gives 16, 8 or 4 bytes.
-template <int kBits>
-struct KvWords {
-  static constexpr int kChunks = kBits < 4 ? 1 : kBits / 4;
-  uint32_t words[kBits];
-
-  template <class Load>
-  TERSOR_DEVICE void load_chunk(int chunk, int lane, const Load& load_piece) {
-    if constexpr (kBits >= 4) {
-      const auto piece = load_piece(ptx::Vec<uint32_t, 4>(), kv_word_offset(kBits, lane, 4 * chunk));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[4 * chunk + i] = piece[i];
-    } else {
-      const auto piece = load_piece(ptx::Vec<uint32_t, 2>(), kv_word_offset(kBits, lane, 0));
-      words[0] = piece[0];
-      words[1] = piece[1];
-      if constexpr (kBits == 3) words[2] = load_piece(uint32_t(), kv_word_offset(3, lane, 2));
-    }
-  }
-};
-
-constexpr uint32_t kKvMergeMasked = (0xf0 & 0xcc) | 0xaa;  // lop3: (a & b) | c
-constexpr uint32_t kKvMagic = 0x43004300;                  // 128 in bf16: its last place is 1
-
-// Pair kPair as bf16: 128 + code below 8 bits, code - 128 with 8; exact.
-template <int kBits, int kPair>
-TERSOR_DEVICE uint32_t kv_pair(const KvWords<kBits>& codes) {
-  if constexpr (kBits == 16) {
-    return codes.words[kPair];
-  } else if constexpr (kBits == 8) {
-    // A signed byte is its seven lower bits minus 128 times the top one: 128 + lower - (128 or 256).
-    const uint32_t word = codes.words[kv_pair_word(8, kPair)] >> kv_pair_shift(8, kPair);
-    return ptx::sub_bf16x2(ptx::lop3<kKvMergeMasked>(word, 0x007f007f, kKvMagic),
-                           ptx::lop3<kKvMergeMasked>(word, 0x00800080, kKvMagic));
-  } else {
-    constexpr int width = kBits == 4 ? 4 : 2;
-    constexpr uint32_t mask = ((1u << width) - 1) * 0x10001;
-    const uint32_t word = codes.words[kv_pair_word(width, kPair)] >> kv_pair_shift(width, kPair);
-    const uint32_t low = ptx::lop3<kKvMergeMasked>(word, mask, kKvMagic);
-    if constexpr (kBits != 3) return low;
-    const uint32_t third = kPair < 2 ? codes.words[2] << (kPair < 2 ? 2 - kPair : 0)
-                                     : codes.words[2] >> (kPair < 2 ? 0 : kPair - 2);
-    return ptx::lop3<kKvMergeMasked>(third, 0x00040004, low);
-  }
-}
-
-// What to subtract from kv_pair for codes around zero: 128 + 2^(bits - 1); nothing with 8 and 16 bits.
-template <int kBits>
-constexpr uint32_t kKvMiddle = kBits < 8 ? (0x4300u | 1u << (kBits - 1)) * 0x10001u : 0;
-
-template <int kBits, int kPair>
-TERSOR_DEVICE uint32_t kv_centred_pair(const KvWords<kBits>& codes) {
-  const uint32_t pair = kv_pair<kBits, kPair>(codes);
-  return kBits < 8 ? ptx::sub_bf16x2(pair, kKvMiddle<kBits>) : pair;
-}
 
 }  // namespace tersor

@@ -1,36 +1,9 @@
 // What becomes of a row tile's sums: from four warps, and from several splits, to outputs and log-sum-exps.
 #pragma once
 
-#include "kernels/sm80_kv_attention.h"
-#include "ptx/math.h"
-#include "ptx/ptx.h"
-#include "tile/number.h"
+#include "tile/kv_rows.h"
 
 namespace tersor {
-
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-TERSOR_DEVICE float infinity() { return ptx::bits_to_float(0x7f800000); }
-TERSOR_DEVICE float larger(float a, float b) { return a > b ? a : b; }
-// What exponents are relative to: a row that has seen nothing yet has the maximum -infinity.
-TERSOR_DEVICE float reference_of(float peak) { return peak == -infinity() ? 0.0f : peak; }
-
-// The rows of a block: queries of the heads that share a head of keys, query by query.
-template <int kDim, int kRows>
-struct KvRows {
-  const KvAttentionArguments& a;
-
-  TERSOR_DEVICE int head() const { return blockIdx.y % a.kv_heads; }
-  TERSOR_DEVICE int sequence() const { return blockIdx.z; }
-  TERSOR_DEVICE int first_row() const { return blockIdx.y / a.kv_heads * kRows; }
-  TERSOR_DEVICE int row_count() const { return a.queries * a.group; }
-  // Index of a row of the block; rows past the last are as the last.
-  TERSOR_DEVICE int index_of(int row) const {
-    const int index = first_row() + row;
-    return index < row_count() ? index : row_count() - 1;
-  }
-  TERSOR_DEVICE int query_head(int index) const { return head() * a.group + index % a.group; }
-};
 
 // Sums of a block lie in shared memory as floats [kRows][kPitch], and for each warp and row a maximum and a total.
 template <int kDim, int kRows>
@@ -46,8 +19,8 @@ struct KvResults : KvRows<kDim, kRows> {
 
   const ptx::shared_t sums;
 
-  TERSOR_DEVICE KvResults(const KvAttentionArguments& arguments, ptx::shared_t memory)
-      : Rows{arguments}, sums(memory) {}
+  TERSOR_DEVICE KvResults(const KvAttentionArguments& arguments, int tile, ptx::shared_t memory)
+      : Rows{arguments, tile}, sums(memory) {}
 
   TERSOR_DEVICE ptx::shared_t sum_at(int row, int channel) const { return sums + 4 * (row * kPitch + channel); }
   TERSOR_DEVICE ptx::shared_t statistics_at(int warp, int row) const {

@@ -11,36 +11,47 @@ constexpr int kKvWarps = 4;    // of a block; each takes every fourth page
 constexpr int kKvListed = 32;  // entries of pages in the list of a warp
 constexpr int kKvScanned = 16;  // entries of the table that are looked at together
 
-// Records that make a unit: of keys, and of one group of values.
-__host__ __device__ constexpr int kv_unit_records(int dim, int bits) {
-  return bits <= 4 ? kv_group_records(dim) : bits == 8 ? (kv_group_records(dim) + 1) / 2 : 1;
+// Records that make a unit: of keys, and of one group of values. Pages of formats have more beside their codes.
+__host__ __device__ constexpr int kv_unit_records(int dim, int bits, bool formats = false) {
+  const int records = formats && dim % 64 != 0 ? 3 : kv_group_records(dim);
+  return bits <= 4 ? records : bits == 8 ? (records + 1) / 2 : 1;
 }
-constexpr int kv_slot_bytes(int dim) {
+constexpr int kv_slot_bytes(int dim, bool formats = false) {
   int most = 0;
   for (int bits = 2; bits <= 16; ++bits) {
-    const int keys = kv_unit_records(dim, bits) * kv_key_record_bytes(bits);
-    const int values = kv_unit_records(dim, bits) * kv_code_bytes(bits) + (bits < 16 ? kKvValueParameters : 0);
+    const int records = kv_unit_records(dim, bits, formats);
+    const int keys = records * kv_key_record_bytes(bits);
+    const int values = records * kv_value_record_bytes(bits, formats) + (bits < 16 ? kKvValueParameters : 0);
     if (kv_bits_exist(bits) && keys > most) most = keys;
     if (kv_bits_exist(bits) && values > most) most = values;
   }
   return most;
 }
+// Outliers that a page and head may have: their tails are units.
+constexpr int kv_most_key_outliers(int dim) {
+  return (kv_slot_bytes(dim, true) - 4 * kKvTokens - kv_outlier_starts_bytes(kKvTokens / 2)) / 4;
+}
+constexpr int kv_most_value_outliers(int dim) {
+  return (kv_slot_bytes(dim, true) - kv_outlier_starts_bytes(dim / 2)) / 4;
+}
 // Shared memory of a warp: the ring, then the list.
-constexpr int kv_stream_bytes(int dim, int slots) {
-  return slots * kv_slot_bytes(dim) + kKvListed * static_cast<int>(sizeof(KvPage));
+constexpr int kv_stream_bytes(int dim, int slots, bool formats = false) {
+  return slots * kv_slot_bytes(dim, formats) + kKvListed * static_cast<int>(sizeof(KvPage));
 }
 
 // Entries of the table are scanned ahead; those with tokens from `from` to `to` come into the list, which the unit's
-// user reads a few pages later. In the order of the list: the units of a page's keys, then those of each group of its
-// values; a unit begins with the parameters that lie before its codes.
-template <int kDim, int kSlots>
+// user reads a few pages later. In the order of the list: the units of a page's keys, one with their tail and one with
+// that of the values, where they exist, then those of each group of values (kValues); a unit begins with the parameters
+// that lie before its codes.
+template <int kDim, int kSlots, bool kFormats, bool kValues>
 class KvStream {
  public:
-  static constexpr int kSlotBytes = kv_slot_bytes(kDim);
+  static constexpr int kSlotBytes = kv_slot_bytes(kDim, kFormats);
 
-  // `entries` of `table`, one of every kKvWarps from `scan` on to before `end`.
-  TERSOR_DEVICE KvStream(ptx::shared_t memory, const KvPage* table, int head, int scan, int end)
-      : ring_(memory), table_(table), head_(head), scan_(scan), end_(end) {}
+  // `entries` of `table`, one of every kKvWarps from `scan` on to before `end`. `formats`: [kKvFormats], if kFormats.
+  TERSOR_DEVICE KvStream(ptx::shared_t memory, const KvPage* table, int head, int scan, int end,
+                         const KvFormat* formats = nullptr, bool biased = false)
+      : ring_(memory), table_(table), head_(head), formats_(formats), biased_(biased), scan_(scan), end_(end) {}
 
   TERSOR_DEVICE int listed() const { return listed_; }
   TERSOR_DEVICE KvPage page(int index) const { return ptx::load_shared<KvPage>(list_entry(index)); }
@@ -83,32 +94,54 @@ class KvStream {
     ptx::sync_warp();
   }
 
-  // A part is `runs_` runs of bytes (the keys, or the groups of values), each taken as units.
+  // A part is `runs_` runs of bytes (the keys, a tail, or the groups of values), each taken as units.
   TERSOR_DEVICE void begin_run(int from, int to) {
     if (runs_ == 0) {
-      if (value_bits_ != 0) {
-        runs_ = kDim / kKvRecordChannels / kv_group_records(kDim);
-        run_bytes_ = kv_value_group_bytes(kDim, value_bits_);
-        step_ = kv_unit_records(kDim, value_bits_) * kv_code_bytes(value_bits_);
+      if (kFormats && (key_tail_ != 0 || value_tail_ != 0)) {
+        runs_ = 1;
+        run_bytes_ = step_ = key_tail_ != 0 ? key_tail_ : value_tail_;
+        extra_ = 0;
+        (key_tail_ != 0 ? key_tail_ : value_tail_) = 0;
+      } else if (value_bits_ != 0) {
+        const bool whole = kFormats && value_whole_;
+        runs_ = kv_value_groups(kDim, whole);
+        run_bytes_ = kv_value_group_bytes(kDim, value_bits_, whole, kFormats && separable_);
+        step_ = kv_unit_records(kDim, value_bits_, kFormats) *
+                kv_value_record_bytes(value_bits_, kFormats && separable_);
         extra_ = value_bits_ < 16 ? kKvValueParameters : 0;
         value_bits_ = 0;
       } else {
         if (fetched_ == listed_) list_pages(from, to);
         if (fetched_ == listed_) return;
-        const KvPage page = ptx::load_shared<KvPage>(list_entry(fetched_));
+        begin_page(ptx::load_shared<KvPage>(list_entry(fetched_)));
         ++fetched_;
-        const int key_bits = page.key_bits;
-        value_bits_ = page.value_bits;
-        source_ = reinterpret_cast<const char*>(page.address) +
-                  int64_t(head_) * kv_page_bytes(kDim, key_bits, value_bits_);
-        runs_ = 1;
-        run_bytes_ = kv_key_bytes(kDim, key_bits);
-        step_ = kv_unit_records(kDim, key_bits) * kv_key_record_bytes(key_bits);
-        extra_ = 0;
       }
     }
     --runs_;
     left_ = run_bytes_;
+  }
+
+  TERSOR_DEVICE void begin_page(const KvPage& page) {
+    const int key_bits = page.key_bits;
+    source_ = reinterpret_cast<const char*>(page.address);
+    extra_ = 0;
+    if constexpr (kFormats) {
+      const KvFormat& f = formats_[page.format];
+      source_ += int64_t(head_) * kv_page_bytes(kDim, key_bits, page.value_bits, f, biased_);
+      run_bytes_ = kv_key_bytes(kDim, key_bits, f.key_token);
+      step_ = kv_unit_records(kDim, key_bits, true) * kv_key_record_bytes(key_bits, f.key_token);
+      if (f.key_token && key_bits < 16) extra_ = kKvValueParameters;
+      key_tail_ = kv_key_tail_bytes(f.key_outliers, biased_);
+      value_tail_ = kValues ? kv_value_tail_bytes(kDim, f.value_outliers) : 0;
+      value_whole_ = f.value_whole;
+      separable_ = f.separable;
+    } else {
+      source_ += int64_t(head_) * kv_page_bytes(kDim, key_bits, page.value_bits);
+      run_bytes_ = kv_key_bytes(kDim, key_bits);
+      step_ = kv_unit_records(kDim, key_bits) * kv_key_record_bytes(key_bits);
+    }
+    runs_ = 1;
+    value_bits_ = kValues ? page.value_bits : 0;
   }
 
   // Starts the copies of the next unit; commits a group also where there is none left, since waits count groups.
@@ -131,9 +164,13 @@ class KvStream {
   const ptx::shared_t ring_;
   const KvPage* const table_;
   const int head_;
+  const KvFormat* const formats_;
+  const bool biased_;
   int scan_, end_, listed_ = 0, fetched_ = 0;
   const char* source_ = nullptr;
   int left_ = 0, step_ = 0, extra_ = 0, run_bytes_ = 0, runs_ = 0, value_bits_ = 0;
+  int key_tail_ = 0, value_tail_ = 0;
+  bool value_whole_ = false, separable_ = false;
   int slot_ = 0;
 };
 

@@ -81,6 +81,12 @@ def _stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
+def _cache(table: Tensor | None, pages: Tensor | None, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[int]:
+    """The fields of ``tersor_cuda_kv_cache``."""
+    where = [0, 0, 0, 0] if table is None else [table.data_ptr(), pages.data_ptr(), len(table), table.shape[1]]
+    return [*where, kv_heads, head_dim, CODE[dtype], 0, 0, 0]
+
+
 def kv_append(table: Tensor, pages: Tensor, keys: Tensor, values: Tensor) -> None:
     """Writes ``keys`` and ``values [batch, kv_heads, tokens, head_dim]`` to the raw pages that the table, which counts
     them already, gives the last ``tokens`` tokens of each sequence."""
@@ -92,9 +98,10 @@ def kv_append(table: Tensor, pages: Tensor, keys: Tensor, values: Tensor) -> Non
              f"{keys.dtype} {list(keys.shape)} on {keys.device}")
     keys, values = _rows(keys), _rows(values)
     with _on(table.device):
-        _C.cuda_kv_append(table.data_ptr(), pages.data_ptr(), batch, table.shape[1], keys.shape[1], keys.shape[3],
-                          keys.data_ptr(), values.data_ptr(), keys.shape[2], keys.stride()[:3], values.stride()[:3],
-                          _stream(table.device))
+        _C.cuda_kv_append(
+            _cache(table, pages, keys.shape[1], keys.shape[3], keys.dtype),
+            [keys.data_ptr(), values.data_ptr(), keys.shape[2], *keys.stride()[:3], *values.stride()[:3], 0],
+            _stream(table.device))
 
 
 def kv_pack(raw: Sequence[Tensor], head_dim: int, key_bits: int, value_bits: int, dtype: torch.dtype) -> Tensor:
@@ -127,8 +134,8 @@ def kv_pack_jobs(jobs: Tensor, kv_heads: int, head_dim: int, key_bits: int, valu
     if jobs.dtype is not torch.int64 or jobs.dim() != 2 or jobs.shape[1] != 2 or not jobs.is_contiguous():
         fail("kv_pack", "jobs", f"{jobs.dtype} {list(jobs.shape)}", "contiguous torch.int64 [count, 2]")
     with _on(jobs.device):
-        _C.cuda_kv_pack(jobs.data_ptr(), len(jobs), kv_heads, head_dim, CODE[dtype], key_bits, value_bits,
-                        _stream(jobs.device))
+        _C.cuda_kv_pack(_cache(None, None, kv_heads, head_dim, dtype), [], 0, key_bits, value_bits, jobs.data_ptr(),
+                        len(jobs), _stream(jobs.device))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -169,9 +176,9 @@ def kv_attention(query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, sca
     heads, queries, head_dim]`` over all tokens of the table. The queries are each sequence's last tokens, or begin at
     ``positions`` int32 ``[batch]``; ``first`` int32 ``[batch]``: the first position that is seen (left padding);
     ``window``: positions that a query sees, its own included, 0 for all; ``sinks`` float32 ``[heads]``: logits that
-    only take part in the denominator; ``mask``: bool ``[batch or 1, heads or 1, queries, tokens]``, of any strides, which
-    of the positions from ``mask_first`` on a query sees, others it does not. A query that sees nothing gives 0 and
-    -infinity."""
+    only take part in the denominator; ``mask``: bool ``[batch or 1, heads or 1, queries, tokens]``, of any strides,
+    which of the positions from ``mask_first`` on a query sees, others it does not. A query that sees nothing gives 0
+    and -infinity."""
     op, device = "kv_attention", table.device
     batch = _check_table(op, table, pages)
     _check_numbers(op, "query", query, batch, device)
@@ -193,7 +200,7 @@ def kv_attention(query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, sca
     with _on(device):
         partials, counters = _workspace(device, partial_bytes, counter_bytes)
         _C.cuda_kv_attention(
-            [table.data_ptr(), pages.data_ptr(), batch, table.shape[1], kv_heads, dim, CODE[query.dtype]],
+            _cache(table, pages, kv_heads, dim, query.dtype), [],
             [query.data_ptr(), heads, queries, *query.stride()[:3], out.data_ptr(), log_sum_exp.data_ptr(), *extra,
              window, int(causal), *hidden, sink_address, splits, partials.data_ptr() if splits > 1 else 0,
              counters.data_ptr() if splits > 1 else 0], scale, softcap, _stream(device))

@@ -1,0 +1,141 @@
+"""Formats of the cache's CUDA pages, host-executed: levels, E4M3, scales of tokens, factors of channels, outliers,
+biases, and several formats in one table, against float64 over the numbers as stored."""
+
+import ctypes
+
+import pytest
+import torch
+from cuda_kv import attend, attention_library, cache_fields, cached_layout, ints, layout, relative_error, truth
+from test_cuda_kv import LIMIT, queries
+
+from tersor.kv.formats import PageFormat, normal_levels
+from tersor.kv.layout import Layout
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+UNEVEN = (-127, -90, -71, -44, -30, -21, -9, -2, 1, 5, 17, 33, 60, 88, 101, 127)
+
+
+def layout_of(*formats, dim=64, kv_heads=1, dtype=torch.float16, biased=False):
+    return layout.check("test", Layout(kv_heads, dim, dim, dtype, 64, formats, None, biased))
+
+
+def agree(cache, q, splits=1, seeds=(0, 1), **options):
+    expected, total = truth(cache, q, **options)
+    library = attention_library(cache.dim, bool(cache.formats or cache.biased))
+    out, lse, counters = attend(library, cache, q, splits, seeds=seeds, **options)
+    assert relative_error(out, expected) < LIMIT[q.dtype]
+    assert torch.equal(lse.isneginf(), total.isneginf())
+    assert torch.allclose(lse.double(), total, atol=5e-4, rtol=0)
+    return counters
+
+
+FORMATS = {
+    "plain": PageFormat(4, 4),
+    "nuq 4": PageFormat(4, 4, key_levels=UNEVEN, value_levels=normal_levels(4)),
+    "nuq 3, 2": PageFormat(3, 2, key_levels=normal_levels(3), value_levels=(-127, -80, 5, 127)),
+    "nuq 2, 3": PageFormat(2, 3, key_levels=(-100, -1, 60, 127), value_levels=UNEVEN[::2]),
+    "e4m3": PageFormat(8, 8, key_levels="e4m3", value_levels="e4m3"),
+    "token": PageFormat(4, 4, key_axis="token"),
+    "token 8": PageFormat(8, 4, key_axis="token"),
+    "token nuq": PageFormat(3, 16, key_axis="token", key_levels=UNEVEN[::2]),
+    "token e4m3": PageFormat(8, 2, key_axis="token", key_levels="e4m3"),
+    "separable": PageFormat(16, 4, value_axis="separable"),
+    "separable 8": PageFormat(2, 8, value_axis="separable"),
+    "separable nuq": PageFormat(4, 2, value_axis="separable", value_levels=(-127, -80, 5, 127)),
+    "outliers": PageFormat(3, 3, key_outliers=80, value_outliers=90),
+    "outliers nuq": PageFormat(4, 2, key_levels=UNEVEN, value_levels=(-127, -80, 5, 127), key_outliers=41),
+    "outliers separable": PageFormat(8, 4, value_axis="separable", value_outliers=1),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format(name):
+    """8 and 16 rows, raw pages beside packed ones, a page that was cropped, biases on half of them."""
+    for i, (dtype, count) in enumerate(((torch.float16, 3), (torch.bfloat16, 1), (torch.float16, 7))):
+        made = layout_of(FORMATS[name], dtype=dtype, kv_heads=2, biased=i != 1)
+        cache = cached_layout(made, [[(64, 1), (64, 1), (17, 0)], [(64, 1), (30, 1)]], seed=i)
+        agree(cache, queries(2, 4, count, 64, dtype))
+
+
+@pytest.mark.parametrize("dim", (80, 96, 128, 256))
+def test_head_dimensions(dim):
+    """Every part of a page, and one group of values for all channels."""
+    first = PageFormat(4, 4, key_levels=UNEVEN, key_outliers=50, value_outliers=60)
+    second = PageFormat(8, 8, key_axis="token", key_levels="e4m3", value_axis="separable", value_outliers=9)
+    made = layout_of(first, second, PageFormat(2, 3), dim=dim, biased=True)
+    cache = cached_layout(made, [[(64, 1), (64, 2), (64, 3), (64, 1), (9, 0)]])
+    for count in (1, 5):
+        agree(cache, queries(1, 4, count, dim, torch.float16), 2)
+
+
+def test_formats_of_one_table():
+    """All of them, seven at once, in several splits."""
+    for i in range(0, len(FORMATS), 7):
+        formats = list(FORMATS.values())[i : i + 7]
+        kinds = torch.randperm(len(formats), generator=torch.Generator().manual_seed(i)).add(1).tolist()
+        cache = cached_layout(layout_of(*formats, biased=i == 7), [[(64, kind) for kind in kinds] * 2 + [(5, 0)]])
+        q = queries(1, 2, 2, 64, torch.float16)
+        agree(cache, q, 3, seeds=range(4))
+        agree(cache, q, window=300, softcap=4.0)
+        agree(cache, q, mask=torch.rand(1, 1, 2, cache.keys[0].shape[1]) < 0.5)
+
+
+def test_extreme_ranges():
+    made = layout_of(FORMATS["outliers"], FORMATS["token nuq"], FORMATS["e4m3"], FORMATS["separable"])
+    agree(cached_layout(made, [[(64, 1), (64, 2), (64, 3), (64, 4)]], scale=40.0), queries(1, 4, 1, 64, torch.float16),
+          scale=0.05)
+
+
+def test_biases_hide():
+    """One of minus infinity hides a token, or a whole page."""
+    made = layout_of(FORMATS["nuq 4"], biased=True)
+    cache = cached_layout(made, [[(64, 1), (64, 1), (20, 0)]])
+    at = layout.parts(made, 1)["bias"][0]
+    page = cache.pages["page 0.1"]
+    start = cache.rows[0][1][0] - page.data_ptr() + at
+    page[start : start + 256].view(torch.float32)[:] = -torch.inf
+    cache.biases[0][:, 64:128] = -torch.inf
+    agree(cache, queries(1, 2, 1, 64, torch.float16))
+
+
+def test_counters():
+    """Bytes are read once, 16 at a time, and codes cost no bank conflicts."""
+    for name in ("nuq 4", "nuq 3, 2", "e4m3", "token", "separable"):
+        cache = cached_layout(layout_of(FORMATS[name], biased=True), [[(64, 1)] * 6])
+        counters = attend(attention_library(64, True), cache, queries(1, 4, 1, 64, torch.float16), count=True)[2]
+        for page in cache.pages:
+            read = counters["total"]["global"][page]
+            assert read["loaded"] == layout.layout_bytes(cache.layout, 1) and read["repeated"] == 0
+            assert read["load_widths"]["16"] == read["loaded"]
+        assert counters["regions"]["pages"]["shared"]["extra_cycles"] == 0, name
+
+
+def test_sizes_are_those_of_the_kernels():
+    """Page sizes of all formats, and how many outliers there may be."""
+    size = attention_library(64).library.tersor_cuda_kv_format_bytes
+    size.restype = ctypes.c_int64
+    for dim in layout.DIMS:
+        for biased in (False, True):
+            made = layout_of(*list(FORMATS.values())[-7:], dim=dim, biased=biased)
+            cache = cached_layout(made, [])
+            for kind in range(1, 8):
+                page = made.format(kind)
+                assert size(cache_fields(cache), *ints(kind, page.key_bits, page.value_bits)) == \
+                    layout.layout_bytes(made, kind), (dim, kind)
+        for part, most in zip(("key", "value"), layout.most_outliers(dim)):
+            cache = cached_layout(layout_of(PageFormat(4, 4, **{f"{part}_outliers": most}), dim=dim), [])
+            assert size(cache_fields(cache), *ints(1, 4, 4)) > 0
+            made = cache_fields(cache)
+            made.held[5 if part == "key" else 6] = most + 1
+            assert size(made, *ints(1, 4, 4)) == -1
+
+
+@pytest.mark.parametrize("page, words", [
+    (PageFormat(4, 4, key_axis="token", key_group=16), "key_group: found 16"),
+    (PageFormat(4, 4, value_group=32), "value_group: found 32"),
+    (PageFormat(4, 4, key_outliers=525), "key_outliers: found 525"),
+    (PageFormat(4, 4, rank=2), "rank: found 2"),
+])  # fmt: skip
+def test_layouts_are_refused(page, words):
+    with pytest.raises(ValueError, match=words):
+        layout_of(page)
