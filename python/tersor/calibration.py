@@ -8,6 +8,7 @@ statistics of one block (of one group of layers with ``sequential``).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from .blocks import Chain, capture, evaluating, finish_forward, find_chain
 from .experts import expert_inputs, is_experts, matrices
+from .formats.base import Params
 from .layer import Embedding
-from .methods.base import Statistics, choose, transforms
+from .methods.base import Method, Statistics, choose, transforms
 from .methods.single import check_finite
 from .methods.statistics import Collector
 from .patch import LayerSpec, patch
@@ -27,7 +29,8 @@ from .recipe import Plan
 from .registry import Resolved
 from .report import Report, Row
 from .transforms.graph import Shared, first_tensor, identity, is_linear, matrix, shared_inputs
-from .transforms.group import Group, Weights, run_on
+from .transforms.group import BlockView, Group, Online, Weights, run_on
+from .transforms.steps import Step
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,6 +66,7 @@ def compress_blocks(model: nn.Module, plan: Plan, batches: Sequence[Tensor], rep
     done: list[str] = []
     total = len(plan.entries)
     with torch.no_grad(), evaluating(model), _naming_done(done):
+        _prepare(model, plan, batches[0][:, :16])
         chain = find_chain(model, batches[0][:, :16])
         inside = {name: i for i, block in enumerate(chain.names) for name in plan.entries
                   if name.startswith(block + ".")}
@@ -84,6 +88,16 @@ def compress_blocks(model: nn.Module, plan: Plan, batches: Sequence[Tensor], rep
         if outside:
             _compress_outside(model, chain if inside else None, outside, batches, report, done)
     progress("compress", total, total)
+
+
+def _prepare(model: nn.Module, plan: Plan, ids: Tensor) -> None:
+    """What methods do to the model as a whole, each once."""
+    given: dict[Method, dict[str, Resolved]] = {}
+    for name, entry in plan.entries.items():
+        for method in transforms(entry.methods):
+            given.setdefault(method, {})[name] = entry
+    for method, entries in given.items():
+        method.prepare(model, entries, ids)
 
 
 # -- one block --------------------------------------------------------------------------------------------------
@@ -110,6 +124,8 @@ class _Block:
         self.block, self.prefix = chain.blocks[index], chain.names[index]
         self.weights = Weights(self.block)
         self.notes: dict[str, list[str]] = {name: [] for name in entries}
+        self.steps: dict[str, tuple[Step, ...]] = {}
+        self.params: dict[str, Params] = {}
 
     def run(self, done: list[str]) -> None:
         folds = any(transforms(entry.methods) for entry in self.entries.values())
@@ -118,8 +134,7 @@ class _Block:
         if folds:
             wanted = [job for job in jobs if self._transforms(job)]
             self._collect(wanted, "transform")
-            for job in wanted:
-                self._transform(job)
+            self._transform(wanted)
             jobs = [self._job(job.shared) for job in jobs]
         experts = [name for name in self.entries if is_experts(self.block.get_submodule(name))]
         sequential = any(getattr(method, "sequential", False)
@@ -205,18 +220,44 @@ class _Block:
         return max((getattr(m, "tokens", 0) for name in job.planned for m in transforms(self.entries[name].methods)
                     if "block" in m.needs), default=0)
 
-    def _transform(self, job: _Job) -> None:
-        if job.stats is None:
-            return
+    def _transform(self, jobs: list[_Job]) -> None:
+        """All transforms, one after another: those of whole blocks, then of groups."""
+        groups = [(self._group(job), self._transforms(job)) for job in jobs if job.stats is not None]
+        for method in dict.fromkeys(method for _, methods in groups for method in methods):
+            own = [group for group, methods in groups if method in methods]
+            method.transform_block(BlockView(self.block, own, lambda b: self.chain.call(self.index, b),
+                                             len(self.chain.hidden)))
+            for group in own:
+                note = method.transform(group)
+                for name in group.formats:
+                    if note:
+                        self.notes[name].append(note)
+        for group, _ in groups:
+            self._insert(group)
+            self.params.update(group.params)
+            for name, fmt in group.formats.items():
+                if fmt is not self.entries[name].format:
+                    self.entries[name] = dataclasses.replace(self.entries[name], format=fmt)
+
+    def _group(self, job: _Job) -> Group:
         formats = {name: self.entries[name].format for name in job.planned}
         dtype = self.block.get_submodule(job.planned[0]).weight.dtype
-        group = Group(job.shared.names, formats, job.stats, self.weights, job.shared.producer, job.shared.why, dtype,
-                      job.runs)
-        for method in self._transforms(job):
-            note = method.transform(group)
-            for name in job.planned:
-                if note:
-                    self.notes[name].append(note)
+        return Group(job.shared.names, formats, job.stats, self.weights, job.shared.producer, job.shared.why, dtype,
+                     job.runs)
+
+    def _insert(self, group: Group) -> None:
+        """Run what a transform put before a group's layers, also while they are still plain ones. Errors leave it
+        there: without it the weights would be wrong."""
+        if not group.inserted:
+            return
+        outside = [name for name in group.names if name not in self.entries]
+        if outside:
+            raise ValueError(f"layers {', '.join(map(self._full, group.names))}: found an input that is transformed "
+                             f"online, and {', '.join(outside)} outside the recipe; accepted are all that share it")
+        online = Online(group.inserted)
+        for name in group.names:
+            self.block.get_submodule(name).register_forward_pre_hook(online)
+            self.steps[name] = tuple(group.inserted)
 
     def _full(self, name: str) -> str:
         return f"{self.prefix}.{name}"
@@ -228,7 +269,7 @@ class _Block:
             note = [*note, "no calibration token reached it: rounded to nearest"] if entry is not self.entries[name] \
                 else note
         _compress(self.model, self._full(name), entry, self.weights.get(name), stats, self.report,
-                  "; ".join(note))
+                  "; ".join(note), self.steps.get(name, ()), self.params.get(name))
         self.weights.drop(name)
         done.append(self._full(name))
         self.tick()
@@ -367,8 +408,9 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     return w if w.dtype is torch.float64 else w.float()
 
 
-def _compress(model, name, entry: Resolved, w: Tensor | None, stats, report: Report, note: str = "") -> None:
-    """Choose, store and report one layer."""
+def _compress(model, name, entry: Resolved, w: Tensor | None, stats, report: Report, note: str = "",
+              steps: tuple[Step, ...] = (), params: Params | None = None) -> None:
+    """Choose, store and report one layer, which will run ``steps`` on its input; ``params`` are fitted already."""
     started = time.perf_counter()
     old = model.get_submodule(name)
     if w is None:
@@ -376,11 +418,11 @@ def _compress(model, name, entry: Resolved, w: Tensor | None, stats, report: Rep
         return
     dtype = old.weight.dtype
     try:
-        choice = choose(entry.methods, w, entry.format, stats, dtype, name)
+        choice = choose(entry.methods, w, entry.format, stats, dtype, name, params)
         tensors = entry.format.pack(choice.w_hat, choice.params)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
-    layer = patch(model, {name: LayerSpec(entry.format)})[name]
+    layer = patch(model, {name: LayerSpec(entry.format, steps)})[name]
     layer.load_tensors(tensors)
     layer.method = entry.method_text
     before, after = w.numel() * dtype.itemsize, layer.nbytes

@@ -230,13 +230,13 @@ class Siblings:
 
     @staticmethod
     def fit_together(layers: Sequence[nn.Module]) -> bool:
-        """Whether these layers can share a call: same integer format, input width and dtype, no online steps."""
+        """Whether these layers can share a call: same integer format, input width, dtype and online steps."""
         first = layers[0]
         return len(layers) > 1 and all(
             type(layer) is Linear and isinstance(layer.format, Int) and layer.format == first.format
             and layer.format.activation != 4 and layer.in_features == first.in_features
             and layer._buffers["scales"].dtype == first._buffers["scales"].dtype
-            and layer.pre is None and layer.post is None
+            and _same_steps(layer.pre, first.pre) and layer.post is None
             for layer in layers
         )
 
@@ -270,7 +270,10 @@ class Siblings:
         if bound != self._members:  # tensors were exchanged, or this is the first call
             self._members, self._call = bound, ops.BoundIntLinearMulti(bound)
         biases = [bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype) for bias in biases]
-        outputs = self._call(x, biases)
+        stepped = x
+        for step in self.layers[0].pre or ():
+            stepped = step(stepped)
+        outputs = self._call(stepped, biases)
         self._ready = {id(member): y for member, y in zip(self.layers, outputs)}
         mine = self._ready.pop(id(layer))
         self._input, self._version = x, x._version
@@ -294,6 +297,15 @@ class Siblings:
 
     def __reduce__(self):
         return _no_siblings, ()
+
+
+def _same_steps(one: nn.ModuleList | None, other: nn.ModuleList | None) -> bool:
+    """Whether two layers run equal steps on their inputs."""
+    if one is other or one is None or other is None:
+        return one is other
+    return len(one) == len(other) and all(
+        type(a) is type(b) and all(torch.equal(x, y) for x, y in zip(a.buffers(), b.buffers()))
+        for a, b in zip(one, other))
 
 
 def _no_siblings() -> None:

@@ -11,6 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from .op_checks import CODE
 from .ops import plain, rms_norm
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
@@ -25,7 +26,7 @@ class FusedRMSNorm:
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if not plain(x) or x.dtype is not weight.dtype or not weight.is_cpu \
+        if not plain(x) or x.dtype not in CODE or x.dtype is not weight.dtype or not weight.is_cpu \
                 or torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return super().forward(x)
         return rms_norm.cpu(x, weight, getattr(self, self._epsilon))

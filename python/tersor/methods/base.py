@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..formats.base import Format, Params
 
 if TYPE_CHECKING:
-    from ..transforms.group import Group
+    from ..registry import Resolved
+    from ..transforms.group import BlockView, Group
     from ..transforms.steps import Step
 
 NEEDS = frozenset({"hessian", "abs_mean", "abs_max", "inputs", "block"})
@@ -70,9 +71,17 @@ class Method:
     transforms: ClassVar[bool] = False
     chooses: ClassVar[bool] = True
 
+    def prepare(self, model: nn.Module, entries: "Mapping[str, Resolved]", ids: Tensor) -> None:
+        """Rewrite the whole model, keeping its function, before anything is collected. ``entries``: the layers that
+        this method was given; ``ids [1, length]``: some tokens to try the model on. ValueError where the model is not
+        one that the method can rewrite: it is untouched then."""
+
     def transform(self, group: "Group") -> str:
         """Rewrite a group's weights so that the model computes the same; returns a note for the report, or ''."""
         return ""
+
+    def transform_block(self, block: "BlockView") -> None:
+        """As `transform`, for all groups of a block together, before it is called for each."""
 
     def for_layer(self, name: str) -> "Method":
         """The method as it applies to the layer of this name."""
@@ -108,9 +117,10 @@ def transforms(methods: Sequence[Method]) -> tuple[Method, ...]:
 
 
 def choose(methods: Sequence[Method], w: Tensor, fmt: Format, stats: Statistics | None,
-           dtype: torch.dtype | None = None, name: str = "") -> Choice:
-    """Run a chain's choosers in order on ``w [out, in]``; each is given what the one before chose."""
-    choice = None
+           dtype: torch.dtype | None = None, name: str = "", params: Params | None = None) -> Choice:
+    """Run a chain's choosers in order on ``w [out, in]``; each is given what the one before chose, the first one
+    ``params`` where a transform has fitted them."""
+    choice = None if params is None else Choice(fmt.project(w, params), params)
     for method in choosers(methods):
         choice = method.for_layer(name).choose(w, fmt, stats, choice, dtype=dtype)
     return choice

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import Resolved
 from ..transforms.group import Lone
-from .base import Choice, choose, transforms
+from .base import Choice, Statistics, choose, transforms
 from .statistics import Collector
 
 _SAMPLE = 4096
@@ -35,9 +35,7 @@ def compress_weight(weight: Tensor, resolved: Resolved, inputs: Tensor | None = 
         if inputs is None:
             raise ValueError(f"inputs: {resolved.method_text} looks at data and found none; accepted are samples "
                              f"[..., {weight.shape[1]}] of the layer's input")
-        collector = Collector(weight.shape[1], needs, _SAMPLE, weight.device)
-        collector.add(inputs.to(weight.device))
-        stats = collector.finish()
+        stats = _statistics(inputs.to(weight.device), needs)
     pre = ()
     steps = transforms(resolved.methods)
     if steps:
@@ -45,6 +43,17 @@ def compress_weight(weight: Tensor, resolved: Resolved, inputs: Tensor | None = 
         for method in steps:
             method.transform(group)
         w, stats, pre = group.weight("weight"), group.stats, group.steps
+        if stats is None and needs:
+            x = inputs.to(weight.device)
+            for step in pre:
+                x = step(x)
+            stats = _statistics(x, needs)
     choice = choose(resolved.methods, w, resolved.format, stats, weight.dtype)
     choice.pre = pre
     return choice
+
+
+def _statistics(x: Tensor, needs: frozenset[str]) -> Statistics:
+    collector = Collector(x.shape[-1], needs, _SAMPLE, x.device)
+    collector.add(x)
+    return collector.finish()

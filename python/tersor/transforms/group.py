@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .graph import Producer, divide, matrix, output_tensor, per_row
-from .steps import ChannelScale
+from .steps import ChannelScale, Step
 
 if TYPE_CHECKING:
-    from ..formats.base import Format
+    from ..formats.base import Format, Params
     from ..methods.base import Statistics
 
 
@@ -45,9 +46,9 @@ class Weights:
 class Group:
     """Layers of a block with one input of ``in_features`` channels.
 
-    ``formats``: of the layers that will be compressed; ``names`` has the others too, which a fold must rewrite as
-    well. `fold` keeps the block's function. ``producer`` is None where no earlier operation can take a scale over,
-    and ``why`` says why.
+    ``formats``: of the layers that will be compressed, which a transform may exchange; ``names`` has the others too,
+    which a fold must rewrite as well. `fold` keeps the block's function. ``producer`` is None where no earlier
+    operation can take a scale over, and ``why`` says why.
     """
 
     def __init__(self, names: Sequence[str], formats: Mapping[str, Format], stats: Statistics, weights: Weights,
@@ -56,6 +57,8 @@ class Group:
         self.names, self.formats, self.stats, self.weights = tuple(names), dict(formats), stats, weights
         self.producer, self.why, self.dtype = producer, why, dtype
         self.runs = list(runs)
+        self.inserted: list[Step] = []
+        self.params: dict[str, Params] = {}  # what a transform has fitted of the formats' parameters
         self._expected: list[Tensor] | None = None
 
     @property
@@ -94,6 +97,16 @@ class Group:
             self.weights.put(name, self.weight(name) * s)
         self.stats = self.stats.scaled(s)
         self.runs, self._expected = [], None  # they were captured for the input before
+
+    def insert(self, step: Step) -> None:
+        """Let the layers run ``step`` on their input from now on, with weights that make up for it.
+
+        ``stats`` are those of the input before, and gone: whatever is needed afterwards is collected anew.
+        """
+        for name in self.names:
+            self.weights.put(name, step.absorb(self.weight(name)))
+        self.inserted.append(step)
+        self.stats, self.runs, self._expected = None, [], None
 
     def _take_over(self, s: Tensor) -> Tensor:
         source = self.weights.block.get_submodule(self.producer.name)
@@ -139,6 +152,17 @@ class Group:
         return total / count
 
 
+@dataclass
+class BlockView:
+    """A block whose groups are to be transformed together: ``run(b)`` is the block's output ``[1, length, width]`` on
+    calibration batch ``b`` of ``batches``, with what its layers hold and run by then."""
+
+    module: nn.Module
+    groups: list[Group]
+    run: Callable[[int], Tensor]
+    batches: int
+
+
 class _Held:
     """`Weights` of a single layer outside any model."""
 
@@ -157,16 +181,33 @@ class Lone(Group):
 
     def __init__(self, w: Tensor, fmt: Format, stats: Statistics, dtype: torch.dtype | None = None):
         super().__init__(("weight",), {"weight": fmt}, stats, _Held("weight", w), Producer("step", "step"), dtype=dtype)
-        self._scale: Tensor | None = None
 
     def _take_over(self, s: Tensor) -> Tensor:
         inverse = (1 / s).float()
-        self._scale = inverse if self._scale is None else self._scale * inverse
+        self.inserted.append(ChannelScale(inverse))
         return (1 / inverse).to(self.weight("weight"))
 
     @property
-    def steps(self) -> tuple[ChannelScale, ...]:
-        return () if self._scale is None else (ChannelScale(self._scale),)
+    def steps(self) -> tuple[Step, ...]:
+        """What the layer must run on its input, in this order."""
+        return tuple(self.inserted)
+
+
+class Online:
+    """A pre-hook that runs steps on the input of several layers, once for each input."""
+
+    def __init__(self, steps: Sequence[Step]):
+        self.steps = tuple(steps)
+        self._last: tuple[Tensor, int, Tensor] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+        x = args[0]
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            y = x
+            for step in self.steps:
+                y = step(y)
+            self._last = x, x._version, y
+        return (self._last[2], *args[1:])
 
 
 def run_on(module: nn.Module, args: Sequence, kwargs: Mapping) -> Callable[[], Tensor]:

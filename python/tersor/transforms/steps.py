@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.base import TensorSpec
+from . import definitions
 
 STEPS: dict[str, type["Step"]] = {}
 
@@ -45,6 +46,10 @@ class Step(nn.Module):
         """``weight @ matrix(step)``: the weight that acts on inputs before the step."""
         raise TypeError(f"{type(self).__name__} cannot be folded")
 
+    def absorb(self, weight: Tensor) -> Tensor:
+        """The weight ``[out, in]`` that gives behind the step what ``weight`` gives without it; in its dtype."""
+        raise TypeError(f"{type(self).__name__} has no inverse")
+
     def inverse(self, x: Tensor) -> Tensor:
         """Undo the step."""
         raise TypeError(f"{type(self).__name__} has no inverse")
@@ -73,6 +78,9 @@ class Permute(Step, kind="permute"):
     def fold(self, weight: Tensor) -> Tensor:
         return torch.empty_like(weight).index_copy_(1, self.index, weight)
 
+    def absorb(self, weight: Tensor) -> Tensor:
+        return self(weight)
+
     def inverse(self, x: Tensor) -> Tensor:
         return x.index_select(-1, self.index.argsort())
 
@@ -99,5 +107,100 @@ class ChannelScale(Step, kind="scale"):
     def fold(self, weight: Tensor) -> Tensor:
         return (weight * self.scale).to(weight.dtype)
 
+    def absorb(self, weight: Tensor) -> Tensor:
+        return (weight / self.scale).to(weight.dtype)
+
     def inverse(self, x: Tensor) -> Tensor:
         return (x / self.scale).to(x.dtype)
+
+
+class Hadamard(Step, kind="hadamard"):
+    """``y = H diag(signs) x / sqrt(width)``: spreads outliers of the channels over all of them (QuaRot).
+
+    ``signs [width]``: -1 and 1; ValueError for widths without a Hadamard matrix (`definitions.hadamard_base`).
+    """
+
+    def __init__(self, signs: Tensor):
+        super().__init__()
+        self.register_buffer("signs", signs.to(torch.int8).contiguous())
+        self.validate()
+
+    @classmethod
+    def random(cls, width: int, seed: int = 0) -> "Hadamard":
+        """With random signs."""
+        generator = torch.Generator().manual_seed(seed)
+        return cls(2 * torch.randint(0, 2, (width,), generator=generator) - 1)
+
+    @classmethod
+    def spec(cls, width: int) -> dict[str, TensorSpec]:
+        return {"signs": TensorSpec((width,), torch.int8)}
+
+    def validate(self) -> None:
+        if self.signs.dim() != 1 or not bool((self.signs.abs() == 1).all()):
+            raise ValueError("hadamard step: found signs that are not one row of -1 and 1")
+        definitions.hadamard_base(self.signs.numel())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return definitions.hadamard(_wide(x), signs=self.signs).to(x.dtype)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        return self.inverse(weight)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        return self(weight)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return definitions.hadamard(_wide(x), signs=self.signs, inverse=True).to(x.dtype)
+
+
+class Kronecker(Step, kind="kronecker"):
+    """``y = left^T X right`` with the channels as a matrix ``X [n1, n2]``: an invertible map of ``n1 n2`` channels by
+    ``n1^2 + n2^2`` numbers (FlatQuant). Factors float32 ``[n1, n1]``, ``[n2, n2]``, sized as in `factors`."""
+
+    def __init__(self, left: Tensor, right: Tensor):
+        super().__init__()
+        self.register_buffer("left", left.to(torch.float32).contiguous())
+        self.register_buffer("right", right.to(torch.float32).contiguous())
+        self.validate()
+
+    @staticmethod
+    def factors(width: int) -> tuple[int, int]:
+        """The most balanced ``(n1, n2)`` with ``n1 n2 = width`` and ``n1 <= n2``."""
+        first = next(n for n in range(int(width**0.5), 0, -1) if width % n == 0)
+        return first, width // first
+
+    @classmethod
+    def spec(cls, width: int) -> dict[str, TensorSpec]:
+        return {name: TensorSpec((n, n), torch.float32) for name, n in zip(("left", "right"), cls.factors(width))}
+
+    def validate(self) -> None:
+        width = self.left.shape[0] * self.right.shape[0]
+        if (self.left.shape[0], self.right.shape[0]) != self.factors(width):
+            raise ValueError(f"kronecker step: found factors {list(self.left.shape)} and {list(self.right.shape)}, "
+                             f"accepted are square ones of {self.factors(width)} for {width} channels")
+        for name in ("left", "right"):
+            factor = getattr(self, name)
+            if factor.is_meta:
+                continue
+            if not bool(factor.isfinite().all()) or int(torch.linalg.matrix_rank(factor.double())) < len(factor):
+                raise ValueError(f"kronecker step: {name}: found a matrix without an inverse, accepted is a finite one "
+                                 "of full rank")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return definitions.kronecker(_wide(x), self.left, self.right).to(x.dtype)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        return definitions.kronecker(weight.double(), self.left.double().T, self.right.double().T).to(weight.dtype)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        left, right = (torch.linalg.inv(factor.double()).T for factor in (self.left, self.right))
+        return definitions.kronecker(weight.double(), left, right).to(weight.dtype)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        left, right = (torch.linalg.inv(factor.double()) for factor in (self.left, self.right))
+        return definitions.kronecker(x.double(), left, right).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: what is spread and summed is rounded once, at the end."""
+    return x if x.dtype is torch.float64 else x.float()

@@ -1,0 +1,243 @@
+"""FlatQuant: learned invertible maps of each input, a Kronecker product of two small matrices, that flatten what is
+quantized."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal
+
+from ..formats.base import Params
+from ..formats.integer import Int, fit_groups
+from ..methods.base import Method
+from ..registry import register_method
+from .definitions import hadamard_matrix, kronecker
+from .group import BlockView, Group
+from .steps import Kronecker
+
+_LEAST = 1e-5
+_CLIP = 4.0  # where the logits of clip ratios start: sigmoid(4) = 0.982
+
+
+@register_method("flatquant")
+@dataclass(frozen=True)
+class FlatQuant(Method):
+    """Learned Kronecker-factored affine transforms (Sun et al. 2024, arXiv 2410.09426).
+
+    Each input of a block's layers gets a matrix ``P = P1 kron P2``, run online and undone in the weights; each factor
+    is ``U diag(d) V^T`` with orthogonal U and V (Cayley maps), so that its inverse is known. With them are learned how
+    far activations (per input) and weights (per row) are clipped. A block is trained on its own: what it computes
+    quantized against what it computes unquantized, on the inputs that the compressed blocks before it give.
+    Beforehand, scales ``max|W|^(1-smooth) / max|X|^smooth`` move outliers into the operation before, where one can take
+    them over.
+
+    ``steps`` of AdamW with ``batch`` sequences each, at ``lr`` (ten times that for clipping), which falls to a
+    thousandth along a cosine; ``steps=0`` leaves Hadamard or random rotations. ``smooth`` 0: no scales. The transforms
+    of keys and queries are the cache's own (``tersor.Cache(model, "K4V4[hadamard=true]")``). ValueError for formats that
+    are not integers.
+    """
+
+    steps: int = 60
+    batch: int = 4
+    lr: float = 5e-3
+    smooth: float = 0.3
+    seed: int = 0
+
+    needs = frozenset({"abs_max", "inputs"})
+    transforms = True
+    chooses = False
+
+    def __post_init__(self):
+        if self.steps < 0 or self.batch < 1 or not self.lr > 0:
+            raise ValueError(f"options 'steps', 'batch' and 'lr': found {self.steps}, {self.batch} and {self.lr}, "
+                             "accepted are 0 or more steps, 1 or more sequences and a positive rate")
+        if not 0 <= self.smooth <= 1:
+            raise ValueError(f"option 'smooth': found {self.smooth}, accepted are numbers from 0 to 1")
+
+    def transform_block(self, block: BlockView) -> None:
+        for group in block.groups:
+            for name, fmt in group.formats.items():
+                if not isinstance(fmt, Int):
+                    raise ValueError(f"flatquant: layer {name!r}: found format {fmt}, accepted are integer formats "
+                                     "such as W4A4")
+            if self.smooth and group.producer is not None:
+                group.fold(self._scales(group))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            flats = [Flat(group) for group in block.groups]
+        if self.steps:
+            train(block, flats, self)
+        for flat in flats:
+            flat.finish()
+
+    def transform(self, group: Group) -> str:
+        return "flatquant: transformed online"
+
+    def _scales(self, group: Group) -> Tensor:
+        largest = group.tie(self.require(group.stats, "abs_max").abs_max).clamp(min=_LEAST)
+        weights = group.tie(torch.stack([group.weight(name).abs().amax(0) for name in group.names]).amax(0))
+        weights = weights.clamp(min=_LEAST).to(largest)
+        return (largest.pow(self.smooth) / weights.pow(1 - self.smooth)).clamp(min=_LEAST)
+
+
+class Factor(nn.Module):
+    """A square matrix ``U diag(d) V^T`` and its inverse's transpose."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        try:
+            start = hadamard_matrix(size).float() / size**0.5
+        except ValueError:
+            start = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0].float()
+        for name, value in (("u", start), ("v", torch.eye(size))):
+            linear = nn.Linear(size, size, bias=False)
+            orthogonal(linear, orthogonal_map="cayley")
+            linear.weight = value
+            setattr(self, name, linear)
+        self.d = nn.Parameter(torch.ones(size))
+
+    def forward(self, inverse: bool = False) -> Tensor:
+        return (self.u.weight * (1 / self.d if inverse else self.d)) @ self.v.weight.T
+
+
+class Flat(nn.Module):
+    """The transform of one input while it is trained, and the clip ratios that belong to it."""
+
+    def __init__(self, group: Group):
+        super().__init__()
+        self.group, self.width = group, group.in_features
+        first, second = Kronecker.factors(self.width)
+        self.left, self.right = Factor(first), Factor(second)
+        self.input_clip = nn.Parameter(torch.tensor(_CLIP))
+        self.weight_clips = nn.ParameterList(
+            nn.Parameter(torch.full((group.weight(name).shape[0], 1), _CLIP)) for name in group.names)
+        self.weights = {name: group.weight(name).float() for name in group.names}
+
+    def clips(self) -> list[Tensor]:
+        return [torch.sigmoid(clip) for clip in self.weight_clips]
+
+    def quantized_weight(self, name: str) -> Tensor:
+        w = kronecker(self.weights[name], self.left(inverse=True), self.right(inverse=True))
+        fmt = self.group.formats.get(name)
+        if fmt is None:
+            return w
+        return fake_weight(w, fmt, torch.sigmoid(self.weight_clips[self.group.names.index(name)]))
+
+    def quantized_input(self, x: Tensor, name: str) -> Tensor:
+        y = kronecker(x, self.left(), self.right())
+        fmt = self.group.formats.get(name)
+        return y if fmt is None or fmt.activation == 16 else fake_input(y, fmt, torch.sigmoid(self.input_clip))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the group the transform, and its layers' formats and parameters the clip ratios."""
+        group = self.group
+        group.insert(Kronecker(self.left(), self.right()))
+        clip = round(float(torch.sigmoid(self.input_clip)), 4)
+        for name, ratio in zip(group.names, self.clips()):
+            fmt = group.formats.get(name)
+            if fmt is None:
+                continue
+            if fmt.activation != 16:
+                group.formats[name] = fmt = dataclasses.replace(fmt, act_clip=min(clip, fmt.act_clip))
+            w = group.weight(name)
+            params = fmt.fit(w * ratio.to(w), dtype=group.dtype)
+            group.params[name] = Params(params)
+
+
+def train(block: BlockView, flats: list[Flat], options: FlatQuant) -> None:
+    """Fit transforms and clip ratios of a block to what it computes unquantized."""
+    expected = [block.run(b).float() for b in range(block.batches)]
+    maps = [p for flat in flats for part in (flat.left, flat.right) for p in part.parameters()]
+    clips = [p for flat in flats for p in (flat.input_clip, *flat.weight_clips)]
+    optimizer = torch.optim.AdamW([{"params": maps, "lr": options.lr}, {"params": clips, "lr": 10 * options.lr}],
+                                  weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps, options.lr * 1e-3)
+    order = torch.Generator().manual_seed(options.seed)
+    with torch.enable_grad(), _standing_in(block, flats) as refresh:
+        for _ in range(options.steps):
+            picked = torch.randperm(block.batches, generator=order)[:options.batch].tolist()
+            optimizer.zero_grad()
+            with parametrize.cached():
+                refresh()
+                for b in picked:
+                    error = F.mse_loss(block.run(b).float(), expected[b])
+                    # Divided by its own value, so that blocks of any scale learn at one rate.
+                    loss = error / error.detach().clamp_min(1e-30) / len(picked)
+                    loss.backward(retain_graph=b != picked[-1], inputs=maps + clips)
+            optimizer.step()
+            schedule.step()
+
+
+@contextlib.contextmanager
+def _standing_in(block: BlockView, flats: list[Flat]) -> Iterator[Callable[[], None]]:
+    """While it lasts, a block's layers compute with the transforms and quantizers in training; the function that it
+    gives computes the quantized weights anew."""
+    weights: dict[str, Tensor] = {}
+    inputs: dict[Flat, tuple[Tensor, Tensor]] = {}  # the last input of each group, and what it was quantized to
+
+    def refresh() -> None:
+        inputs.clear()
+        weights.update({name: flat.quantized_weight(name) for flat in flats for name in flat.group.names})
+
+    def forward_of(flat: Flat, name: str, module: nn.Module):
+        def forward(x: Tensor) -> Tensor:
+            if flat not in inputs or inputs[flat][0] is not x:
+                inputs[flat] = x, flat.quantized_input(x.float(), name)
+            bias = module._parameters.get("bias")
+            return F.linear(inputs[flat][1], weights[name], None if bias is None else bias.float()).to(x.dtype)
+
+        return forward
+
+    modules = []
+    try:
+        for flat in flats:
+            for name in flat.group.names:
+                modules.append(block.module.get_submodule(name))
+                modules[-1].forward = forward_of(flat, name, modules[-1])
+        yield refresh
+    finally:
+        for module in modules:
+            del module.forward  # the class's own again
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Rounded, with the gradient of ``x``."""
+    return x + (x.round() - x).detach()
+
+
+def fake_weight(w: Tensor, fmt: Int, clip: Tensor) -> Tensor:
+    """``w [out, in]`` as ``fmt`` stores it from ranges of ``clip [out, 1]`` times the groups', differentiable."""
+    size = fmt.group_size or w.shape[1]
+    groups = F.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size))
+    with torch.no_grad():
+        scale, zero = fit_groups(w, fmt.num_bits, fmt.group_size, fmt.symmetric, 1, torch.float32)
+    high = groups.abs().amax(2) if fmt.symmetric else groups.amax(2).clamp(min=0) - groups.amin(2).clamp(max=0)
+    step = clip * high * (2 if fmt.symmetric else 1) / fmt.levels
+    step = torch.where(step > 0, step, scale)[..., None]
+    q = (round_through(groups / step) + zero[..., None]).clamp(0, fmt.levels) - zero[..., None]
+    return (q * step).flatten(1)[:, : w.shape[1]]
+
+
+def fake_input(x: Tensor, fmt: Int, clip: Tensor) -> Tensor:
+    """``x [..., in]`` as the kernels of ``fmt`` see it with ranges of ``clip`` times the groups', differentiable."""
+    size = fmt.act_group or x.shape[-1]
+    groups = F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    if fmt.act_sym:
+        top = 2 ** (fmt.activation - 1) - 1
+        step = (clip * groups.abs().amax(-1, keepdim=True) / top).clamp_min(1e-30)
+        q = round_through(groups / step).clamp(-top, top)
+    else:
+        levels = 2**fmt.activation - 1
+        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+        step = (clip * (high - low) / levels).clamp_min(1e-30)
+        zero = (-clip * low / step).detach().round().clamp(0, levels)
+        q = (round_through(groups / step) + zero).clamp(0, levels) - zero
+    return (q * step).flatten(-2)[..., : x.shape[-1]]

@@ -1,0 +1,166 @@
+"""QuaRot and FlatQuant: steps and their weights, models that compute the same, and what each is for."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from outliers import MODEL, text_tokens, with_outliers
+from test_calibration import gemma, gpt2, llama, logits, mixture, tokens
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import tersor
+from tersor import calibration
+from tersor.formats import Int
+from tersor.methods import Collector
+from tersor.transforms.flatquant import FlatQuant
+from tersor.transforms.group import BlockView, Group, Weights
+from tersor.transforms.rotation import rotate_residual
+from tersor.transforms.steps import ChannelScale, Hadamard, Kronecker, Permute
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def steps(width):
+    generator = torch.Generator().manual_seed(1)
+    return [Permute(torch.randperm(width, generator=generator)),
+            ChannelScale(torch.rand(width, generator=generator) + 0.5), Hadamard.random(width, 3),
+            Kronecker(*(torch.randn(n, n, generator=generator) + 3 * torch.eye(n) for n in Kronecker.factors(width)))]
+
+
+@pytest.mark.parametrize("width", [48, 64, 80])
+def test_weights_make_up_for_steps(width):
+    x, w = torch.randn(5, width, dtype=torch.float64), torch.randn(7, width, dtype=torch.float64)
+    for step in steps(width):
+        y = F.linear(x, w)
+        assert (F.linear(step(x), step.absorb(w)) - y).abs().max() < 1e-10 * y.abs().max(), step.kind
+        assert (F.linear(x, step.fold(step.absorb(w))) - y).abs().max() < 1e-10 * y.abs().max(), step.kind
+        assert (step.inverse(step(x)) - x).abs().max() < 1e-10 * x.abs().max(), step.kind
+
+
+def test_steps_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="found width 7; accepted"):
+        Hadamard(torch.ones(7))
+    with pytest.raises(ValueError, match="signs that are not"):
+        Hadamard(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="accepted are square ones of"):
+        Kronecker(torch.eye(2), torch.eye(32))
+    with pytest.raises(ValueError, match="without an inverse"):
+        Kronecker(torch.zeros(8, 8), torch.eye(8))
+
+
+def test_factors_are_balanced():
+    assert [Kronecker.factors(n) for n in (4096, 14336, 256, 768)] == [(64, 64), (112, 128), (16, 16), (24, 32)]
+
+
+# -- the function stays -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """Norms of Llama models compute in the model's dtype, not in float32."""
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: self.weight * x * torch.rsqrt(
+        x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def changed_alike(model, spec, batches, monkeypatch):
+    """The largest change of the logits, relative, that a method's transforms alone make."""
+    before = [logits(model, ids) for ids in batches]
+    monkeypatch.setattr(calibration._Block, "_finish", lambda *_: None)
+    tersor.compress(model, spec, batches)
+    return max(float((logits(model, ids) - expected).abs().max() / expected.abs().max())
+               for ids, expected in zip(batches, before))
+
+
+@pytest.mark.parametrize("spec", ["quarot:W4A4[group=32]", "flatquant[steps=2]:W4A4[group=32]",
+                                  "smoothquant+quarot:W4A4[group=32]"])
+def test_models_compute_the_same_in_float64(spec, exact_norms, monkeypatch):
+    model = llama(tie_word_embeddings=spec.startswith("quarot")).double()
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            p.data += torch.rand_like(p)
+    assert changed_alike(model, spec, tokens(2), monkeypatch) < 1e-10
+
+
+def test_gains_that_are_offsets_and_tied_heads(monkeypatch):
+    model = llama(tie_word_embeddings=True)
+    ids, before = tokens(1)[0], logits(model, tokens(1)[0])
+    rotate_residual(model, ids, Hadamard.random(64))
+    assert not model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight
+    assert (logits(model, ids) - before).abs().max() < 1e-4 * before.abs().max()
+    assert all(bool((p == 1).all()) for name, p in model.named_parameters() if "norm" in name)
+
+
+@pytest.mark.parametrize("make,what", [(gpt2, "change by"), (gemma, "no linear layer that reads it"),
+                                       (mixture, "change by|reads it")])
+def test_models_that_do_not_turn_are_untouched(make, what):
+    model = make()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=what):
+        rotate_residual(model, tokens(1)[0], Hadamard.random(64))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_layers_outside_a_recipe_that_share_an_input_are_named():
+    with pytest.raises(ValueError, match="q_proj.*v_proj outside the recipe"):
+        tersor.compress(llama(), {"q_proj": "flatquant[steps=0]:W4A4[group=32]", "*": "keep"}, tokens(2), tie=False)
+    with pytest.raises(ValueError, match="accepted are integer formats"):
+        tersor.compress(llama(), "flatquant:MXFP4", tokens(2))
+    with pytest.raises(ValueError, match="0 or more steps"):
+        tersor.compress(llama(), "flatquant[steps=-1]:W4A4", tokens(2))
+
+
+# -- what they are for ------------------------------------------------------------------------------------------------
+
+
+def test_training_finds_better_transforms_and_clips():
+    torch.manual_seed(0)
+    w, x = torch.randn(48, 64), torch.randn(256, 64) * torch.exp(1.5 * torch.randn(64))
+
+    def error(steps):
+        collector = Collector(64)
+        collector.add(x)
+        module = torch.nn.Module()
+        module.layer = torch.nn.Linear(64, 48, bias=False)
+        module.layer.weight.data = w.clone()
+        weights = Weights(module)
+        fmt = Int(4, 32, activation=4, act_group=0)
+        group = Group(["layer"], {"layer": fmt}, collector.finish(), weights)
+        view = BlockView(module, [group], lambda b: module.layer(x.view(4, 64, 64)[b]), 4)
+        with torch.no_grad():
+            method = FlatQuant(steps=steps, lr=1e-2)
+            method.transform_block(view)
+            (step,), fmt = group.inserted, group.formats["layer"]
+            w_hat = fmt.project(group.weight("layer"), group.params["layer"])
+            return float((F.linear(fmt.quantize_input(step(x)), w_hat) - F.linear(x, w)).norm() / F.linear(x, w).norm())
+
+    plain = Int(4, 32, activation=4, act_group=0)
+    rounded = F.linear(plain.quantize_input(x), plain.project(w, plain.fit(w)))
+    assert error(60) < 0.92 * error(0) < 0.92 * float((rounded - F.linear(x, w)).norm() / F.linear(x, w).norm())
+
+
+@pytest.fixture(scope="module")
+def outlier_model():
+    return with_outliers()
+
+
+def perplexity(model, ids):
+    with torch.no_grad():
+        found = model(ids).logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(found, ids[:, 1:].flatten()).exp().item()
+
+
+def test_the_outlier_model_computes_the_same_and_is_hard_to_quantize(outlier_model):
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    ids = text_tokens(512).view(2, 256)
+    assert abs(perplexity(outlier_model, ids) / perplexity(plain, ids) - 1) < 1e-4
+    losses = []
+    for model in (plain, outlier_model):
+        twin = copy.deepcopy(model)
+        tersor.compress(twin, "rtn[search=false]:W4A4[act_group=0]")
+        losses.append(perplexity(twin, ids) / perplexity(model, ids))
+    assert losses[0] < 3 and losses[1] > 10
