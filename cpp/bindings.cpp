@@ -48,6 +48,121 @@ tersor_projection projection(Address qweight, Address scales, Address zero_point
 
 using ProjectionTuple = std::tuple<Address, Address, Address, Address, Address, int64_t, int64_t>;
 
+// Activations that are given by their bits alone have the usual options.
+tersor_input taken(int bits) {
+  tersor_input input{};
+  input.bits = bits;
+  input.group = 32;
+  input.clip = 1;
+  return input;
+}
+const tersor_input& taken(const tersor_input& input) { return input; }
+
+void define_input(py::module_& module) {
+  py::class_<tersor_input>(module, "Input", "how activations are taken; see tersor_input in cpp/tersor.h")
+      .def(py::init([](int64_t bits, int64_t group, float clip, bool symmetric, Address scales, Address block_bits,
+                       Address norm_weight, float epsilon, Address index, Address signs, int64_t rows, int64_t columns,
+                       Address left, Address right, bool butterflies, float hadamard_scale) {
+             tersor_input input{};
+             input.bits = bits;
+             input.group = group;
+             input.asymmetric = !symmetric;
+             input.scales = pointer<const float>(scales);
+             input.block_bits = pointer<const uint8_t>(block_bits);
+             input.norm_weight = pointer<const void>(norm_weight);
+             input.index = pointer<const int32_t>(index);
+             input.signs = pointer<const float>(signs);
+             input.rows = rows;
+             input.columns = columns;
+             input.left = pointer<const float>(left);
+             input.right = pointer<const float>(right);
+             input.butterflies = butterflies;
+             input.clip = clip;
+             input.epsilon = epsilon;
+             input.hadamard_scale = hadamard_scale;
+             return input;
+           }),
+           py::arg("bits"), py::arg("group") = 32, py::arg("clip") = 1.0f, py::arg("symmetric") = true,
+           py::arg("scales") = 0, py::arg("block_bits") = 0, py::arg("norm_weight") = 0, py::arg("epsilon") = 0.0f,
+           py::arg("index") = 0, py::arg("signs") = 0, py::arg("rows") = 1, py::arg("columns") = 1, py::arg("left") = 0,
+           py::arg("right") = 0, py::arg("butterflies") = false, py::arg("hadamard_scale") = 1.0f);
+  module.def(
+      "int_linear_fused",
+      [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, Address other, int64_t ldother,
+         const std::vector<ProjectionTuple>& projections, int scale_dtype, int bits, int64_t group_size,
+         const tersor_input& given, int threads) {
+        std::vector<tersor_projection> list;
+        list.reserve(projections.size());
+        for (const ProjectionTuple& tuple : projections) list.push_back(std::apply(projection, tuple));
+        tersor_input input = given;
+        input.other = pointer<const void>(other);
+        input.ldother = ldother;
+        run([&] {
+          return tersor_int_linear(pointer(x), x_dtype, m, k, ldx, list.data(), static_cast<int>(list.size()),
+                                   scale_dtype, bits, group_size, &input, threads);
+        });
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("other"),
+      py::arg("ldother"), py::arg("projections"), py::arg("scale_dtype"), py::arg("bits"), py::arg("group_size"),
+      py::arg("input"), py::arg("threads"), "int_linear_multi of rows that go through the input's steps first");
+}
+
+// Activations: their bits, or an Input.
+template <class Activations>
+void define_int_linear(py::module_& module) {
+  module.def(
+      "int_linear",
+      [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, Address qweight, Address scales, int scale_dtype,
+         Address zero_points, Address bias, Address y, int64_t n, int64_t ldy, int bits, int64_t group_size,
+         Activations act_bits, int threads) {
+        const tersor_projection p = projection(qweight, scales, zero_points, bias, y, n, ldy);
+        const tersor_input& input = taken(act_bits);
+        run([&] {
+          return tersor_int_linear(pointer(x), x_dtype, m, k, ldx, &p, 1, scale_dtype, bits, group_size, &input,
+                                   threads);
+        });
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("qweight"),
+      py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"), py::arg("bias"), py::arg("y"), py::arg("n"),
+      py::arg("ldy"), py::arg("bits"), py::arg("group_size"), py::arg("act_bits"), py::arg("threads"),
+      "y[m, n] = x[m, k] @ ((codes - zero_points) * scales)^T + bias");
+
+  module.def(
+      "int_linear_multi",
+      [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, const std::vector<ProjectionTuple>& projections,
+         int scale_dtype, int bits, int64_t group_size, Activations act_bits, int threads) {
+        std::vector<tersor_projection> list;
+        list.reserve(projections.size());
+        for (const ProjectionTuple& tuple : projections) list.push_back(std::apply(projection, tuple));
+        const tersor_input& input = taken(act_bits);
+        run([&] {
+          return tersor_int_linear(pointer(x), x_dtype, m, k, ldx, list.data(), static_cast<int>(list.size()),
+                                   scale_dtype, bits, group_size, &input, threads);
+        });
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("projections"),
+      py::arg("scale_dtype"), py::arg("bits"), py::arg("group_size"), py::arg("act_bits"), py::arg("threads"),
+      "int_linear for several weights of one input in one parallel region; each projection is a tuple "
+      "(qweight, scales, zero_points, bias, y, n, ldy)");
+
+  module.def(
+      "int_linear_grouped",
+      [](Address x, int x_dtype, int64_t rows, int64_t k, int64_t ldx, Address ends, int64_t experts, Address qweight,
+         Address scales, int scale_dtype, Address zero_points, Address bias, Address y, int64_t n, int64_t ldy, int bits,
+         int64_t group_size, Activations act_bits, int threads) {
+        const tersor_projection weights = projection(qweight, scales, zero_points, bias, y, n, ldy);
+        const tersor_input& input = taken(act_bits);
+        run([&] {
+          return tersor_int_linear_grouped(pointer(x), x_dtype, rows, k, ldx, pointer<const int32_t>(ends), experts,
+                                           &weights, scale_dtype, bits, group_size, &input, threads);
+        });
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("k"), py::arg("ldx"), py::arg("ends"),
+      py::arg("experts"), py::arg("qweight"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"),
+      py::arg("bias"), py::arg("y"), py::arg("n"), py::arg("ldy"), py::arg("bits"), py::arg("group_size"),
+      py::arg("act_bits"), py::arg("threads"), "int_linear for rows sorted by expert, each with its expert's weight");
+}
+
 py::dict describe_device(int index) {
   tersor_cuda_device_info info;
   check(tersor_cuda_device(index, &info));
@@ -314,54 +429,9 @@ PYBIND11_MODULE(_C, module) {
   module.attr("version") = TERSOR_VERSION;
   module.attr("has_cuda_build") = has_cuda_build;
 
-  module.def(
-      "int_linear",
-      [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, Address qweight, Address scales, int scale_dtype,
-         Address zero_points, Address bias, Address y, int64_t n, int64_t ldy, int bits, int64_t group_size,
-         int act_bits, int threads) {
-        const tersor_projection p = projection(qweight, scales, zero_points, bias, y, n, ldy);
-        run([&] {
-          return tersor_int_linear(pointer(x), x_dtype, m, k, ldx, &p, 1, scale_dtype, bits, group_size, act_bits,
-                                   threads);
-        });
-      },
-      py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("qweight"),
-      py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"), py::arg("bias"), py::arg("y"), py::arg("n"),
-      py::arg("ldy"), py::arg("bits"), py::arg("group_size"), py::arg("act_bits"), py::arg("threads"),
-      "y[m, n] = x[m, k] @ ((codes - zero_points) * scales)^T + bias");
-
-  module.def(
-      "int_linear_multi",
-      [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, const std::vector<ProjectionTuple>& projections,
-         int scale_dtype, int bits, int64_t group_size, int act_bits, int threads) {
-        std::vector<tersor_projection> list;
-        list.reserve(projections.size());
-        for (const ProjectionTuple& tuple : projections) list.push_back(std::apply(projection, tuple));
-        run([&] {
-          return tersor_int_linear(pointer(x), x_dtype, m, k, ldx, list.data(), static_cast<int>(list.size()),
-                                   scale_dtype, bits, group_size, act_bits, threads);
-        });
-      },
-      py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("projections"),
-      py::arg("scale_dtype"), py::arg("bits"), py::arg("group_size"), py::arg("act_bits"), py::arg("threads"),
-      "int_linear for several weights of one input in one parallel region; each projection is a tuple "
-      "(qweight, scales, zero_points, bias, y, n, ldy)");
-
-  module.def(
-      "int_linear_grouped",
-      [](Address x, int x_dtype, int64_t rows, int64_t k, int64_t ldx, Address ends, int64_t experts, Address qweight,
-         Address scales, int scale_dtype, Address zero_points, Address bias, Address y, int64_t n, int64_t ldy, int bits,
-         int64_t group_size, int act_bits, int threads) {
-        const tersor_projection weights = projection(qweight, scales, zero_points, bias, y, n, ldy);
-        run([&] {
-          return tersor_int_linear_grouped(pointer(x), x_dtype, rows, k, ldx, pointer<const int32_t>(ends), experts,
-                                           &weights, scale_dtype, bits, group_size, act_bits, threads);
-        });
-      },
-      py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("k"), py::arg("ldx"), py::arg("ends"),
-      py::arg("experts"), py::arg("qweight"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zero_points"),
-      py::arg("bias"), py::arg("y"), py::arg("n"), py::arg("ldy"), py::arg("bits"), py::arg("group_size"),
-      py::arg("act_bits"), py::arg("threads"), "int_linear for rows sorted by expert, each with its expert's weight");
+  define_input(module);
+  define_int_linear<int>(module);
+  define_int_linear<const tersor_input&>(module);
 
   module.def(
       "int_pack",

@@ -29,18 +29,40 @@ typedef struct tersor_projection {
   int64_t ldy;
 } tersor_projection;
 
-/* y_i = x w_i^T + bias_i for `count` weights of equal k, bits and group size, in one parallel region.
- * act_bits 16: activations as they are; 8: activations quantized to int8 per row and block of 32 k. */
+/* How activations are taken (formats/integer.py:activation_codes). With bits below 16 each row first goes through the
+ * steps below whose pointers are set, in this order, in fp32 and in memory of one thread. */
+typedef struct tersor_input {
+  int64_t bits;              /* 16: as they are; 4, 6, 8: rounded to integers */
+  int64_t group;             /* k that share a scale: a multiple of 32, or 0: all of a row */
+  int64_t asymmetric;        /* the range of a group is min to max, with a zero point; else -max|x| to max|x| */
+  const float* scales;       /* [groups]: steps used instead of those of the input, or NULL */
+  const uint8_t* block_bits; /* [ceil(k/128)]: 4 or 8 for each 128 k instead of bits, or NULL; group 32, 64, 128 */
+  const void* norm_weight;   /* [k], x's dtype: x becomes norm_weight * x / sqrt(mean(x^2) + epsilon) */
+  const void* other;         /* [m, k], x's dtype, row stride ldother: x becomes silu(x) * other */
+  int64_t ldother;
+  const int32_t* index;      /* [k]: x becomes x[index] */
+  const float* signs;        /* [k]: factors of x */
+  /* Each row is taken as [k/(rows*columns)][rows][columns]; then left X, then X right. */
+  int64_t rows, columns;
+  const float* left;         /* [rows, rows], or NULL */
+  const float* right;        /* [columns, columns rounded up to 16], zeros beyond columns, or NULL */
+  int64_t butterflies;       /* instead of right: a Hadamard matrix, columns a power of two from 16 on */
+  float clip;                /* factor of the range, above 0 up to 1 */
+  float epsilon;
+  float hadamard_scale;      /* what the butterflies multiply by */
+} tersor_input;
+
+/* y_i = x w_i^T + bias_i for `count` weights of equal k, bits and group size, in one parallel region. */
 int tersor_int_linear(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx,
                       const tersor_projection* projections, int count, int scale_dtype, int bits,
-                      int64_t group_size, int act_bits, int threads);
+                      int64_t group_size, const tersor_input* input, int threads);
 
 /* The same for a mixture of experts: x [rows, k] sorted by expert, ends [experts] the row after each expert's last one
- * (ascending, at most rows). The weights of all experts follow one another; bias is [experts, n]. Rows from the last
- * end on become 0. */
+ * (ascending, at most rows). The weights of all experts follow one another; bias is [experts, n], input's scales
+ * [experts, groups], and it has no steps. Rows from the last end on become 0. */
 int tersor_int_linear_grouped(const void* x, int x_dtype, int64_t rows, int64_t k, int64_t ldx, const int32_t* ends,
                               int64_t experts, const tersor_projection* weights, int scale_dtype, int bits,
-                              int64_t group_size, int act_bits, int threads);
+                              int64_t group_size, const tersor_input* input, int threads);
 
 int tersor_int_pack(const uint8_t* codes, int64_t n, int64_t k, int bits, uint8_t* qweight, int threads);
 int tersor_int_unpack(const uint8_t* qweight, int64_t n, int64_t k, int bits, uint8_t* codes, int threads);

@@ -124,7 +124,7 @@ def test_cuda_report():
         ({"ldy": 3}, "ldy is 3"),
         ({"group_size": 48}, "group_size is 48; accepted: a multiple of 32"),
         ({"group_size": -32}, "group_size is -32"),
-        ({"act_bits": 4}, "act_bits is 4"),
+        ({"act_bits": 5}, "act_bits is 5; accepted: 16 .exact., 8, 6 or 4"),
         ({"threads": 0}, "threads is 0"),
         ({"x": 0}, "x is absent"),
         ({"qweight": 0}, "qweight is absent"),

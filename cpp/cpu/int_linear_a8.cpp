@@ -1,4 +1,4 @@
-// Integer weights times int8 activations (act_bits 8), compiled once per instruction set.
+// Integer weights times activations rounded to integers (act_bits 4, 6, 8), compiled once per instruction set.
 //
 //   y[m, n] = sum over groups g of scale[n, g] * sum over blocks b in g of
 //             x_scale[m, b] * sum over k in b of (code - zero_point[n, g]) * q[m, k]   + bias[n]
@@ -27,12 +27,12 @@
 #include "common/status.h"
 #include "cpu/int_linear_a8_micro.h"
 #include "cpu/isa.h"
+#include "cpu/row_transform.h"
 
 namespace tersor::TERSOR_ISA {
 namespace {
 
 constexpr int64_t kWorkPerThread = 1 << 19;   // weights x rows below which another thread costs more
-constexpr int64_t kQuantizeSerial = 1 << 15;  // activations that one thread quantizes alone
 constexpr int64_t kPanelBytes = 1 << 20;      // activations that stay in the last-level cache
 constexpr int64_t kUnpackedTile = kChunkBlocks * 512;
 
@@ -203,7 +203,7 @@ int run(const IntLinearArgs& args, int limbs) {
   const IntShape shape = int_shape(0, args.k, bits, args.group_size);
   const Path path = path_for(args.m * limbs, bits);
   const TileGroups groups(args, path == Path::kFewRows ? 1 : kA8PanelTiles);
-  QuantizedRows<Int8Dot<dot_kind(bits)>> x(shape, args.m, limbs,
+  QuantizedRows<Int8Dot<dot_kind(bits)>> x(shape, *args.input, args.m, limbs,
                                               path == Path::kFewRows ? kA8DecodeRows : kA8PanelRows);
 
   int64_t weights = 0;
@@ -226,20 +226,15 @@ int run(const IntLinearArgs& args, int limbs) {
   const size_t panel_bytes = path == Path::kFewRows ? 0 : groups.size * kUnpackedTile;
   scratch.reserve<float>(threads * result_floats);
   scratch.reserve<uint8_t>(threads * panel_bytes);
+  const RowQuantizer quantizer(args);
+  scratch.reserve<char>(quantizer.threads(threads) * quantizer.bytes());
   if (!scratch.allocate()) return fail(TERSOR_NO_MEMORY, "no memory for the quantized activations");
   x.records = scratch.take<uint32_t>(x.record_count());
   x.sums = scratch.take<float>(x.sum_count());
 
-  const int64_t chunks = div_up(shape.blocks, kChunkBlocks);
-  const int quantizers = args.m * args.k < kQuantizeSerial ? 1 : threads;
-  parallel_for(quantizers, [&](int index) {
-    const Range range = split(args.m * chunks, quantizers, index);
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      x.quantize(args.x, args.x_dtype, args.ldx, i / chunks, i % chunks);
-    }
-  });
   float* const results = scratch.take<float>(threads * result_floats);
   uint8_t* const bytes = scratch.take<uint8_t>(threads * panel_bytes);
+  quantizer.run(x, threads, scratch.take<char>(quantizer.threads(threads) * quantizer.bytes()));
   parallel_for(threads, [&](int index) {
     const Range range = split(items, threads, index);
     job.run(range.begin, range.end, results + index * result_floats, bytes + index * panel_bytes);
@@ -269,15 +264,7 @@ int limbs_for(const IntLinearArgs& args) {
     const char* x = static_cast<const char*>(args.x) + token * args.ldx * size;
     for (int64_t k = 0; k < args.k; k += kBlockK) {
       f32 low, high;
-      if (k + kBlockK <= args.k) {
-        low = load_as(x + k * size, args.x_dtype);
-        high = load_as(x + (k + 16) * size, args.x_dtype);
-      } else {
-        float padded[kBlockK] = {};
-        for (int64_t i = k; i < args.k; ++i) padded[i - k] = load_as_float(x, args.x_dtype, i);
-        low = load(padded);
-        high = load(padded + 16);
-      }
+      load_block(x, args.x_dtype, k, args.k, &low, &high);
       const i32 a = magnitude(low), b = magnitude(high);
       const float top = bits_to_float(reduce_max(max_i32(a, b)));
       const float others = reduce_add(add(as_f32(a), as_f32(b))) - top;
@@ -291,7 +278,9 @@ int limbs_for(const IntLinearArgs& args) {
 
 }  // namespace
 
-int int_linear_a8(const IntLinearArgs& args) { return run_bits(args, 1); }
+int int_linear_a8(const IntLinearArgs& args) {
+  return run_bits(args, args.input->asymmetric && args.input->bits == 8 ? 2 : 1);
+}
 
 // Exact activations as limbs: false, and nothing done, where the arithmetic of floats is to do it.
 bool int_linear_limbs(const IntLinearArgs& args, int* status) {

@@ -19,6 +19,7 @@ struct IntLinearArgs {
   int count, scale_dtype, bits;
   int64_t group_size;
   int threads;
+  const tersor_input* input;
 };
 // Arguments of tersor_int_fit after validation: n, k, steps >= 1.
 struct IntFitArgs {
@@ -81,7 +82,7 @@ using IntLinearFunction = int (*)(const IntLinearArgs&);
 struct IsaKernels {
   const char* name;
   IntLinearFunction exact;  // activations as they are
-  IntLinearFunction a8;     // activations quantized to int8; null when not built
+  IntLinearFunction a8;     // activations rounded to integers; null when not built
   int (*fit)(const IntFitArgs&);
   int (*gram)(const GramArgs&);
   void (*rms_norm)(const RmsNormArgs&);

@@ -20,7 +20,10 @@
 //   magnitude(v)           the bits of |v|: ordered as integers, with NaN above infinity
 //   max_i32, reduce_max    of such bits
 //   div(a, b)              rounded correctly
-//   round_to_codes(v)      to the nearest even integer, limited to -127..127
+//   limit(v, low, high)    of numbers; NaN gives any of the three
+//   round_within(v, low, high)   limited, then to the nearest even integer
+//   round_to_codes(v)      the same for -127..127
+//   float_bits(v)          the bits of v
 //
 // Blocking: kA8DecodeRows rows x one tile for few rows, else strips of kA8PanelRows rows x kA8PanelTiles
 // tiles; up to a8_decode_strips(bits) strips decode the codes each for themselves, more share unpacked bytes.
@@ -58,3 +61,9 @@ static inline uint32_t pack_pair(int low, int high) {
 #else
 #include "cpu/simd_int8_avx2.h"
 #endif
+
+namespace tersor::TERSOR_ISA {
+
+TERSOR_INLINE i32 round_to_codes(f32 x) { return round_within(x, -127.0f, 127.0f); }
+
+}  // namespace tersor::TERSOR_ISA

@@ -16,11 +16,15 @@ TERSOR_INLINE uint32_t reduce_max(i32 x) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1))));
 }
 TERSOR_INLINE f32 div(f32 x, f32 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
-TERSOR_INLINE i32 round_to_codes(f32 x) {
-  const __m256 top = _mm256_set1_ps(127.0f), bottom = _mm256_set1_ps(-127.0f);
-  return {_mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(x.a, top), bottom)),
-          _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(x.b, top), bottom))};
+TERSOR_INLINE f32 limit(f32 x, float low, float high) {
+  const __m256 bottom = _mm256_set1_ps(low), top = _mm256_set1_ps(high);
+  return {_mm256_max_ps(_mm256_min_ps(x.a, top), bottom), _mm256_max_ps(_mm256_min_ps(x.b, top), bottom)};
 }
+TERSOR_INLINE i32 round_within(f32 x, float low, float high) {
+  const f32 within = limit(x, low, high);
+  return {_mm256_cvtps_epi32(within.a), _mm256_cvtps_epi32(within.b)};
+}
+TERSOR_INLINE i32 float_bits(f32 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 TERSOR_INLINE i32 add_i32(i32 x, i32 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 
 // 32 codes as bytes, in the order of the layout: {0, 4, 1, 5, 2, 6, 3, 7} of each eight k.

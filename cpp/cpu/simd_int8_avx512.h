@@ -15,10 +15,11 @@ TERSOR_INLINE uint32_t reduce_max(i32 x) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1))));
 }
 TERSOR_INLINE f32 div(f32 x, f32 y) { return {_mm512_div_ps(x.v, y.v)}; }
-TERSOR_INLINE i32 round_to_codes(f32 x) {
-  const __m512 limited = _mm512_max_ps(_mm512_min_ps(x.v, _mm512_set1_ps(127.0f)), _mm512_set1_ps(-127.0f));
-  return {_mm512_cvtps_epi32(limited)};
+TERSOR_INLINE f32 limit(f32 x, float low, float high) {
+  return {_mm512_max_ps(_mm512_min_ps(x.v, _mm512_set1_ps(high)), _mm512_set1_ps(low))};
 }
+TERSOR_INLINE i32 round_within(f32 x, float low, float high) { return {_mm512_cvtps_epi32(limit(x, low, high).v)}; }
+TERSOR_INLINE i32 float_bits(f32 x) { return {_mm512_castps_si512(x.v)}; }
 
 constexpr int dot_kind(int) { return 8; }
 

@@ -29,15 +29,24 @@ TERSOR_INLINE f32 div(f32 a, f32 b) {
   TERSOR_LANES a.v[l] = a.v[l] / b.v[l];
   return a;
 }
-TERSOR_INLINE i32 round_to_codes(f32 a) {
-  // Adding 1.5 * 2^23 leaves the integer, rounded to nearest even, in the low bits of the sum.
-  i32 r;
+TERSOR_INLINE f32 limit(f32 a, float low, float high) {
   TERSOR_LANES {
     v4f x = a.v[l];
-    x = x > 127.0f ? v4f{127, 127, 127, 127} : x;
-    x = x < -127.0f ? v4f{-127, -127, -127, -127} : x;
-    r.v[l] = (v4u)(x + 12582912.0f) - 0x4b400000u;
+    x = x > high ? v4f{high, high, high, high} : x;
+    a.v[l] = x < low ? v4f{low, low, low, low} : x;
   }
+  return a;
+}
+TERSOR_INLINE i32 round_within(f32 a, float low, float high) {
+  // Adding 1.5 * 2^23 leaves the integer, rounded to nearest even, in the low bits of the sum.
+  const f32 within = limit(a, low, high);
+  i32 r;
+  TERSOR_LANES r.v[l] = (v4u)(within.v[l] + 12582912.0f) - 0x4b400000u;
+  return r;
+}
+TERSOR_INLINE i32 float_bits(f32 a) {
+  i32 r;
+  TERSOR_LANES r.v[l] = (v4u)a.v[l];
   return r;
 }
 
