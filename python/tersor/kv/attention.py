@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..op_checks import fail
+from . import devices
 from .store import Step
 
 NAME = "tersor"
@@ -102,23 +103,32 @@ def _attend(module, query, key, value, mask, scaling, dropout, is_causal, option
             and sinks is None and (mask is None or mask.shape[-1] == queries):
         out = sdpa_attention_forward(module, query, keys, values, mask, dropout, scaling, is_causal)
         if mask is not None:
-            step.mask, step.causal = _boolean(mask), False
+            step.mask, step.causal = _boolean(mask, layer), False
         store.prompt(step)
+        layer.attended()
         return out
     if mask is not None:
-        step.mask, step.causal = _boolean(mask), False
-    return store.attend(step), None
+        step.mask, step.causal = _boolean(mask, layer), False
+    out = store.attend(step)
+    if layer.leaves:
+        layer.attended()
+    return out, None
 
 
 _attend_apart = torch.compiler.disable(_attend)
 
 
-def _boolean(mask: Tensor) -> Tensor:
+def _boolean(mask: Tensor, layer) -> Tensor:
+    """What is seen. On a GPU, where to look at a float mask waits for it, that is done for several queries, and for the
+    first single one of a layer; a graph that is being captured cannot wait."""
     if mask.dtype is torch.bool:
         return mask
     seen = mask == 0
-    if not (seen | (mask <= torch.finfo(mask.dtype).min / 2)).all():
-        fail("Cache", "attention_mask", f"{mask.dtype} with a bias", "a mask: bool, or 0 and the lowest number")
+    known = devices.on_cuda(mask.device) and layer.mask_known and mask.shape[2] == 1
+    if not known and not devices.capturing(mask.device):
+        if not (seen | (mask <= torch.finfo(mask.dtype).min / 2)).all():
+            fail("Cache", "attention_mask", f"{mask.dtype} with a bias", "a mask: bool, or 0 and the lowest number")
+        layer.mask_known = True
     return seen
 
 

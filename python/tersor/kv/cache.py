@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -49,17 +50,21 @@ class Cache(DynamicCache):
     Sets the model's attention implementation to ``"tersor"``, which serves any other cache as before. ValueError for
     what cannot be served: an unknown spec, option or method, a method without its plan, a model without configuration
     or without exchangeable attention, layers of another kind, heads that are not multiples of 16, a device other than
-    the CPU.
+    the CPU and CUDA; on CUDA (docs/cache.md lists what it takes) when a layer's first tokens come.
+
+    ``offloading``: layers wait for their turn in pinned memory of the host, as transformers' own caches do; needs a GPU.
     """
 
-    def __init__(self, model, spec: str | CachePlan, **options):
+    def __init__(self, model, spec: str | CachePlan, *, offloading: bool = False, **options):
         config = getattr(model, "config", None)
         if config is None or not hasattr(config, "get_text_config"):
             raise ValueError(f"model: found {type(model).__name__}, accepted is a transformers model")
         if config.is_encoder_decoder:
             raise ValueError(f"model: found {type(model).__name__} with an encoder, accepted is a decoder")
         plan = plan_for(model, spec, options)
-        super().__init__(config=config)
+        if offloading and not torch.cuda.is_available():
+            raise ValueError("tersor.Cache: offloading: found no GPU, accepted is false: the pages are in the host's memory")
+        super().__init__(config=config, offloading=offloading)
         self.spec, self.plan, shared = plan.spec, plan, {}
         positions = position_limit(config.get_text_config(decoder=True))
         for i, layer in enumerate(self.layers):
@@ -77,6 +82,17 @@ class Cache(DynamicCache):
         if config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
             raise ValueError(f"model: found {type(model).__name__}, whose attention cannot be exchanged, accepted is a "
                              "model that uses transformers' AttentionInterface")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        on_host = indices.cpu()  # waits for a GPU once, not in each layer
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.batch_select_indices(on_host)
+            else:
+                layer.batch_select_indices(indices)
 
     @property
     def nbytes(self) -> int:

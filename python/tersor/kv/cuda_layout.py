@@ -19,6 +19,7 @@ from .layout import Layout
 TOKENS = 64
 DIMS = (64, 80, 96, 128, 256)
 BITS = (2, 3, 4, 8, 16)
+FORMAT_NUMBERS = 11  # int64 of a tersor_cuda_kv_format
 _RECORD = 16  # channels
 
 

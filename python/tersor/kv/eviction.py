@@ -230,9 +230,8 @@ class WindowStore(Store):
         pages = self.inner.pages
         limit = self.seen - self._buffer(self.seen) - self.skipped if self.compensate else 0
         while len(pages.pages) > 1 and pages.first + pages.counts()[0] <= limit:
-            tokens, page = pages.counts()[0], pages.pages[0]
-            keys, values = (t[:, :, :tokens] for t in pages.layout.decode(page.memory[page.rows], page.kind,
-                                                                          torch.float32))
+            tokens = pages.counts()[0]
+            keys, values = pages.decode_page(0, torch.float32)
             self._retire(keys, values, self.gone, None if self.real is None else self.real[:, :tokens])
             if self.real is not None:
                 self.real = self.real[:, tokens:].clone()

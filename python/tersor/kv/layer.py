@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..op_checks import CODE, FLOATS, fail
-from . import attention
+from ..op_checks import fail
+from . import attention, devices
+from .methods import CACHE_METHODS
 from .rotary import Rotary
 from .settings import Settings
 from .store import Shape, Step, Store, base_store
@@ -64,21 +65,24 @@ class PackedLayer(CacheLayerMixin):
         self.store: Store | None = None
         self.fresh: tuple[Tensor, Tensor] | None = None
         self.handles = attention.Handle(self, 0), attention.Handle(self, 1)
-        self.record_past = self.unpacks = False
+        self.record_past = self.unpacks = self.leaves = False
+        self.mask_known = False  # that float masks only hide: to look at one waits for the GPU
 
     # -- what transformers calls ------------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         where = f"tersor.Cache: layer {self.index}"
-        if key_states.device.type != "cpu" or key_states.dtype not in CODE or value_states.dtype != key_states.dtype:
-            raise ValueError(f"{where}: found {key_states.dtype} on {key_states.device}, accepted is {FLOATS} on cpu")
+        devices.check_device(where, key_states)
+        if value_states.dtype != key_states.dtype or value_states.device != key_states.device:
+            raise ValueError(f"{where}: found values of {value_states.dtype} on {value_states.device}, accepted is what "
+                             f"keys are: {key_states.dtype} on {key_states.device}")
         batch, heads, _, key_dim = key_states.shape
         value_dim = value_states.shape[-1]
         if key_dim % 16 or value_dim % 16 or max(key_dim, value_dim) > 1024 or value_states.shape[1] != heads:
             raise ValueError(f"{where}: found keys {list(key_states.shape)} and values {list(value_states.shape)}, "
                              "accepted are equal numbers of heads, of dimensions that are multiples of 16 to 1024")
         shape = Shape(self.index, batch, heads, key_dim, value_dim, key_states.dtype, self.settings,
-                      self.sliding_window, rotary=self.rotary, shared=self.shared)
+                      self.sliding_window, rotary=self.rotary, shared=self.shared, device=key_states.device)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.expected = heads, key_dim, value_dim
         self.store = build_store(shape, self.methods)
@@ -111,9 +115,9 @@ class PackedLayer(CacheLayerMixin):
         heads, key_dim, value_dim = self.expected
         batch, tokens = self.store.batch, keys.shape[2] if keys.dim() == 4 else -1
         for name, x, dim in (("keys", keys, key_dim), ("values", values, value_dim)):
-            if x.dtype is not self.dtype or x.shape != (batch, heads, tokens, dim) or not x.is_cpu:
+            if x.dtype is not self.dtype or x.shape != (batch, heads, tokens, dim) or x.device != self.device:
                 fail("cache", name, f"{x.dtype} {list(x.shape)} on {x.device}",
-                     f"{self.dtype} [{batch}, {heads}, tokens, {dim}] on cpu")
+                     f"{self.dtype} [{batch}, {heads}, tokens, {dim}] on {self.device}")
 
     def get_seq_length(self) -> int:
         if self.store is None:
@@ -132,7 +136,7 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.store = self.fresh = None
         self.shared.clear()
-        self.is_initialized = self.unpacks = False
+        self.is_initialized = self.unpacks = self.leaves = False
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -161,10 +165,16 @@ class PackedLayer(CacheLayerMixin):
             self.store.select([row for row in range(self.store.batch) for _ in range(repeats)])
 
     def offload(self) -> None:
-        pass  # the pages are in the host's memory
+        """Leave the GPU for the host's memory (pages on the CPU are there): at once, or, where tokens have come that
+        attention has not stored yet, after it."""
+        if self.fresh is not None:
+            self.leaves = True
+        elif self.store is not None:
+            self.store.offload()
 
     def prefetch(self) -> None:
-        pass
+        if self.store is not None:
+            self.store.prefetch()
 
     # -- what the attention function calls --------------------------------------------------------------------------
 
@@ -176,6 +186,12 @@ class PackedLayer(CacheLayerMixin):
             fail("cache", "model", f"a second model, at layer {self.index}", "the model whose tokens it holds, or reset()")
         self.owner = weakref.ref(module)
 
+    def attended(self) -> None:
+        """What waited for the attention function."""
+        if self.leaves:
+            self.leaves = False
+            self.store.offload()
+
     def take_fresh(self) -> tuple[Tensor, Tensor] | None:
         fresh, self.fresh = self.fresh, None
         return fresh
@@ -186,6 +202,7 @@ class PackedLayer(CacheLayerMixin):
             keys, values = self.take_fresh()
             empty = keys.new_empty((keys.shape[0], keys.shape[1], 0, keys.shape[3]))
             self.store.prompt(Step(empty, keys, values, 1.0))
+            self.attended()
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values as tensors, for models that compute with them; RuntimeError where that would unpack a packed
@@ -198,7 +215,7 @@ class PackedLayer(CacheLayerMixin):
                 f"tersor.Cache: layer {self.index}: this model computes with cached keys outside its attention "
                 f"function (latent attention does), and {names + ':' if names else ''}{self.settings.name}"
                 f"{' with a sliding window' if self.is_sliding else ''} would have to be unpacked at each step; accepted "
-                "is K16V16, or a transformers cache")
+                f"is {'' if devices.on_cuda(self.device) else 'K16V16, or '}a transformers cache")
         self.unpacks = True
         return found
 
@@ -222,4 +239,9 @@ def build_store(shape: Shape, methods: Sequence[tuple["Method", dict[str, Tensor
     if not methods:
         return base_store(shape)
     method, tensors = methods[0]
+    if devices.on_cuda(shape.device):
+        if not method.cuda:
+            raise ValueError(f"tersor.Cache: layer {shape.layer}: found method {method.name!r} on {shape.device}, accepted "
+                             f"on CUDA are {', '.join(sorted(n for n, m in CACHE_METHODS.items() if m.cuda))}, or none")
+        tensors = {name: tensor.to(shape.device) for name, tensor in tensors.items()}
     return method.wrap(shape, tensors, lambda inner: build_store(inner, methods[1:]))

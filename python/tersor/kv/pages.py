@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..op_checks import fail
 from ..ops_kv import (NO_STRIDES, check_bias, check_log_sum_exp, check_options, check_positions, check_query,
                       check_tokens, native, restrictions)
@@ -81,6 +82,15 @@ class Pages:
         segments = {id(page.segment): page.segment for page in self.pages if page.segment is not None}
         held = sum(page.memory.untyped_storage().nbytes() for page in self.pages)
         return held + sum(s.untyped_storage().nbytes() for s in segments.values()) + 8 * len(self.table)
+
+    @property
+    def kernel(self) -> str:
+        return f"kv_attention {_C.isa()}"
+
+    @property
+    def page_bits(self) -> float:
+        """Bits of one number in a packed page, scales and minima counted."""
+        return self.layout.bits()
 
     def counts(self) -> list[int]:
         """Tokens in each page."""
@@ -341,13 +351,16 @@ class Pages:
 
     # -- reference --------------------------------------------------------------------------------------------------
 
+    def decode_page(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[batch, kv_heads, tokens, dim]`` of one page."""
+        page, count = self.pages[index], self.table[index * self.stride]
+        segment = None if page.segment is None else page.segment[page.segment_rows]
+        keys, values = self.layout.decode(page.memory[page.rows], page.kind, dtype, segment)
+        return keys[:, :, :count], values[:, :, :count]
+
     def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """All tokens held: keys ``[batch, kv_heads, tokens, key_dim]`` and values, as attention takes them."""
-        parts = []
-        for page, count in zip(self.pages, self.counts()):
-            segment = None if page.segment is None else page.segment[page.segment_rows]
-            keys, values = self.layout.decode(page.memory[page.rows], page.kind, dtype, segment)
-            parts.append((keys[:, :, :count], values[:, :, :count]))
+        parts = [self.decode_page(index, dtype) for index in range(len(self.pages))]
         shape = (self.batch, self.layout.kv_heads, 0)
         empty = [torch.empty((*shape, dim), dtype=dtype) for dim in (self.layout.key_dim, self.layout.value_dim)]
         return tuple(torch.cat([e, *(p[i] for p in parts)], 2) for i, e in enumerate(empty))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _C
 from ..op_checks import CODE, FLOATS
+from . import devices
 from .layout import E4M3, Layout, PageFormat, normal_levels
 from .pages import Pages
 from .rotary import Rotary
@@ -25,7 +26,8 @@ from .settings import Settings
 @dataclass(frozen=True, eq=False)
 class Shape:
     """What a store is made for. ``window``: tokens that a query sees, its own included; 0: all. ``biased``: entries have
-    a bias of their own on their score. ``shared``: what layers of one cache have in common (methods keep it)."""
+    a bias of their own on their score. ``shared``: what layers of one cache have in common (methods keep it).
+    ``max_tokens``: memory for so many is made at the start; 0: it grows."""
 
     layer: int
     batch: int
@@ -38,6 +40,8 @@ class Shape:
     biased: bool = False
     rotary: Rotary | None = None
     shared: dict = field(default_factory=dict)
+    device: torch.device = devices.CPU
+    max_tokens: int = 0
 
     def changed(self, **changes) -> "Shape":
         return replace(self, **changes)
@@ -114,6 +118,20 @@ class Store(ABC):
     def record_past(self) -> None:
         """Keep what `crop` may need."""
 
+    def within(self) -> Sequence["Store"]:
+        """The stores inside."""
+        return (self.inner,) if hasattr(self, "inner") else ()
+
+    def offload(self) -> None:
+        """Move what is on a GPU to the host's memory."""
+        for store in self.within():
+            store.offload()
+
+    def prefetch(self) -> None:
+        """Bring it back."""
+        for store in self.within():
+            store.prefetch()
+
     @property
     def held(self) -> int:
         """Entries held for a sequence and head (the mean, where heads differ)."""
@@ -180,6 +198,16 @@ def make_layout(shape: Shape, *formats: PageFormat) -> Layout:
     return Layout(shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype, s.group, formats, turned, shape.biased)
 
 
+def make_pages(shape: Shape, layout: Layout, recent: int = 0, sink_pages: int = 0):
+    """Pages where the shape's tensors are: `Pages` on the CPU, `CudaPages` on a GPU. ValueError, which names the layer,
+    for a layout that no kernel of the device takes."""
+    if not devices.on_cuda(shape.device):
+        return Pages(layout, shape.batch, recent, sink_pages)
+    from .cuda_pages import CudaPages
+
+    return CudaPages(layout, shape.batch, recent, sink_pages, shape.device, f"tersor.Cache: layer {shape.layer}")
+
+
 class PagedStore(Store):
     """Pages: raw while they fill, packed once enough newer tokens follow; freed when they leave a sliding window."""
 
@@ -187,7 +215,7 @@ class PagedStore(Store):
         check_shape(shape)
         s = shape.settings
         self.shape, self.window, self.keeps = shape, shape.window, False
-        self.pages = Pages(make_layout(shape), shape.batch, s.recent, 0 if shape.window else -(-s.sinks // s.group))
+        self.pages = make_pages(shape, make_layout(shape), s.recent, 0 if shape.window else -(-s.sinks // s.group))
 
     @property
     def seen(self) -> int:
@@ -239,7 +267,8 @@ class PagedStore(Store):
         return self.pages.decode(dtype)
 
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        return None if self.shape.settings.packs or self.window else self.decode(dtype)
+        on_cuda = devices.on_cuda(self.shape.device)
+        return None if self.shape.settings.packs or self.window or on_cuda else self.decode(dtype)
 
     def record_past(self) -> None:
         self.keeps = True
@@ -252,9 +281,21 @@ class PagedStore(Store):
     def nbytes(self) -> int:
         return self.pages.nbytes
 
+    def offload(self) -> None:
+        if devices.on_cuda(self.shape.device):
+            self.pages.offload()
+
+    def prefetch(self) -> None:
+        if devices.on_cuda(self.shape.device):
+            self.pages.prefetch()
+
     @property
     def bits(self) -> float:
-        return self.pages.layout.bits()
+        return self.pages.page_bits
+
+    @property
+    def kernel(self) -> str:
+        return self.pages.kernel
 
 
 class HeadGroups(Store):
@@ -269,6 +310,7 @@ class HeadGroups(Store):
                              f"0 to {kv_heads - 1} once")
         self.groups = [(torch.tensor(list(heads)), store) for heads, store in groups]
         self.kv_heads = kv_heads
+        self.indices: dict[tuple, list[tuple[Tensor, Tensor]]] = {}  # of heads and their queries, on a device
 
     @property
     def seen(self) -> int:
@@ -278,10 +320,16 @@ class HeadGroups(Store):
     def batch(self) -> int:
         return self.groups[0][1].batch
 
+    def within(self) -> Sequence[Store]:
+        return [store for _, store in self.groups]
+
     def _parts(self, step: Step):
-        queries = step.query.shape[1] // self.kv_heads
-        for heads, store in self.groups:
-            own = (heads.view(-1, 1) * queries + torch.arange(queries)).flatten()
+        queries, device = step.query.shape[1] // self.kv_heads, step.query.device
+        if (queries, device) not in self.indices:
+            self.indices[queries, device] = [
+                (heads.to(device), (heads.view(-1, 1) * queries + torch.arange(queries)).flatten().to(device))
+                for heads, _ in self.groups]
+        for (heads, own), (_, store) in zip(self.indices[queries, device], self.groups):
             yield own, store, step.changed(
                 query=step.query[:, own], keys=None if step.keys is None else step.keys[:, heads],
                 values=None if step.values is None else step.values[:, heads],
@@ -360,10 +408,11 @@ class Projected(Store):
 
     def __init__(self, inner: Store, kv_heads: int, queries: Tensor | None = None, keys: Tensor | None = None,
                  values: Tensor | None = None, outputs: Tensor | None = None, key_mean: Tensor | None = None,
-                 value_mean: Tensor | None = None, dtype: torch.dtype = torch.float32, together: int = 1):
+                 value_mean: Tensor | None = None, dtype: torch.dtype = torch.float32, together: int = 1,
+                 device: torch.device | None = None):
         self.inner, self.kv_heads, self.together = inner, kv_heads, together
         self.queries, self.keys, self.values, self.outputs, self.key_mean, self.value_mean = (
-            None if t is None else t.to(dtype) for t in (queries, keys, values, outputs, key_mean, value_mean))
+            None if t is None else t.to(device, dtype) for t in (queries, keys, values, outputs, key_mean, value_mean))
 
     @property
     def seen(self) -> int:
@@ -473,4 +522,5 @@ def base_store(shape: Shape) -> Store:
     if not shape.settings.hadamard:
         return PagedStore(shape)
     keys, values = sylvester(shape.key_dim), sylvester(shape.value_dim)
-    return Projected(PagedStore(shape), shape.kv_heads, keys, keys, values, values, dtype=shape.dtype)
+    return Projected(PagedStore(shape), shape.kv_heads, keys, keys, values, values, dtype=shape.dtype,
+                     device=shape.device)

@@ -23,13 +23,15 @@ class CacheMethod:
     """Subclasses are frozen dataclasses whose fields are the options of the spec; each is one file and one paper.
 
     ``calibrated``: needs tensors of each layer, which `learn` makes, from data unless not ``data``; ``rotary``: works
-    with keys turned back to position 0, so the model's rotary embedding must be found.
+    with keys turned back to position 0, so the model's rotary embedding must be found; ``cuda``: its stores take tensors
+    of a GPU.
     """
 
     name: ClassVar[str] = ""
     calibrated: ClassVar[bool] = False
     data: ClassVar[bool] = True
     rotary: ClassVar[bool] = False
+    cuda: ClassVar[bool] = False
     innermost: ClassVar[bool] = False  # makes pages of its own, so that no method can stand between it and the bits
 
     def check(self, model: nn.Module, settings: Settings) -> None:

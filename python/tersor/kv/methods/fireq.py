@@ -43,6 +43,7 @@ class FireQ(CacheMethod):
 
     calibrated = True
     rotary = True
+    cuda = True
 
     def learn(self, model, batches, settings, progress) -> dict[int, dict[str, Tensor]]:
         norms: dict[int, Tensor] = {}

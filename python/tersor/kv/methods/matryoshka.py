@@ -44,6 +44,7 @@ class Matryoshka(CacheMethod):
     seed: int = 0
 
     calibrated: ClassVar[bool] = True
+    cuda: ClassVar[bool] = True
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         refuse_latent(model, self.name)

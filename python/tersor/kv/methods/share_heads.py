@@ -30,6 +30,7 @@ class ShareHeads(CacheMethod):
     rank: int = 0
 
     calibrated: ClassVar[bool] = True
+    cuda: ClassVar[bool] = True
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         refuse_latent(model, self.name)

@@ -54,6 +54,7 @@ class SmoothAttention(CacheMethod):
 
     calibrated = True
     rotary = True
+    cuda = True
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         if not 0 <= self.alpha <= 1:

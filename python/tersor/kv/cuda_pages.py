@@ -1,0 +1,467 @@
+"""`CudaPages`: one layer's keys and values on a GPU, with the interface of `pages.Pages`.
+
+The host knows which pages there are, so it never asks the device: a step adds to the count of the last page, which is a
+launch; a new or a packed page is one entry of the table, copied from pinned memory. Nothing waits. Pages lie in slabs,
+one allocation of several, which is freed at once when the last of its pages goes; a slab can leave for the host's memory
+and come back (`offload`, `prefetch`). Which row of a page a sequence reads stands in the table alone: beams reorder the
+table, and only the page that is still written is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops_kv_cuda as ops
+from ..op_checks import fail
+from . import cuda_layout
+from .devices import HALVES, capturing, host_like, staged
+from .layout import Layout
+
+TOKENS = cuda_layout.TOKENS
+SLAB_PAGES = 8  # of a slab at most, while pages come one by one
+SCRATCH = 32 << 20  # bytes of raw pages through which a prompt is packed
+
+
+def check_layout(where: str, layout: Layout) -> Layout:
+    """Itself; ValueError that begins with ``where`` for a layout that no CUDA kernel takes."""
+    def need(name: str, found, accepted: str) -> None:
+        raise ValueError(f"{where}: {name}: found {found}, accepted on CUDA is {accepted}")
+
+    dims = ", ".join(map(str, cuda_layout.DIMS))
+    if layout.dtype not in HALVES:
+        need("dtype", layout.dtype, "bfloat16, float16")
+    if layout.key_dim != layout.value_dim or layout.key_dim not in cuda_layout.DIMS:
+        need("head dimension", f"{layout.key_dim} for keys and {layout.value_dim} for values", f"the same one of {dims}")
+    if layout.page_tokens != TOKENS:
+        need("group", layout.page_tokens, f"{TOKENS}")
+    if layout.biased:
+        need("pages", "a bias of their own for each token", "none: methods that need it run on the CPU")
+    if layout.rotary is not None:
+        need("rope", "pre", "post")
+    if len(layout.formats) > 1:
+        need("pages", f"{len(layout.formats)} formats", "one")
+    for page in layout.formats:
+        if page.key_axis != "channel":
+            need("keys", page.key_axis, "channel")
+        if page.value_axis != "token":
+            need("values", page.value_axis, "token")
+        if page.key_levels is not None or page.value_levels is not None:
+            found = "e4m3" if "e4m3" in (page.key_levels, page.value_levels) else "nuq"
+            need("levels", found, "int")
+        if page.key_outliers or page.value_outliers:
+            need("outliers", f"{page.key_outliers} and {page.value_outliers} of a page", "0")
+        if page.rank:
+            need("rank", page.rank, "0")
+        group, wanted = layout.value_group(page), cuda_layout.value_group(layout.value_dim)
+        if page.value_bits < 16 and group != wanted:
+            need("channels that share a value's scale", group, str(wanted))
+    return layout
+
+
+class Slab:
+    """One allocation of several pages, uint8 ``[pages, sequences, kv_heads, bytes]``."""
+
+    __slots__ = ("memory", "host", "current")
+
+    def __init__(self, memory: Tensor):
+        self.memory: Tensor | None = memory
+        self.host: Tensor | None = None  # what it was when it left last; packed pages do not change
+        self.current = False  # whether the host's copy still is what the device has
+
+    def offload(self, keep: bool) -> None:
+        """Leave the device; ``keep``: the pages stay as they are, so that the copy serves again."""
+        if self.memory is None:
+            return
+        if self.host is None:
+            self.host = host_like(self.memory)
+        if not self.current:
+            self.host.copy_(self.memory, non_blocking=True)
+        self.memory, self.current = None, keep
+
+    def prefetch(self, device: torch.device) -> None:
+        if self.memory is None:
+            self.memory = torch.empty(self.host.shape, dtype=torch.uint8, device=device)
+            self.memory.copy_(self.host, non_blocking=True)
+            if not self.current:
+                self.host = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in (self.memory, self.host) if t is not None)
+
+
+@dataclass
+class CudaPage:
+    """A page of all sequences: ``rows[i]`` of the slab's page ``index`` is sequence i's."""
+
+    slab: Slab
+    index: int
+    kind: int  # 0: raw, 1: packed
+    rows: tuple[int, ...]
+    position: int  # of its first token
+    tokens: int
+
+    @property
+    def packed(self) -> bool:
+        return self.kind > 0
+
+    @property
+    def memory(self) -> Tensor:
+        """uint8 ``[rows, kv_heads, bytes]``."""
+        return self.slab.memory[self.index]
+
+    def addresses(self) -> list[int]:
+        memory = self.memory
+        start, step = memory.data_ptr(), memory.stride(0)
+        return [start + row * step for row in self.rows]
+
+    @property
+    def exclusive(self) -> bool:
+        return self.rows == tuple(range(self.slab.memory.shape[1]))
+
+
+class CudaPages:
+    """``layout`` for ``batch`` sequences on ``device``. The first ``sink_pages`` stay raw, and so do the last ``recent``
+    tokens; other full pages are packed in the layout's one format. ``where`` begins the errors of layouts that no
+    kernel takes (ValueError)."""
+
+    segment = None
+
+    def __init__(self, layout: Layout, batch: int, recent: int = 0, sink_pages: int = 0,
+                 device: torch.device | str = "cuda", where: str = "tersor.cache"):
+        self.layout, self.recent, self.sink_pages = check_layout(where, layout.check("cache")), recent, sink_pages
+        self.device = torch.device(device)
+        page = layout.formats[0] if layout.packs else None
+        self.bits = (16, 16) if page is None else (page.key_bits, page.value_bits)
+        self.pages: list[CudaPage] = []
+        self.first = 0  # position of the first token held
+        self.tokens = 0
+        self.settled = 0  # pages that need no more looking at
+        self.resident = True
+        self._start(batch)
+
+    def _start(self, batch: int) -> None:
+        self.batch = batch
+        self.table = torch.zeros((batch, 16, 2), dtype=torch.int64, device=self.device)
+        self.used = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self.spare: list[tuple[Slab, int]] = []  # packed pages that have memory already
+
+    @property
+    def kernel(self) -> str:
+        return f"kv_attention sm80 {self.layout.key_dim} (CUDA)"
+
+    @property
+    def nbytes(self) -> int:
+        slabs = {id(slab): slab for slab in [page.slab for page in self.pages] + [slab for slab, _ in self.spare]}
+        return sum(slab.nbytes for slab in slabs.values()) + self.table.nbytes + self.used.nbytes
+
+    @property
+    def page_bits(self) -> float:
+        """Bits of one number in a packed page, scales and minima counted."""
+        return self.page_bytes(int(self.layout.packs)) * 8 / (TOKENS * 2 * self.layout.key_dim)
+
+    def counts(self) -> list[int]:
+        """Tokens in each page."""
+        return [page.tokens for page in self.pages]
+
+    def page_bytes(self, kind: int) -> int:
+        return cuda_layout.page_bytes(self.layout.key_dim, *(self.bits if kind else (16, 16)))
+
+    # -- the table ----------------------------------------------------------------------------------------------------
+
+    def _word(self, page: CudaPage) -> int:
+        key_bits, value_bits = self.bits if page.kind else (16, 16)
+        return page.position | page.tokens << 32 | key_bits << 48 | value_bits << 56
+
+    def _publish(self, first: int, last: int | None = None) -> None:
+        """Entries of pages ``first`` to before ``last``, and the number of pages, to the device."""
+        count = len(self.pages)
+        if capturing(self.device):
+            raise RuntimeError("tersor.Cache: found a CUDA graph being captured at a step that changes the page table, "
+                               "which a replay would not do again; accepted is tersor.StaticCache")
+        if count > self.table.shape[1]:
+            room = max(count, 2 * self.table.shape[1])
+            self.table, first, last = self.table.new_zeros((self.batch, room, 2)), 0, None
+        entries = []
+        for page in self.pages[first:last]:
+            word = self._word(page)
+            entries.append([(address, word) for address in page.addresses()])
+        if entries:
+            made = staged(entries, torch.int64, self.device)
+            self.table[:, first:first + len(entries)] = made.transpose(0, 1)
+        self.used.fill_(count)
+
+    def _count(self, index: int, more: int) -> None:
+        """``more`` tokens in page ``index``, which the table has: one launch."""
+        page = self.pages[index]
+        page.tokens += more
+        if capturing(self.device):
+            raise RuntimeError("tersor.Cache: found a CUDA graph being captured, whose replays would not count their "
+                               "tokens here; accepted is tersor.StaticCache")
+        self.table.view(torch.int16)[:, index, 6].add_(more)
+
+    # -- growing ----------------------------------------------------------------------------------------------------
+
+    def _slab(self, kind: int, count: int) -> Slab:
+        shape = (count, self.batch, self.layout.kv_heads, self.page_bytes(kind))
+        return Slab(torch.empty(shape, dtype=torch.uint8, device=self.device))
+
+    def _new(self, kind: int, position: int, tokens: int) -> CudaPage:
+        """A page of a kind that stays (packed, or raw where nothing packs) comes from a slab of several."""
+        if kind or not self.layout.packs:
+            if not self.spare:
+                held = sum(page.kind == kind for page in self.pages)
+                slab = self._slab(kind, min(SLAB_PAGES, max(1, held)))
+                self.spare = [(slab, i) for i in reversed(range(len(slab.memory)))]
+            slab, index = self.spare.pop()
+            slab.current = False
+        else:
+            slab, index = self._slab(0, 1), 0
+        return CudaPage(slab, index, kind, tuple(range(self.batch)), position, tokens)
+
+    def _make_room(self, tokens: int) -> None:
+        """Raw pages for ``tokens`` more, counted in the table as if they were written."""
+        end, changed = self.first + self.tokens, len(self.pages)
+        self.tokens += tokens
+        if self.pages and not self.pages[-1].packed and self.pages[-1].tokens < TOKENS:
+            index = changed - 1
+            self._own(index)
+            taken = min(TOKENS - self.pages[index].tokens, tokens)
+            self._count(index, taken)
+            tokens, end = tokens - taken, end + taken
+        while tokens:
+            count = min(TOKENS, tokens)
+            self.pages.append(self._new(0, end, count))
+            tokens, end = tokens - count, end + count
+        if changed < len(self.pages):
+            self._publish(changed)
+
+    def _own(self, index: int) -> None:
+        """Make a page one that can be written: with a row of its own for each sequence."""
+        page = self.pages[index]
+        page.slab.current = False
+        if not page.exclusive:
+            rows = staged(page.rows, torch.int64, self.device)
+            page.slab, page.index = Slab(page.memory.index_select(0, rows).unsqueeze(0)), 0
+            page.rows = tuple(range(self.batch))
+            self._publish(index, index + 1)
+
+    def _settle(self) -> None:
+        """Pack the full pages that are old enough."""
+        later = sum(page.tokens for page in self.pages[self.settled:])
+        first, jobs, raw = None, [], []  # raw pages keep their memory until they are packed
+        for index in range(self.settled, len(self.pages)):
+            page = self.pages[index]
+            later -= page.tokens
+            if not page.packed:
+                if later < self.recent or page.tokens < TOKENS and index == len(self.pages) - 1:
+                    break
+                if self.layout.packs and page.tokens == TOKENS and index >= self.sink_pages:
+                    packed = self._new(1, page.position, TOKENS)
+                    jobs += list(zip(page.addresses(), packed.addresses()))
+                    raw.append(page)
+                    self.pages[index] = packed
+                    first = index if first is None else first
+            self.settled += 1
+        if jobs:
+            self._pack(jobs)
+            self._publish(first, self.settled)
+
+    def _pack(self, jobs: list[tuple[int, int]]) -> None:
+        """Raw pages to packed ones, by address. Once this is launched the raw ones may be given away: what gets their
+        memory on this stream writes it later."""
+        layout = self.layout
+        ops.kv_pack_jobs(staged(jobs, torch.int64, self.device), layout.kv_heads, layout.key_dim, *self.bits,
+                         layout.dtype)
+
+    def append(self, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
+        """Take fresh tokens ``[batch, kv_heads, tokens, dim]``; pages that fill up are packed where they are due."""
+        self._accept("append", keys, values, bias)
+        tokens = keys.shape[2]
+        if not tokens:
+            return
+        full = 0  # whole pages of a first prompt that are packed at once
+        if not self.tokens and self.layout.packs:
+            full = max(0, min(tokens // TOKENS, (tokens - self.recent) // TOKENS) - self.sink_pages)
+        head = self.sink_pages * TOKENS if full else 0
+        for part in (slice(0, head), slice(head, head + full * TOKENS), slice(head + full * TOKENS, tokens)):
+            if part.start < part.stop:
+                own = keys[:, :, part], values[:, :, part]
+                if full and part.start == head:
+                    self._append_packed(*own)
+                else:
+                    self._make_room(part.stop - part.start)
+                    ops.kv_append(self.table, self.used, *own)
+        self._settle()
+
+    def append_packed(self, keys: Tensor, values: Tensor, kind: int, bias: Tensor | None = None) -> None:
+        """As `append`, but whole pages of tokens, straight into the packed format (``kind`` 1) and new pages."""
+        self._accept("append_packed", keys, values, bias)
+        if kind != 1 or not self.layout.packs:
+            fail("cache", "kind", kind, "1, where the layout packs")
+        if keys.shape[2] % TOKENS:
+            fail("cache", "keys", f"{keys.shape[2]} tokens", f"whole pages of {TOKENS}")
+        if keys.shape[2]:
+            self._append_packed(keys, values)
+            self._settle()
+
+    def _append_packed(self, keys: Tensor, values: Tensor) -> None:
+        """Whole pages, through raw ones that are used again and again."""
+        batch, heads, tokens, _ = keys.shape
+        count, raw_bytes = tokens // TOKENS, self.page_bytes(0)
+        slab, start, end = self._slab(1, count), len(self.pages), self.first + self.tokens
+        chunk = max(1, min(count, SCRATCH // (batch * heads * raw_bytes)))
+        scratch = torch.empty((batch, chunk, heads, raw_bytes), dtype=torch.uint8, device=self.device)
+        step, packed_step = heads * raw_bytes, heads * self.page_bytes(1)
+        entries = [[(scratch.data_ptr() + (b * chunk + p) * step, p * TOKENS | TOKENS << 32 | 16 << 48 | 16 << 56)
+                    for p in range(chunk)] for b in range(batch)]
+        table = staged(entries, torch.int64, self.device)
+        for first in range(0, count, chunk):
+            now = min(chunk, count - first)
+            used = torch.full((batch,), now, dtype=torch.int32, device=self.device)
+            part = slice(first * TOKENS, (first + now) * TOKENS)
+            ops.kv_append(table, used, keys[:, :, part], values[:, :, part])
+            self._pack([(scratch.data_ptr() + (b * chunk + p) * step,
+                         slab.memory.data_ptr() + ((first + p) * batch + b) * packed_step)
+                        for p in range(now) for b in range(batch)])
+        rows = tuple(range(batch))
+        self.pages += [CudaPage(slab, i, 1, rows, end + i * TOKENS, TOKENS) for i in range(count)]
+        self.tokens += tokens
+        self._publish(start)
+
+    def _accept(self, op: str, keys: Tensor, values: Tensor, bias: Tensor | None) -> None:
+        layout = self.layout
+        if bias is not None:
+            fail("cache", "bias", "a tensor", "None on CUDA")
+        wanted = (self.batch, layout.kv_heads, keys.shape[2] if keys.dim() == 4 else -1, layout.key_dim)
+        for name, x in (("keys", keys), ("values", values)):
+            if x.dtype is not layout.dtype or x.shape != wanted or x.device != self.device:
+                fail("cache", name, f"{x.dtype} {list(x.shape)} on {x.device}",
+                     f"{layout.dtype} [{self.batch}, {layout.kv_heads}, tokens, {layout.key_dim}] on {self.device}")
+        self.prefetch()
+
+    # -- attention --------------------------------------------------------------------------------------------------
+
+    def attend(self, query: Tensor, keys: Tensor | None, values: Tensor | None, scale: float, causal: bool = True,
+               window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, mask: Tensor | None = None,
+               mask_first: int = 0, log_sum_exp: bool = False, bias: Tensor | None = None,
+               positions: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """As `Pages.attend`: append, then attention of ``query [batch, heads, queries, dim]``, the last positions of
+        the cache. Two launches, one more for the count, and one to pack every 64 tokens."""
+        if keys is not None:
+            self._accept("attend", keys, values, bias)
+        else:
+            self.prefetch()
+        fresh = 0 if keys is None else keys.shape[2]
+        if positions is not None:
+            fail("cache", "positions", "a tensor", "None on CUDA: the queries are the last positions")
+        if query.shape[2] > self.tokens + fresh:
+            fail("cache", "query", f"{query.shape[2]} queries", f"at most the {self.tokens + fresh} tokens held")
+        if fresh:
+            self._make_room(fresh)
+            ops.kv_append(self.table, self.used, keys, values)
+        restricted = {} if mask is None else {"mask": mask, "mask_first": mask_first}
+        out, lse = ops.kv_attention(query, self.table, self.used, self.layout.kv_heads, scale, softcap=softcap,
+                                    causal=causal, window=window, sinks=sinks, **restricted)
+        if len(self.pages) > self.settled + 1 or self.pages and self.pages[-1].tokens == TOKENS:
+            self._settle()
+        return (out, lse) if log_sum_exp else out
+
+    # -- editing ----------------------------------------------------------------------------------------------------
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last ``tokens``. A packed page only lowers its count."""
+        left = min(tokens, self.tokens)
+        if not left:
+            return
+        self.prefetch()
+        self.tokens -= left
+        while left:
+            page = self.pages[-1]
+            if page.tokens > left:
+                page.tokens -= left
+                break
+            left -= page.tokens
+            self.pages.pop()
+        last = max(0, len(self.pages) - 1)
+        self.settled = min(self.settled, last)
+        self._publish(last)
+
+    def drop_before(self, position: int) -> None:
+        """Free pages whose tokens all lie before ``position``."""
+        count = 0
+        while count < len(self.pages) - 1 and self.first + self.pages[count].tokens <= position:
+            self.first += self.pages[count].tokens
+            self.tokens -= self.pages[count].tokens
+            count += 1
+        if count:
+            self.prefetch()
+            del self.pages[:count]
+            self.settled = max(0, self.settled - count)
+            self._publish(0)
+
+    def select(self, sequences: list[int]) -> None:
+        """Sequence i becomes what ``sequences[i]`` was; pages are shared, and those that lost most rows are copied."""
+        if sequences == list(range(self.batch)):
+            return
+        if any(not 0 <= s < self.batch for s in sequences):
+            fail("cache", "sequences", sequences, f"indices of {self.batch} sequences")
+        self.prefetch()
+        old, moved = self.table, False
+        self._start(len(sequences))
+        for page in self.pages:
+            page.rows = tuple(page.rows[s] for s in sequences)
+            moved |= self._gather(page)
+        if moved:
+            return self._publish(0)
+        self.table = old.index_select(0, staged(sequences, torch.int64, self.device))
+        self.used.fill_(len(self.pages))
+
+    def _gather(self, page: CudaPage) -> bool:
+        """Copy a page of whose rows at most half are still used; whether it was."""
+        used = sorted(set(page.rows))
+        if 2 * len(used) > page.slab.memory.shape[1]:
+            return False
+        rows = staged(used, torch.int64, self.device)
+        page.slab, page.index = Slab(page.memory.index_select(0, rows).unsqueeze(0)), 0
+        page.rows = tuple(used.index(row) for row in page.rows)
+        return True
+
+    # -- the host's memory --------------------------------------------------------------------------------------------
+
+    def offload(self) -> None:
+        """Move the pages to the host's memory. Packed ones go there once: their copy stays."""
+        if self.resident:
+            packed = {id(page.slab) for page in self.pages if page.packed}
+            for slab in {id(page.slab): page.slab for page in self.pages}.values():
+                slab.offload(keep=id(slab) in packed)
+            self.resident = False
+
+    def prefetch(self) -> None:
+        """Bring the pages back, on the current stream."""
+        if not self.resident:
+            for page in self.pages:
+                page.slab.prefetch(self.device)
+            self.resident = True
+            self._publish(0)
+
+    # -- reference --------------------------------------------------------------------------------------------------
+
+    def decode_page(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[batch, kv_heads, tokens, dim]`` of one page."""
+        page = self.pages[index]
+        bits = self.bits if page.kind else (16, 16)
+        rows = page.memory.index_select(0, staged(page.rows, torch.int64, self.device))
+        keys, values = cuda_layout.decode(rows, self.layout.key_dim, *bits, self.layout.dtype, dtype)
+        return keys[:, :, :page.tokens], values[:, :, :page.tokens]
+
+    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """All tokens held: keys ``[batch, kv_heads, tokens, dim]`` and values, as attention takes them."""
+        self.prefetch()
+        parts = [self.decode_page(i, dtype) for i in range(len(self.pages))]
+        empty = torch.empty((self.batch, self.layout.kv_heads, 0, self.layout.key_dim), dtype=dtype,
+                            device=self.device)
+        return tuple(torch.cat([empty, *(p[i] for p in parts)], 2) for i in (0, 1))

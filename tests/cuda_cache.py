@@ -1,0 +1,81 @@
+"""The cache's GPU path over kernels that are compiled for the host: `tersor.kv.devices.on_cuda` says yes to CPU tensors,
+and the functions of `_C` run the emulated launchers on whatever tensors are alive."""
+
+import contextlib
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cuda_kv import Launchers
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from tersor import ops_kv_cuda as ops
+from tersor.kv import devices
+
+
+class LiveMemory(TorchDispatchMode):
+    """Knows each storage that was made while it is active, and whether it still is."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self.know(tensor)
+        return result
+
+    def know(self, *tensors):
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+
+    def alive(self):
+        self.storages = {at: entry for at, entry in self.storages.items() if not entry[0].expired()}
+        return {at: nbytes for at, (_, nbytes) in self.storages.items()}
+
+
+class Device(Launchers):
+    """Launchers whose launches may touch all live memory, and nothing that was freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = LiveMemory()
+
+    def run(self, library, name, arguments):
+        native = library.library
+        native.tersor_last_error.restype = ctypes.c_char_p
+        native.emulation_clear()
+        for at, nbytes in self.memory.alive().items():
+            native.emulation_register(at, nbytes, b"live memory", 1)
+        status = getattr(native, name)(*arguments)
+        error = native.emulation_error().decode()
+        if error:
+            raise AssertionError(error)
+        if status:
+            raise ValueError(native.tersor_last_error().decode())
+        self.calls.append(name.removeprefix("tersor_cuda_kv_"))
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(ops, "_C", SimpleNamespace(**self.functions()))
+        monkeypatch.setattr(ops, "_device", lambda index: (8, 100 * 1024))
+        monkeypatch.setattr(ops, "_on", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(ops, "_stream", lambda device: 0)
+        monkeypatch.setattr(devices, "on_cuda", lambda device: True)
+        ops._plan.cache_clear()
+
+
+@pytest.fixture
+def device(monkeypatch, one_thread):
+    """CPU tensors count as a GPU's until the test ends."""
+    made = Device()
+    made.install(monkeypatch)
+    with made.memory:
+        yield made
+    ops._plan.cache_clear()
