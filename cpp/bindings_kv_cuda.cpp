@@ -94,4 +94,14 @@ void define_kv_cuda(py::module_& module) {
       },
       py::arg("cache"), py::arg("formats"), py::arg("query"), py::arg("scale"), py::arg("softcap"), py::arg("stream"),
       "attention over a paged cache on a GPU; cache, query: fields of structs in order");
+  module.def(
+      "cuda_kv_mass",
+      [](const Numbers& cache, const Numbers& formats, const Numbers& query, float scale, float softcap, Address mass,
+         int64_t tokens, Address stream) {
+        const auto c = with_formats(cache, formats);
+        const auto q = fields<tersor_cuda_kv_query>(query);
+        check(tersor_cuda_kv_mass(&c, &q, scale, softcap, pointer<float>(mass), tokens, pointer(stream)));
+      },
+      py::arg("cache"), py::arg("formats"), py::arg("query"), py::arg("scale"), py::arg("softcap"), py::arg("mass"),
+      py::arg("tokens"), py::arg("stream"), "attention mass of each token, added to zeros");
 }

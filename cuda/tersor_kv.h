@@ -88,6 +88,12 @@ typedef struct tersor_cuda_kv_query {
 int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const tersor_cuda_kv_query* query, float scale,
                              float softcap, void* stream);
 
+/* mass [batch, kv_heads, tokens], zeros before: for each token, counted from the first of a sequence's first page, the
+ * sum over all queries of all query heads that read its head of keys of exp(score - log_sum_exp). log_sum_exp of the
+ * query is read; out, sinks, partials and counters are not used. */
+int tersor_cuda_kv_mass(const tersor_cuda_kv_cache* cache, const tersor_cuda_kv_query* query, float scale,
+                        float softcap, float* mass, int64_t tokens, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -14,12 +14,13 @@ import torch
 from emulation import Violation, build
 
 from tersor.kv import cuda_layout as layout
-from tersor.kv.layout import Layout, reference_attention
+from tersor.kv.layout import Layout, reference_attention, reference_mass
 
 CODE = {torch.bfloat16: 1, torch.float16: 2}
 KERNEL = "cuda/kernels/sm80_kv_attention.cu"
 SOURCES = [KERNEL, "cuda/dispatch/kv_attention.cu", "cpp/common/status.cpp"]
 FORMAT_SOURCES = [KERNEL.replace(".cu", "_formats.cu"), *SOURCES[1:]]
+MASS_SOURCES = ["cuda/kernels/kv_mass.cu", *SOURCES[1:]]
 PAGE_SOURCES = ["cuda/kernels/kv_append.cu", "cuda/kernels/kv_pack.cu", "cuda/dispatch/kv_append.cu",
                 "cpp/common/status.cpp"]
 
@@ -27,6 +28,11 @@ PAGE_SOURCES = ["cuda/kernels/kv_append.cu", "cuda/kernels/kv_pack.cu", "cuda/di
 @functools.cache
 def attention_library(dim, formats=False):
     return build(FORMAT_SOURCES if formats else SOURCES, {"TERSOR_HEAD_DIM": dim})
+
+
+@functools.cache
+def mass_library(dim):
+    return build(MASS_SOURCES, {"TERSOR_HEAD_DIM": dim})
 
 
 @functools.cache
@@ -231,33 +237,63 @@ def attend(library, cache, q, splits=1, *, window=0, causal=True, softcap=0.0, s
     return out, lse, made
 
 
-def truth(cache, q, *, window=0, causal=True, softcap=0.0, sinks=None, first=None, positions=None, scale=None,
-          mask=None, mask_first=0):
-    """The same in float64 over the numbers as stored."""
-    outs, sums = [], []
+def attention_mass(library, cache, q, log_sum_exp, tokens, splits=1, *, window=0, causal=True, softcap=0.0, first=None,
+                   positions=None, scale=None, mask=None, mask_first=0, seeds=(0,), count=False):
+    """``(mass, counters)`` of the emulated kernel; `log_sum_exp` float32 as `attend` gives it."""
+    batch, heads, queries, dim = q.shape
+    table, pages = cache.table
+    mass = torch.zeros(batch, cache.kv_heads, tokens)
+    hidden = [None] * 7 if mask is None else [
+        mask, *(stride * (size > 1) for size, stride in zip(mask.shape, mask.stride())), mask_first, mask.shape[3]]
+    arguments = [
+        cache_fields(cache, table, pages),
+        fields(q, heads, queries, *q.stride()[:3], None, log_sum_exp, positions, first, window, causal, *hidden, None,
+               splits, None, None),
+        ctypes.c_float(dim**-0.5 if scale is None else scale), ctypes.c_float(softcap), address(mass), *ints(tokens),
+        ctypes.c_void_p(None)]
+    buffers = {"table": table, "pages": pages, "q": q, "log_sum_exp": log_sum_exp, "positions": positions,
+               "first": first, "mask": mask, "mass": mass, **cache.pages}
+    return mass, launch(library, "tersor_cuda_kv_mass", arguments, buffers, ["mass"], seeds, count)
+
+
+def visible_to(cache, q, b, *, window=0, causal=True, first=None, positions=None, mask=None, mask_first=0):
+    """bool ``[1, heads or 1, queries, tokens]`` of sequence b."""
+    at = torch.arange(cache.keys[b].shape[1])
+    begin = len(at) - q.shape[2] if positions is None else int(positions[b])
+    own = begin + torch.arange(q.shape[2]).view(-1, 1)
+    visible = torch.ones(q.shape[2], len(at), dtype=torch.bool)
+    if causal:
+        visible &= at <= own
+    if window:
+        visible &= at > own - window
+    if first is not None:
+        visible &= at >= int(first[b])
+    visible = visible.expand(1, 1, -1, -1)
+    if mask is not None:
+        whole = torch.zeros(1, *mask.shape[1:3], max(len(at), mask_first + mask.shape[3]), dtype=torch.bool)
+        whole[..., mask_first : mask_first + mask.shape[3]] = mask[b % len(mask)]
+        visible = visible & whole[..., : len(at)]
+    return visible
+
+
+def truth(cache, q, *, softcap=0.0, sinks=None, scale=None, **limits):
+    """Attention in float64 over the numbers as stored."""
+    made = [reference_attention(q[b : b + 1], cache.keys[b][None], cache.values[b][None],
+                                q.shape[3] ** -0.5 if scale is None else scale, visible_to(cache, q, b, **limits),
+                                softcap, sinks, cache.biases[b][None] if cache.biased else None)
+            for b in range(len(q))]
+    return torch.cat([out for out, _ in made]), torch.cat([total for _, total in made])
+
+
+def true_mass(cache, q, log_sum_exp, tokens, *, softcap=0.0, scale=None, **limits):
+    """Mass in float64."""
+    made = torch.zeros(len(q), cache.kv_heads, tokens, dtype=torch.float64)
     for b in range(len(q)):
-        keys, values = cache.keys[b], cache.values[b]
-        at = torch.arange(keys.shape[1])
-        begin = keys.shape[1] - q.shape[2] if positions is None else int(positions[b])
-        own = begin + torch.arange(q.shape[2]).view(-1, 1)
-        visible = torch.ones(q.shape[2], len(at), dtype=torch.bool)
-        if causal:
-            visible &= at <= own
-        if window:
-            visible &= at > own - window
-        if first is not None:
-            visible &= at >= int(first[b])
-        visible = visible.expand(1, 1, -1, -1)
-        if mask is not None:
-            whole = torch.zeros(1, *mask.shape[1:3], max(len(at), mask_first + mask.shape[3]), dtype=torch.bool)
-            whole[..., mask_first : mask_first + mask.shape[3]] = mask[b % len(mask)]
-            visible = visible & whole[..., : len(at)]
-        out, total = reference_attention(q[b : b + 1], keys[None], values[None],
-                                         q.shape[3] ** -0.5 if scale is None else scale, visible,
-                                         softcap, sinks, cache.biases[b][None] if cache.biased else None)
-        outs.append(out)
-        sums.append(total)
-    return torch.cat(outs), torch.cat(sums)
+        held = cache.keys[b].shape[1]
+        made[b : b + 1, :, :held] = reference_mass(
+            q[b : b + 1], cache.keys[b][None], log_sum_exp[b : b + 1], q.shape[3] ** -0.5 if scale is None else scale,
+            visible_to(cache, q, b, **limits), softcap, cache.biases[b][None] if cache.biased else None)
+    return made
 
 
 def relative_error(out, expected):
@@ -304,9 +340,14 @@ class Launchers:
             with_formats(cache, formats), fields(*query), ctypes.c_float(scale), ctypes.c_float(softcap),
             *ints(stream)])
 
+    def mass(self, cache, formats, query, scale, softcap, mass, tokens, stream):
+        self.run(mass_library(cache[5]), "tersor_cuda_kv_mass", [
+            with_formats(cache, formats), fields(*query), ctypes.c_float(scale), ctypes.c_float(softcap),
+            *ints(mass, tokens, stream)])
+
     def functions(self):
         return {"cuda_kv_append": self.append, "cuda_kv_pack": self.pack, "cuda_kv_attention_plan": self.plan,
-                "cuda_kv_attention": self.attention}
+                "cuda_kv_attention": self.attention, "cuda_kv_mass": self.mass}
 
     def install(self, monkeypatch):
         """In place of a GPU under `tersor.ops_kv_cuda`."""

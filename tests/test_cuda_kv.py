@@ -266,7 +266,7 @@ def test_pack_of_what_is_not_finite():
     (dict(window=-1), "window is -1"),
     (dict(softcap=-1.0), "softcap is -1"),
     (dict(table_pages=0), "table_pages is 0"),
-    (dict(out=None), "out is absent"),
+    (dict(out=None), "out: accepted is an 8-byte"),
     (dict(mask_first=-1), "mask_first, mask_tokens are -1, 0"),
 ])  # fmt: skip
 def test_the_launcher_refuses(changes, words):

@@ -5,7 +5,7 @@ import torch
 from cuda_kv import Launchers, layout, relative_error
 
 from tersor import ops_kv_cuda as ops
-from tersor.kv.layout import reference_attention
+from tersor.kv.layout import reference_attention, reference_mass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +47,10 @@ def test_append_pack_attend(launchers):
     visible = torch.nn.functional.pad(mask, (5, 0))
     expected, expected_lse = reference_attention(q, k, v, 0.125, visible, 0.0, None)
     assert relative_error(out, expected) < 4e-4 and torch.allclose(lse.double(), expected_lse, atol=1e-4)
-    assert launchers.calls == ["tersor_cuda_kv_append", "tersor_cuda_kv_pack", *["tersor_cuda_kv_attention"] * 2]
+    assert torch.allclose(ops.kv_mass(q, table, pages, lse, kv_heads, 0.125, total, mask=mask, mask_first=5).double(),
+                          reference_mass(q, k, expected_lse, 0.125, visible), atol=1e-5)
+    assert launchers.calls == ["tersor_cuda_kv_append", "tersor_cuda_kv_pack", *["tersor_cuda_kv_attention"] * 2,
+                               "tersor_cuda_kv_mass"]
 
 
 def test_nothing_to_attend_with(launchers):

@@ -1,10 +1,11 @@
-// Launcher of kernels/sm80_kv_attention.cu: checks what can be checked from sizes and addresses, chooses the instance
-// and cuts the sequences into splits.
+// Launchers of kernels/sm80_kv_attention.cu, its formats and kernels/kv_mass.cu: check what can be checked from sizes
+// and addresses, choose the instance and cut the sequences into splits.
 #include <cstdint>
 
 #include "common/status.h"
 #include "dispatch/kv_checks.h"
 #include "dispatch/launch.h"
+#include "kernels/kv_mass.h"
 #include "kernels/sm80_kv_attention.h"
 #include "tersor_kv.h"
 
@@ -12,6 +13,7 @@ namespace tersor {
 
 KvAttentionChooser* kv_attention_choosers[257] = {};
 KvAttentionChooser* kv_format_choosers[257] = {};
+KvMassKernel* kv_mass_kernels[257] = {};
 
 namespace {
 
@@ -100,21 +102,18 @@ extern "C" int tersor_cuda_kv_attention_workspace(int64_t batch, int64_t heads, 
   return TERSOR_OK;
 }
 
-extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const tersor_cuda_kv_query* query,
-                                        float scale, float softcap, void* stream) {
-  const tersor_cuda_kv_cache& c = *cache;
-  const tersor_cuda_kv_query& q = *query;
-  Problem p;
-  if (int status = describe(c.batch, q.heads, c.kv_heads, c.head_dim, q.queries, &p)) return status;
-  if (c.batch == 0 || q.queries == 0) return TERSOR_OK;
+namespace {
+
+// What attention and mass ask of a query alike, and their arguments.
+int read_query(const tersor_cuda_kv_cache& c, const tersor_cuda_kv_query& q, float scale, float softcap,
+               KvAttentionArguments* arguments) {
   if (int status = check_kv_table(c.table, c.pages, c.table_pages)) return status;
   if (int status = check_kv_dtype(c.dtype)) return status;
-  if (!q.q || !q.out) return fail(TERSOR_INVALID, "%s is absent", !q.q ? "q" : "out");
+  if (!q.q) return fail(TERSOR_INVALID, "q is absent");
   if (!kv_aligned(q.q, 8) || q.strides[0] % 4 || q.strides[1] % 4 || q.strides[2] % 4) {
     return fail(TERSOR_INVALID, "q starts at %p with strides %lld, %lld, %lld; accepted: 8-byte aligned rows", q.q,
                 (long long)q.strides[0], (long long)q.strides[1], (long long)q.strides[2]);
   }
-  if (!kv_aligned(q.out, 8)) return fail(TERSOR_INVALID, "out: accepted is an 8-byte aligned address");
   if (q.window < 0 || q.window > INT32_MAX) {
     return fail(TERSOR_INVALID, "window is %lld; accepted: 0 to 2^31 - 1", (long long)q.window);
   }
@@ -126,16 +125,7 @@ extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const
   if (q.splits < 1 || q.splits > 65535) {
     return fail(TERSOR_INVALID, "splits is %lld; accepted: 1 to 65535", (long long)q.splits);
   }
-  if (q.splits > 1 && (!q.partials || !q.counters || !kv_aligned(q.partials, 16))) {
-    return fail(TERSOR_INVALID,
-                "partials and counters: accepted is the workspace, 16-byte aligned, for splits above 1");
-  }
-  const bool formats = c.formats > 0 || c.biased;
-  KvAttentionChooser* chooser = (formats ? kv_format_choosers : kv_attention_choosers)[c.head_dim];
-  KvAttentionKernel* kernel = chooser ? chooser(p.rows) : nullptr;
-  if (!kernel) return fail(TERSOR_INVALID, "head_dim %lld: not in this build", (long long)c.head_dim);
-
-  KvAttentionArguments a{};
+  KvAttentionArguments& a = *arguments;
   if (int status = read_kv_formats(c, a.formats)) return status;
   a.biased = c.biased != 0;
   a.q = q.q;
@@ -164,10 +154,57 @@ extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const
   a.mask_end = static_cast<int>(q.mask_first + q.mask_tokens);
   a.scale = scale;
   a.softcap = softcap;
+  return TERSOR_OK;
+}
+
+}  // namespace
+
+extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const tersor_cuda_kv_query* query,
+                                        float scale, float softcap, void* stream) {
+  const tersor_cuda_kv_cache& c = *cache;
+  const tersor_cuda_kv_query& q = *query;
+  Problem p;
+  if (int status = describe(c.batch, q.heads, c.kv_heads, c.head_dim, q.queries, &p)) return status;
+  if (c.batch == 0 || q.queries == 0) return TERSOR_OK;
+  KvAttentionArguments a{};
+  if (int status = read_query(c, q, scale, softcap, &a)) return status;
+  if (!q.out || !kv_aligned(q.out, 8)) return fail(TERSOR_INVALID, "out: accepted is an 8-byte aligned address");
+  if (q.splits > 1 && (!q.partials || !q.counters || !kv_aligned(q.partials, 16))) {
+    return fail(TERSOR_INVALID,
+                "partials and counters: accepted is the workspace, 16-byte aligned, for splits above 1");
+  }
+  const bool formats = c.formats > 0 || c.biased;
+  KvAttentionChooser* chooser = (formats ? kv_format_choosers : kv_attention_choosers)[c.head_dim];
+  KvAttentionKernel* kernel = chooser ? chooser(p.rows) : nullptr;
+  if (!kernel) return fail(TERSOR_INVALID, "head_dim %lld: not in this build", (long long)c.head_dim);
   const dim3 grid(static_cast<unsigned>(q.splits), static_cast<unsigned>(p.row_tiles * c.kv_heads),
                   static_cast<unsigned>(c.batch));
   const int shared = kv_shared_bytes(static_cast<int>(c.head_dim), p.rows, formats);
   const int error = launch(kernel, grid, dim3(kKvThreads), shared, static_cast<cudaStream_t>(stream), a);
   if (error) return fail(TERSOR_CUDA_ERROR, "kv_attention: the kernel did not start: CUDA error %d", error);
+  return TERSOR_OK;
+}
+
+extern "C" int tersor_cuda_kv_mass(const tersor_cuda_kv_cache* cache, const tersor_cuda_kv_query* query, float scale,
+                                   float softcap, float* mass, int64_t tokens, void* stream) {
+  const tersor_cuda_kv_cache& c = *cache;
+  const tersor_cuda_kv_query& q = *query;
+  Problem p;
+  if (int status = describe(c.batch, q.heads, c.kv_heads, c.head_dim, q.queries, &p)) return status;
+  if (c.batch == 0 || q.queries == 0 || tokens == 0) return TERSOR_OK;
+  KvMassArguments m{};
+  if (int status = read_query(c, q, scale, softcap, &m.query)) return status;
+  if (!mass || !q.log_sum_exp) return fail(TERSOR_INVALID, "%s is absent", mass ? "log_sum_exp" : "mass");
+  if (tokens < 0 || tokens > INT32_MAX) {
+    return fail(TERSOR_INVALID, "tokens is %lld; accepted: 0 to 2^31 - 1", (long long)tokens);
+  }
+  KvMassKernel* kernel = kv_mass_kernels[c.head_dim];
+  if (!kernel) return fail(TERSOR_INVALID, "head_dim %lld: not in this build", (long long)c.head_dim);
+  m.mass = mass;
+  m.tokens = static_cast<int>(tokens);
+  const dim3 grid(static_cast<unsigned>(q.splits), static_cast<unsigned>(c.kv_heads), static_cast<unsigned>(c.batch));
+  const int shared = kv_shared_bytes(static_cast<int>(c.head_dim), 8, true);
+  const int error = launch(kernel, grid, dim3(kKvThreads), shared, static_cast<cudaStream_t>(stream), m);
+  if (error) return fail(TERSOR_CUDA_ERROR, "kv_mass: the kernel did not start: CUDA error %d", error);
   return TERSOR_OK;
 }

@@ -127,12 +127,12 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
         for (int i = first; i < first + unit && i < kGroupRecords; ++i) {
           const int n = 2 * (group * kGroupRecords + i);
           KvWords<kv_code_words(kCode)> codes;
-          if (kFormats && kCode != 16 && f.separable) {
+          if (kFormats && kCode != 16) {
+            const shared_t factors = record;
+            if (f.separable) record += 2 * kKvRecordChannels;
             float page_out[2][4] = {};
-            multiply_values<kCode, BFloat16>(page_out, weights, codes, record + 2 * kKvRecordChannels, valid, bits,
-                                             f.value_levels);
-            add_factored(out + n, page_out, whole, record);
-            record += 2 * kKvRecordChannels;
+            multiply_values<kCode, BFloat16>(page_out, weights, codes, record, valid, bits, f.value_levels);
+            add_factored(out + n, page_out, whole, factors, f.separable);
           } else if (kCode != 16 || a.is_bfloat16) {
             multiply_values<kCode, BFloat16>(out + n, weights, codes, record, valid, bits, f.value_levels);
           } else {
@@ -166,12 +166,13 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
     }
   }
 
-  // A page's sums of a record, times the factors of its channels.
+  // A page's sums of a record, times the factors of its channels, if it has any.
   TERSOR_DEVICE void add_factored(float (*record_out)[4], const float (&page_out)[2][4], const float (&whole)[kOwn],
-                                  shared_t factors) const {
+                                  shared_t factors, bool separable) const {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const auto two = ptx::unpack_f16x2(ptx::load_shared<uint32_t>(factors + 2 * (8 * n + 2 * t)));
+      const uint32_t ones = 0x3c003c00;  // float16
+      const auto two = ptx::unpack_f16x2(separable ? ptx::load_shared<uint32_t>(factors + 2 * (8 * n + 2 * t)) : ones);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // Where rows are paired, the remainders' half has no part in the minima.
