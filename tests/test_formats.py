@@ -147,8 +147,6 @@ def test_kernel_is_named_or_reference(fmt):
     name = fmt.kernel(EVEN)
     expected = isinstance(fmt, (Int, Dense, LowRank)) or isinstance(fmt, Sum) and all(
         isinstance(term, (Int, LowRank)) for term in fmt.terms)
-    if isinstance(fmt, Int) and not fmt._by_kernel:
-        expected = False
     assert reference_kernel(name) is not expected, name
 
 

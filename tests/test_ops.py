@@ -24,11 +24,17 @@ def samples():
     x, bias = torch.randn(3, 97, dtype=torch.bfloat16), torch.randn(33, dtype=torch.bfloat16)
     yield "int_linear", (x, q, s, z, bias, 33, 4, 32, 16)
     yield "int_linear", (x.float(), q, s, z, None, 33, 4, 32, 8)
+    yield "int_linear", (x.float(), q, s, z, bias.float(), 33, 4, 32, 6, 64, 0.9)
+    yield "int_linear", (x.float(), q, s, z, None, 33, 4, 32, 8, 0, 1.0, False)
+    yield "int_linear", (x.float(), q, s, z, None, 33, 4, 32, 4, 32, 1.0, True, torch.rand(4) + 0.1)
+    yield "int_linear_multi", (x.float(), [q, q2], [s, s2], [z, z2], [], [33, 17], 4, 32, 4, 0)
     yield "int_linear_multi", (x, [q, q2], [s, s2], [z, z2], [], [33, 17], 4, 32, 16)
     ends = torch.tensor([1, 1, 3], dtype=torch.int32)
     stacked = [torch.stack([tensor] * 3) for tensor in (q, s, z)]
     rows, biases = torch.randn(4, 97).bfloat16(), torch.randn(3, 33).bfloat16()
     yield "int_linear_grouped", (rows, ends, *stacked, biases, 33, 4, 32, 16)
+    static = torch.rand(3, 2) + 0.1
+    yield "int_linear_grouped", (rows.float(), ends, *stacked, None, 33, 4, 32, 6, 64, 1.0, True, static)
     yield "int_pack", (codes, 4)
     yield "int_unpack", (q, 33, 97, 4)
     yield "int_fit", (torch.randn(17, 97), torch.rand(97), 4, 32, False, 80, torch.float16)
@@ -110,7 +116,7 @@ BAD = {
     "bits": (6, 9, "2 to 8"),
     "group": (7, 48, "multiple of 32"),
     "negative group": (7, -1, "multiple of 32"),
-    "act_bits": (8, 7, "8 or 16"),
+    "act_bits": (8, 7, "4, 6, 8 or 16"),
 }
 
 

@@ -234,7 +234,7 @@ class Siblings:
         first = layers[0]
         return len(layers) > 1 and all(
             type(layer) is Linear and isinstance(layer.format, Int) and layer.format == first.format
-            and layer.format.activation != 4 and layer.in_features == first.in_features
+            and layer.format.act_scale == "dynamic" and layer.in_features == first.in_features
             and layer._buffers["scales"].dtype == first._buffers["scales"].dtype
             and _same_steps(layer.pre, first.pre) and layer.post is None
             for layer in layers

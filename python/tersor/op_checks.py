@@ -63,8 +63,30 @@ def check_input(op, x, act_bits):
         fail(op, "x", x.dtype, FLOATS)
     if x.dim() < 1:
         fail(op, "x", "a scalar", "a tensor [..., in_features]")
-    if act_bits not in (8, 16):
-        fail(op, "act_bits", act_bits, "8 or 16")
+    if act_bits not in (4, 6, 8, 16):
+        fail(op, "act_bits", act_bits, "4, 6, 8 or 16")
+
+
+def check_activations(op, k, act_bits, act_group, act_clip, act_sym, input_scale, device, experts=None):
+    """The options of rounded activations; `check_input` comes first. Static scales have experts first."""
+    if act_bits == 16 and (act_group, act_clip, act_sym, input_scale) != (32, 1.0, True, None):
+        fail(op, "act_group, act_clip, act_sym, input_scale", "other than the default with act_bits 16",
+             "them with 4, 6 or 8")
+    if act_group < 0 or act_group % 32:
+        fail(op, "act_group", act_group, "a multiple of 32, or 0 for one scale per token")
+    if not 0 < act_clip <= 1:
+        fail(op, "act_clip", act_clip, "a factor above 0 up to 1")
+    if input_scale is None:
+        return
+    if not act_sym:
+        fail(op, "input_scale", "static scales with act_sym=False", "symmetric activations")
+    shape = (-(-k // act_group) if act_group else 1,)
+    if experts is not None:
+        shape = (experts, *shape)
+    if input_scale.dtype is not torch.float32 or input_scale.shape != shape or input_scale.device != device \
+            or not input_scale.is_contiguous():
+        fail(op, "input_scale", f"{input_scale.dtype} {list(input_scale.shape)} on {input_scale.device}",
+             f"contiguous torch.float32 {list(shape)} on {device}")
 
 
 def check_bias(op, x, bias, n):

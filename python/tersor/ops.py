@@ -6,6 +6,7 @@ or contiguity was not verified against the others. What runs on CUDA is in `ops_
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 
 from . import _C, ops_cuda
-from .op_checks import (CODE, FLOATS, as_rows, check_bias, check_experts, check_input, check_projections, check_weight,
-                        fail)
+from .op_checks import (CODE, FLOATS, as_rows, check_activations, check_bias, check_experts, check_input,
+                        check_projections, check_weight, fail)
 
 _LIBRARY = torch.library.Library("tersor", "DEF")
 
@@ -75,10 +76,25 @@ _CPU = torch.device("cpu")
 
 # -- int_linear -------------------------------------------------------------------------------------------------
 
+# act_bits and what follows it: how activations are rounded, as formats/integer.py:activation_codes says.
+_ACTIVATIONS = "int act_bits, int act_group=32, float act_clip=1.0, bool act_sym=True, Tensor? input_scale=None"
+_dynamic_input = functools.lru_cache(maxsize=256)(_C.Input)
 
-def _int_linear_cpu(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+
+def native_input(act_bits, act_group, act_clip, act_sym, input_scale):
+    """What the kernels take as activations: the bits alone where all else is usual."""
+    if input_scale is not None:
+        return _C.Input(act_bits, act_group, act_clip, act_sym, input_scale.data_ptr())
+    if act_group == 32 and act_clip == 1 and act_sym:
+        return act_bits
+    return _dynamic_input(act_bits, act_group, act_clip, act_sym)
+
+
+def _int_linear_cpu(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits, act_group=32,
+                    act_clip=1.0, act_sym=True, input_scale=None):
     check_input("int_linear", x, act_bits)
     k = x.shape[-1]
+    check_activations("int_linear", k, act_bits, act_group, act_clip, act_sym, input_scale, x.device)
     check_weight("int_linear", k, qweight, scales, zero_points, out_features, bits, group_size, x.device)
     check_bias("int_linear", x, bias, out_features)
     rows = as_rows(x)
@@ -87,8 +103,8 @@ def _int_linear_cpu(x, qweight, scales, zero_points, bias, out_features, bits, g
     _C.int_linear(
         rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, qweight.data_ptr(), scales.data_ptr(),
         CODE[scales.dtype], 0 if zero_points is None else zero_points.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), out_features, out_features, bits, group_size, act_bits,
-        _threads(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), out_features, out_features, bits, group_size,
+        native_input(act_bits, act_group, act_clip, act_sym, input_scale), _threads(),
     )
     return y
 
@@ -100,27 +116,35 @@ class BoundIntLinear:
     it is noticed and checked anew before a pointer is used.
     """
 
-    __slots__ = ("tensors", "shape", "bits", "group_size", "act_bits", "pointers", "scale_code")
+    __slots__ = ("tensors", "shape", "bits", "group_size", "act_bits", "pointers", "scale_code", "options",
+                 "input_scale", "input", "input_pointer")
 
-    def __init__(self, qweight, scales, zero_points, shape, bits, group_size, act_bits):
+    def __init__(self, qweight, scales, zero_points, shape, bits, group_size, act_bits, act_group=32, act_clip=1.0,
+                 act_sym=True, input_scale=None):
         self.tensors = (qweight, scales, zero_points)
         self.shape, self.bits, self.group_size, self.act_bits = shape, bits, group_size, act_bits
+        self.options, self.input_scale = (act_group, act_clip, act_sym), input_scale
         self._check()
 
     def _check(self) -> None:
         qweight, scales, zero_points = self.tensors
         n, k = self.shape
         check_weight("int_linear", k, qweight, scales, zero_points, n, self.bits, self.group_size, _CPU)
+        check_activations("int_linear", k, self.act_bits, *self.options, self.input_scale, _CPU)
         self.pointers = (qweight.data_ptr(), scales.data_ptr(), 0 if zero_points is None else zero_points.data_ptr())
+        self.input = native_input(self.act_bits, *self.options, self.input_scale)
+        self.input_pointer = 0 if self.input_scale is None else self.input_scale.data_ptr()
         self.scale_code = CODE[scales.dtype]
-        if n and k and not (self.pointers[0] and self.pointers[1] and (zero_points is None or self.pointers[2])):
-            fail("int_linear", "qweight, scales and zero_points", "freed storage", "tensors with storage")
+        if n and k and not (self.pointers[0] and self.pointers[1] and (zero_points is None or self.pointers[2])
+                            and (self.input_scale is None or self.input_pointer)):
+            fail("int_linear", "qweight, scales, zero_points and input_scale", "freed storage", "tensors with storage")
 
     def addresses(self) -> tuple[int, int, int]:
         """Of the tensors as they are now; checked anew where they moved."""
         qweight, scales, zero_points = self.tensors
         q, s, z = self.pointers
-        if qweight.data_ptr() != q or scales.data_ptr() != s or z and zero_points.data_ptr() != z:
+        if qweight.data_ptr() != q or scales.data_ptr() != s or z and zero_points.data_ptr() != z \
+                or self.input_pointer and self.input_scale.data_ptr() != self.input_pointer:
             self._check()
         return self.pointers
 
@@ -147,28 +171,30 @@ class BoundIntLinear:
             stride = k
         _C.int_linear(rows.data_ptr(), code, m, k, stride, q, s, self.scale_code, z,
                       0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n, self.bits, self.group_size,
-                      self.act_bits, _threads())
+                      self.input, _threads())
         return y
 
 
-def _int_linear_fake(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+def _int_linear_fake(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits, act_group=32,
+                     act_clip=1.0, act_sym=True, input_scale=None):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _int_linear_reference(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+def _int_linear_reference(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits,
+                          act_group=32, act_clip=1.0, act_sym=True, input_scale=None):
     from .formats.integer import quantize_activations
 
-    w = _int_dequantize_reference(qweight, scales, zero_points, out_features, x.shape[-1], bits, group_size,
-                                  torch.float64)
-    y = F.linear((quantize_activations(x, 8) if act_bits == 8 else x).double(), w,
-                 None if bias is None else bias.double())
+    w = int_dequantize_reference(qweight, scales, zero_points, out_features, x.shape[-1], bits, group_size,
+                                 torch.float64)
+    seen = x if act_bits == 16 else quantize_activations(x.float(), act_bits, act_group, act_clip, act_sym, input_scale)
+    y = F.linear(seen.double(), w, None if bias is None else bias.double())
     return y.to(x.dtype)
 
 
 int_linear = Op(
     "int_linear",
     "(Tensor x, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int out_features, int bits, "
-    "int group_size, int act_bits) -> Tensor",
+    f"int group_size, {_ACTIVATIONS}) -> Tensor",
     _int_linear_cpu, _int_linear_fake, _int_linear_reference, ops_cuda.int_linear if _C.has_cuda_build else None,
     f"int_linear cuda; over {ops_cuda.MAX_ROWS} rows or in float32 int_dequantize cuda and a dense product",
 )
@@ -177,13 +203,25 @@ int_linear = Op(
 # -- int_linear_multi: projections of one input in one call -------------------------------------------------------
 
 
-def _int_linear_multi_cpu(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits):
+def _int_linear_multi_cpu(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits,
+                          act_group=32, act_clip=1.0, act_sym=True, input_scale=None):
     op = "int_linear_multi"
     check_input(op, x, act_bits)
+    check_activations(op, x.shape[-1], act_bits, act_group, act_clip, act_sym, input_scale, x.device)
+    rows = as_rows(x)
+    m, k = rows.shape
+    outputs, projections = checked_projections(op, x, qweights, scales, zero_points, biases, out_features, bits,
+                                               group_size)
+    _C.int_linear_multi(rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, projections,
+                        CODE[scales[0].dtype], bits, group_size,
+                        native_input(act_bits, act_group, act_clip, act_sym, input_scale), _threads())
+    return outputs
+
+
+def checked_projections(op, x, qweights, scales, zero_points, biases, out_features, bits, group_size):
+    """Outputs, and the tuples by which the kernels know several weights of one input."""
     check_projections(op, qweights, scales, zero_points, biases, out_features)
     k = x.shape[-1]
-    rows = as_rows(x)
-    m = rows.shape[0]
     outputs, projections = [], []
     for i, n in enumerate(out_features):
         zero = zero_points[i] if zero_points else None
@@ -196,9 +234,7 @@ def _int_linear_multi_cpu(x, qweights, scales, zero_points, biases, out_features
         outputs.append(y)
         projections.append((qweights[i].data_ptr(), scales[i].data_ptr(), 0 if zero is None else zero.data_ptr(),
                             0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n))
-    _C.int_linear_multi(rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, projections,
-                        CODE[scales[0].dtype], bits, group_size, act_bits, _threads())
-    return outputs
+    return outputs, projections
 
 
 class BoundIntLinearMulti:
@@ -209,11 +245,13 @@ class BoundIntLinearMulti:
     def __init__(self, members: list[BoundIntLinear]):
         first = members[0]
         for i, member in enumerate(members):
-            if (member.shape[1], member.bits, member.group_size, member.act_bits, member.scale_code) != \
-                    (first.shape[1], first.bits, first.group_size, first.act_bits, first.scale_code):
-                found = member.shape[1], member.bits, member.group_size, member.act_bits, member.scale_code
-                fail("int_linear_multi", f"projection {i}", f"width, bits, group_size, act_bits and dtype {found}",
+            found = member.shape[1], member.bits, member.group_size, member.scale_code, member.act_bits, member.options
+            if found != (first.shape[1], first.bits, first.group_size, first.scale_code, first.act_bits, first.options):
+                fail("int_linear_multi", f"projection {i}", f"width, bits, group_size, dtype and activations {found}",
                      "those of the first")
+            if member.input_scale is not first.input_scale and (member.input_scale is None or first.input_scale is None
+                                                                or not member.input_scale.equal(first.input_scale)):
+                fail("int_linear_multi", f"projection {i}", "another input_scale", "that of the first")
         self.members = members
         self.in_features, self.out_features = first.shape[1], [member.shape[0] for member in members]
         self.bits, self.group_size, self.act_bits = first.bits, first.group_size, first.act_bits
@@ -237,18 +275,21 @@ class BoundIntLinearMulti:
             outputs.append(y)
             projections.append((*member.addresses(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n))
         _C.int_linear_multi(rows.data_ptr(), code, m, k, stride, projections, self.scale_code, self.bits,
-                            self.group_size, self.act_bits, _threads())
+                            self.group_size, self.members[0].input, _threads())
         return outputs
 
 
-def _int_linear_multi_fake(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits):
+def _int_linear_multi_fake(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits,
+                           act_group=32, act_clip=1.0, act_sym=True, input_scale=None):
     return [x.new_empty((*x.shape[:-1], n)) for n in out_features]
 
 
-def _int_linear_multi_reference(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits):
+def _int_linear_multi_reference(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits,
+                                act_group=32, act_clip=1.0, act_sym=True, input_scale=None):
     return [
         _int_linear_reference(x, qweights[i], scales[i], zero_points[i] if zero_points else None,
-                              biases[i] if biases else None, n, bits, group_size, act_bits)
+                              biases[i] if biases else None, n, bits, group_size, act_bits, act_group, act_clip,
+                              act_sym, input_scale)
         for i, n in enumerate(out_features)
     ]
 
@@ -256,7 +297,7 @@ def _int_linear_multi_reference(x, qweights, scales, zero_points, biases, out_fe
 int_linear_multi = Op(
     "int_linear_multi",
     "(Tensor x, Tensor[] qweights, Tensor[] scales, Tensor[] zero_points, Tensor[] biases, int[] out_features, "
-    "int bits, int group_size, int act_bits) -> Tensor[]",
+    f"int bits, int group_size, {_ACTIVATIONS}) -> Tensor[]",
     _int_linear_multi_cpu, _int_linear_multi_fake, _int_linear_multi_reference,
     ops_cuda.int_linear_multi if _C.has_cuda_build else None, "int_linear cuda, once for each projection",
 )
@@ -265,10 +306,12 @@ int_linear_multi = Op(
 # -- int_linear_grouped: the experts of a mixture ------------------------------------------------------------------
 
 
-def _int_linear_grouped_cpu(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+def _int_linear_grouped_cpu(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits,
+                            act_group=32, act_clip=1.0, act_sym=True, input_scale=None):
     op = "int_linear_grouped"
     check_input(op, x, act_bits)
     check_experts(op, x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size)
+    check_activations(op, x.shape[-1], act_bits, act_group, act_clip, act_sym, input_scale, x.device, ends.numel())
     x = as_rows(x)
     rows, k = x.shape
     y = x.new_empty((rows, out_features))
@@ -276,23 +319,26 @@ def _int_linear_grouped_cpu(x, ends, qweight, scales, zero_points, bias, out_fea
         x.data_ptr(), CODE[x.dtype], rows, k, x.stride(0) if rows > 1 else k, ends.data_ptr(), ends.numel(),
         qweight.data_ptr(), scales.data_ptr(), CODE[scales.dtype],
         0 if zero_points is None else zero_points.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
-        out_features, out_features, bits, group_size, act_bits, _threads(),
+        out_features, out_features, bits, group_size,
+        native_input(act_bits, act_group, act_clip, act_sym, input_scale), _threads(),
     )
     return y
 
 
-def _int_linear_grouped_fake(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+def _int_linear_grouped_fake(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits,
+                             act_group=32, act_clip=1.0, act_sym=True, input_scale=None):
     return x.new_empty((x.shape[0], out_features))
 
 
 def _int_linear_grouped_reference(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size,
-                                  act_bits):
+                                  act_bits, act_group=32, act_clip=1.0, act_sym=True, input_scale=None):
     y, begin = x.new_zeros((x.shape[0], out_features)), 0
     for expert, end in enumerate(ends.tolist()):
         if end > begin:
             y[begin:end] = _int_linear_reference(
                 x[begin:end], qweight[expert], scales[expert], None if zero_points is None else zero_points[expert],
-                None if bias is None else bias[expert], out_features, bits, group_size, act_bits)
+                None if bias is None else bias[expert], out_features, bits, group_size, act_bits, act_group, act_clip,
+                act_sym, None if input_scale is None else input_scale[expert])
         begin = end
     return y
 
@@ -300,7 +346,7 @@ def _int_linear_grouped_reference(x, ends, qweight, scales, zero_points, bias, o
 int_linear_grouped = Op(
     "int_linear_grouped",
     "(Tensor x, Tensor ends, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int out_features, "
-    "int bits, int group_size, int act_bits) -> Tensor",
+    f"int bits, int group_size, {_ACTIVATIONS}) -> Tensor",
     _int_linear_grouped_cpu, _int_linear_grouped_fake, _int_linear_grouped_reference,
     ops_cuda.int_linear_grouped if _C.has_cuda_build else None,
     "int_linear_grouped cuda; in float32 int_dequantize cuda and dense products",
@@ -407,7 +453,7 @@ def _int_dequantize_fake(qweight, scales, zero_points, out_features, in_features
     return qweight.new_empty((out_features, in_features), dtype=dtype)
 
 
-def _int_dequantize_reference(qweight, scales, zero_points, out_features, in_features, bits, group_size, dtype):
+def int_dequantize_reference(qweight, scales, zero_points, out_features, in_features, bits, group_size, dtype):
     from .formats.integer import untile_rows
 
     codes = _int_unpack_reference(qweight, out_features, in_features, bits).double()
@@ -420,7 +466,7 @@ int_dequantize = Op(
     "int_dequantize",
     "(Tensor qweight, Tensor scales, Tensor? zero_points, int out_features, int in_features, int bits, "
     "int group_size, ScalarType dtype) -> Tensor",
-    _int_dequantize_cpu, _int_dequantize_fake, _int_dequantize_reference,
+    _int_dequantize_cpu, _int_dequantize_fake, int_dequantize_reference,
     ops_cuda.int_dequantize if _C.has_cuda_build else None,
 )
 

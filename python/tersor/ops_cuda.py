@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _C
-from .op_checks import (CODE, FLOATS, as_rows, check_bias, check_experts, check_input, check_projections, check_weight,
-                        fail)
+from .op_checks import (CODE, FLOATS, as_rows, check_activations, check_bias, check_experts, check_input,
+                        check_projections, check_weight, fail)
 
 # Above so many rows a dense product of the dequantized weight is the faster way. Not measured on hardware yet.
 MAX_ROWS = 256
@@ -54,11 +54,11 @@ def _check_zero_points(op: str, zero_points: Tensor, bits: int) -> None:
     _zero_points_seen[zero_points] = version
 
 
-def _as_int8(x: Tensor) -> Tensor:
-    """``x`` rounded to what int8 holds, by torch: no CUDA kernel takes 8-bit activations (`Int.kernel` says so)."""
+def _rounded(x: Tensor, *activations) -> Tensor:
+    """``x`` rounded to what integers hold, by torch: no CUDA kernel takes such activations (`Int.kernel` says so)."""
     from .formats.integer import quantize_activations
 
-    return quantize_activations(x, 8)
+    return quantize_activations(x, *activations)
 
 
 def _aligned_rows(x: Tensor) -> Tensor:
@@ -68,17 +68,20 @@ def _aligned_rows(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], -(-x.shape[1] // 8) * 8))[:, : x.shape[1]].copy_(x)
 
 
-def int_linear(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+def int_linear(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits, act_group=32,
+               act_clip=1.0, act_sym=True, input_scale=None):
     op, index = "int_linear", x.device.index
     check_input(op, x, act_bits)
     k, n = x.shape[-1], out_features
     check_weight(op, k, qweight, scales, zero_points, n, bits, group_size, x.device)
     check_bias(op, x, bias, n)
+    check_activations(op, k, act_bits, act_group, act_clip, act_sym, input_scale, x.device)
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
-            return int_linear(x, qweight, scales, zero_points, bias, n, bits, group_size, act_bits)
-    if act_bits == 8:
-        x = _as_int8(x)
+            return int_linear(x, qweight, scales, zero_points, bias, n, bits, group_size, act_bits, act_group,
+                              act_clip, act_sym, input_scale)
+    if act_bits < 16:
+        x = _rounded(x, act_bits, act_group, act_clip, act_sym, input_scale)
     rows = as_rows(x)
     m = rows.shape[0]
     if x.dtype not in _HALVES or m > MAX_ROWS:
@@ -100,11 +103,13 @@ def int_linear(x, qweight, scales, zero_points, bias, out_features, bits, group_
     return y
 
 
-def int_linear_multi(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits):
+def int_linear_multi(x, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits, act_group=32,
+                     act_clip=1.0, act_sym=True, input_scale=None):
     check_input("int_linear_multi", x, act_bits)
+    check_activations("int_linear_multi", x.shape[-1], act_bits, act_group, act_clip, act_sym, input_scale, x.device)
     check_projections("int_linear_multi", qweights, scales, zero_points, biases, out_features)
-    if act_bits == 8:
-        x, act_bits = _as_int8(x), 16
+    if act_bits < 16:
+        x, act_bits = _rounded(x, act_bits, act_group, act_clip, act_sym, input_scale), 16
     return [
         int_linear(x, qweights[i], scales[i], zero_points[i] if zero_points else None,
                    biases[i] if biases else None, n, bits, group_size, act_bits)
@@ -118,15 +123,21 @@ def _grouped_plan(rows, n, k, bits, group_size, scale_code, has_zero_points, exp
                                            *_device(index))
 
 
-def int_linear_grouped(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits):
+def int_linear_grouped(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits,
+                       act_group=32, act_clip=1.0, act_sym=True, input_scale=None):
     op, index, n = "int_linear_grouped", x.device.index, out_features
     check_input(op, x, act_bits)
     check_experts(op, x, ends, qweight, scales, zero_points, bias, n, bits, group_size)
+    check_activations(op, x.shape[-1], act_bits, act_group, act_clip, act_sym, input_scale, x.device, ends.numel())
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
-            return int_linear_grouped(x, ends, qweight, scales, zero_points, bias, n, bits, group_size, act_bits)
-    if act_bits == 8:
-        x = _as_int8(x)
+            return int_linear_grouped(x, ends, qweight, scales, zero_points, bias, n, bits, group_size, act_bits,
+                                      act_group, act_clip, act_sym, input_scale)
+    if input_scale is not None:  # each expert's rows by its own
+        owner = torch.bucketize(torch.arange(len(x), device=x.device), ends, right=True).clamp_max(ends.numel() - 1)
+        x = _rounded(x, act_bits, act_group, 1.0, True, input_scale[owner])
+    elif act_bits < 16:
+        x = _rounded(x, act_bits, act_group, act_clip, act_sym)
     dtype = x.dtype
     if dtype not in _HALVES:
         # The kernel takes 16 bits; float32 goes expert by expert through dense products.

@@ -228,33 +228,28 @@ class Int(Format):
         scale = None if self.act_scale == "dynamic" else tensors["input_scale"]
         return quantize_activations(x, self.activation, self.act_group, self.act_clip, self.act_sym, scale)
 
-    @property
-    def _by_kernel(self) -> bool:
-        return self.activation in (8, 16) and self.input_options == _EXACT_INPUT
+    def _input_arguments(self, tensors: Mapping[str, Tensor]) -> tuple:
+        """The arguments of the operations from ``act_bits`` on; none that say the usual."""
+        if self.input_options == _EXACT_INPUT:
+            return (self.activation,)
+        return self.activation, self.act_group, self.act_clip, self.act_sym, tensors.get("input_scale")
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
-        if not self._by_kernel:
-            seen = self.quantize_input(x, tensors)
-            return torch.nn.functional.linear(seen, self.unpack(tensors, shape, x.dtype), bias)
         return ops.int_linear(x, tensors["qweight"], tensors["scales"], tensors.get("zero_points"), bias,
-                              shape[0], self.num_bits, self.group_size, self.activation)
+                              shape[0], self.num_bits, self.group_size, *self._input_arguments(tensors))
 
     def linear_grouped(self, x: Tensor, ends: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None,
                        shape: Shape) -> Tensor:
-        if not self._by_kernel:
-            return super().linear_grouped(x, ends, tensors, bias, shape)
         return ops.int_linear_grouped(x, ends, tensors["qweight"], tensors["scales"], tensors.get("zero_points"), bias,
-                                      shape[0], self.num_bits, self.group_size, self.activation)
+                                      shape[0], self.num_bits, self.group_size, *self._input_arguments(tensors))
 
     def bind(self, tensors: Mapping[str, Tensor], shape: Shape):
-        if not self._by_kernel or not tensors["qweight"].is_cpu:
+        if not tensors["qweight"].is_cpu:
             return None
         return ops.BoundIntLinear(tensors["qweight"], tensors["scales"], tensors.get("zero_points"), shape,
-                                  self.num_bits, self.group_size, self.activation)
+                                  self.num_bits, self.group_size, *self._input_arguments(tensors))
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
-        if not self._by_kernel:
-            return "reference: no kernel for these activations"
         if self.activation < 16 and torch.device(device).type == "cuda":
             return (f"reference: no CUDA kernel for {self.activation}-bit activations, torch rounds them for "
                     "int_linear cuda")
@@ -353,7 +348,7 @@ def activation_codes(x: Tensor, bits: int, group: int = BLOCK_COLUMNS, clip: flo
         largest = groups.abs().amax(-1, keepdim=True)
         found = largest * clip / high
         if scale is not None:
-            found = torch.where(largest.isfinite(), scale.to(groups)[:, None], float("nan"))
+            found = torch.where(largest.isfinite(), scale.to(groups)[..., None], float("nan"))
     else:
         high = groups.amax(-1, keepdim=True).clamp_min(0) * clip
         low = groups.amin(-1, keepdim=True).clamp_max(0) * clip
