@@ -45,11 +45,11 @@ class Weight:
     def random(cls, n, k, bits, *rest, **options):
         return cls(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), bits, *rest, **options)
 
-    def call(self, x, bias=None, threads=2, y=None):
+    def call(self, x, bias=None, threads=2, y=None, act=8):
         n, k = self.codes.shape
         y = torch.full((x.shape[0], n), float("nan"), dtype=x.dtype) if y is None else y
         _C.int_linear(*self._x(x), self.qweight.data_ptr(), self.tiled_scales.data_ptr(), CODE[self.scales.dtype],
-                      *self._optional(bias), y.data_ptr(), n, y.stride(0), self.bits, self.group, 8, threads)
+                      *self._optional(bias), y.data_ptr(), n, y.stride(0), self.bits, self.group, act, threads)
         return y
 
     @staticmethod
