@@ -10,6 +10,7 @@
 
 #include "tersor.h"
 #include "tersor_kv.h"
+#include "tersor_kv_static.h"
 
 namespace py = pybind11;
 
@@ -104,4 +105,11 @@ void define_kv_cuda(py::module_& module) {
       },
       py::arg("cache"), py::arg("formats"), py::arg("query"), py::arg("scale"), py::arg("softcap"), py::arg("mass"),
       py::arg("tokens"), py::arg("stream"), "attention mass of each token, added to zeros");
+  module.def(
+      "cuda_kv_advance",
+      [](const Numbers& cache, int64_t tokens, Address stream) {
+        const auto c = fields<tersor_cuda_kv_static>(cache);
+        check(tersor_cuda_kv_advance(&c, tokens, pointer(stream)));
+      },
+      py::arg("cache"), py::arg("tokens"), py::arg("stream"), "counts a step's tokens in a static cache's table");
 }
