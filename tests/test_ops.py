@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tersor import _C, ops
+from tersor import _C, ops, ops_fused  # noqa: F401  (the latter registers its operation)
 
 torch.manual_seed(0)
 
@@ -35,6 +35,9 @@ def samples():
     yield "int_linear_grouped", (rows, ends, *stacked, biases, 33, 4, 32, 16)
     static = torch.rand(3, 2) + 0.1
     yield "int_linear_grouped", (rows.float(), ends, *stacked, None, 33, 4, 32, 6, 64, 1.0, True, static)
+    fused = ([q, q2], [s, s2], [z, z2], [], [33, 17], 4, 32, 8)
+    yield "int_linear_fused", (x.float(), x.float() + 1, *fused)
+    yield "int_linear_fused", (x.float(), None, *fused, 0, 1.0, True, None, torch.rand(97), 1e-6)
     yield "int_pack", (codes, 4)
     yield "int_unpack", (q, 33, 97, 4)
     yield "int_fit", (torch.randn(17, 97), torch.rand(97), 4, 32, False, 80, torch.float16)

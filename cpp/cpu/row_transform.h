@@ -172,8 +172,9 @@ class RowTransform {
       f32 value = load_input(x, i);
       if (in_.norm_weight) value = mul(mul(value, factor), load_input(in_.norm_weight, i));
       if (other) {
-        const f32 one = splat(1.0f), e = exponential(mul(value, splat(-1.0f)));
-        value = mul(div(value, add(one, e)), load_input(other, i));
+        // e^-x as a square, which becomes infinite where it must: then the gate is 0, and NaN for -infinity.
+        const f32 half = exponential(mul(value, splat(-0.5f)));
+        value = mul(div(value, fma(half, half, splat(1.0f))), load_input(other, i));
       }
       store_part(to, i, value);
     }

@@ -77,7 +77,7 @@ _CPU = torch.device("cpu")
 # -- int_linear -------------------------------------------------------------------------------------------------
 
 # act_bits and what follows it: how activations are rounded, as formats/integer.py:activation_codes says.
-_ACTIVATIONS = "int act_bits, int act_group=32, float act_clip=1.0, bool act_sym=True, Tensor? input_scale=None"
+ACTIVATIONS = "int act_bits, int act_group=32, float act_clip=1.0, bool act_sym=True, Tensor? input_scale=None"
 _dynamic_input = functools.lru_cache(maxsize=256)(_C.Input)
 
 
@@ -194,7 +194,7 @@ def _int_linear_reference(x, qweight, scales, zero_points, bias, out_features, b
 int_linear = Op(
     "int_linear",
     "(Tensor x, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int out_features, int bits, "
-    f"int group_size, {_ACTIVATIONS}) -> Tensor",
+    f"int group_size, {ACTIVATIONS}) -> Tensor",
     _int_linear_cpu, _int_linear_fake, _int_linear_reference, ops_cuda.int_linear if _C.has_cuda_build else None,
     f"int_linear cuda; over {ops_cuda.MAX_ROWS} rows or in float32 int_dequantize cuda and a dense product",
 )
@@ -297,7 +297,7 @@ def _int_linear_multi_reference(x, qweights, scales, zero_points, biases, out_fe
 int_linear_multi = Op(
     "int_linear_multi",
     "(Tensor x, Tensor[] qweights, Tensor[] scales, Tensor[] zero_points, Tensor[] biases, int[] out_features, "
-    f"int bits, int group_size, {_ACTIVATIONS}) -> Tensor[]",
+    f"int bits, int group_size, {ACTIVATIONS}) -> Tensor[]",
     _int_linear_multi_cpu, _int_linear_multi_fake, _int_linear_multi_reference,
     ops_cuda.int_linear_multi if _C.has_cuda_build else None, "int_linear cuda, once for each projection",
 )
@@ -346,7 +346,7 @@ def _int_linear_grouped_reference(x, ends, qweight, scales, zero_points, bias, o
 int_linear_grouped = Op(
     "int_linear_grouped",
     "(Tensor x, Tensor ends, Tensor qweight, Tensor scales, Tensor? zero_points, Tensor? bias, int out_features, "
-    f"int bits, int group_size, {_ACTIVATIONS}) -> Tensor",
+    f"int bits, int group_size, {ACTIVATIONS}) -> Tensor",
     _int_linear_grouped_cpu, _int_linear_grouped_fake, _int_linear_grouped_reference,
     ops_cuda.int_linear_grouped if _C.has_cuda_build else None,
     "int_linear_grouped cuda; in float32 int_dequantize cuda and dense products",

@@ -1,0 +1,264 @@
+"""`int_linear_fused`: integer weights times activations that a transform makes while they are rounded.
+
+A row goes through norm or gate, permutation, signs, Hadamard or Kronecker in fp32 in the memory of the thread that
+rounds it; the transformed values are never written anywhere else. The definitions are in `transforms.definitions`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _C, ops
+from .op_checks import CODE, as_rows, check_activations, check_bias, check_input, fail
+from .transforms import definitions
+
+_OP = "int_linear_fused"
+
+
+@dataclass(frozen=True, eq=False)
+class Producer:
+    """What happens to ``x [..., in]`` before it is rounded: the steps that are set, in this order.
+
+    ``norm_weight [in]`` (of x's dtype) with ``epsilon``: RMSNorm. ``silu_mul``: SiLU(x) times a second input. ``index
+    [in]`` int32: permutation. ``signs [in]`` float32 and ``hadamard``: blocks of the Hadamard transform, 0 the whole
+    width, None for none. ``left [n1, n1]``, ``right [n2, n2]`` float32: Kronecker. ``block_bits`` uint8
+    ``[ceil(in / 128)]``: 4 or 8 bits for each 128 channels, after everything else. A norm excludes a gate, and of
+    permutation, Hadamard and Kronecker there is one.
+    """
+
+    norm_weight: Tensor | None = None
+    epsilon: float = 0.0
+    silu_mul: bool = False
+    hadamard: int | None = None
+    signs: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    index: Tensor | None = None
+    block_bits: Tensor | None = None
+
+    def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """The transformed input, by the definitions, in x's dtype."""
+        if self.norm_weight is not None:
+            x = definitions.rms_norm(x, self.norm_weight, self.epsilon)
+        if self.silu_mul:
+            x = definitions.silu_mul(x, other.to(x.dtype))
+        if self.index is not None:
+            x = definitions.permute(x, self.index)
+        if self.hadamard is not None:
+            x = definitions.hadamard(x, self.hadamard, self.signs)
+        if self.left is not None:
+            x = definitions.kronecker(x, self.left, self.right)
+        return x
+
+    def check(self, x: Tensor, other: Tensor | None) -> None:
+        """ValueError where a step does not fit ``x`` or another step."""
+        k = x.shape[-1]
+        if (self.index is not None) + (self.hadamard is not None) + (self.left is not None) > 1:
+            fail(_OP, "index, hadamard, left", "several of them", "one at most")
+        if self.silu_mul is not (other is not None) or self.silu_mul and self.norm_weight is not None:
+            fail(_OP, "silu_mul, other, norm_weight", f"silu_mul={self.silu_mul}, other {_given(other)}, norm_weight "
+                 f"{_given(self.norm_weight)}", "both or none of silu_mul and other, and no norm with them")
+        if (self.left is None) is not (self.right is None) or self.signs is not None and self.hadamard is None:
+            fail(_OP, "left, right, signs", "a part alone", "left with right, signs with hadamard")
+        _check(x, "norm_weight", self.norm_weight, x.dtype, (k,))
+        _check(x, "signs", self.signs, torch.float32, (k,))
+        _check(x, "index", self.index, torch.int32, (k,))
+        _check(x, "block_bits", self.block_bits, torch.uint8, (-(-k // 128),))
+        if other is not None and (other.dtype is not x.dtype or other.shape != x.shape or other.device != x.device):
+            fail(_OP, "other", f"{other.dtype} {list(other.shape)}", f"{x.dtype} {list(x.shape)}, as x")
+        if self.left is not None:
+            n1, n2 = len(self.left), len(self.right)
+            if n1 * n2 != k:
+                fail(_OP, "left, right", f"sizes {n1} and {n2}", f"sizes whose product is the width {k}")
+            _check(x, "left", self.left, torch.float32, (n1, n1))
+            _check(x, "right", self.right, torch.float32, (n2, n2))
+        if self.hadamard is not None:
+            if self.hadamard < 0 or self.hadamard and k % self.hadamard:
+                fail(_OP, "hadamard", self.hadamard, f"0, or a divisor of the width {k}")
+            definitions.hadamard_base(self.hadamard or k)
+
+    def matrices(self, k: int) -> dict:
+        """The steps that are products, as `_C.Input` takes them, with tensors for pointers."""
+        if self.left is not None:
+            n2 = len(self.right)
+            return {"rows": len(self.left), "columns": n2, "left": self.left.T.contiguous(),
+                    "right": F.pad(self.right, (0, -n2 % 16)).contiguous()}
+        if self.hadamard is None:
+            return {}
+        return {**_hadamard_matrices(self.hadamard or k), **({} if self.signs is None else {"signs": self.signs})}
+
+
+@functools.lru_cache(maxsize=64)
+def _hadamard_matrices(size: int) -> dict:
+    m = definitions.hadamard_base(size)
+    power = size // m
+    if power >= 16:
+        base = definitions.hadamard_matrix(m).float().contiguous() if m > 1 else None
+        return {"rows": m, "columns": power, "butterflies": True, "hadamard_scale": 1 / math.sqrt(size),
+                **({} if base is None else {"left": base})}
+    dense = (definitions.hadamard_matrix(size) / math.sqrt(size)).T.float()
+    return {"rows": 1, "columns": size, "right": F.pad(dense, (0, -size % 16)).contiguous()}
+
+
+def _given(value: object) -> str:
+    return "absent" if value is None else "given"
+
+
+def _check(x: Tensor, name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor is not None and (tensor.dtype is not dtype or tensor.shape != shape or tensor.device != x.device
+                               or not tensor.is_contiguous()):
+        fail(_OP, name, f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}",
+             f"contiguous {dtype} {list(shape)} on {x.device}")
+
+
+class _Prepared:
+    """A producer's tensors in the form of the kernel, and the `_C.Input` that points to them."""
+
+    def __init__(self, producer: Producer, k: int, act_bits, act_group, act_clip, act_sym, input_scale):
+        found = producer.matrices(k)
+        for name in ("norm_weight", "index", "block_bits"):
+            if getattr(producer, name) is not None:
+                found[name] = getattr(producer, name)
+        if input_scale is not None:
+            found["scales"] = input_scale
+        self.kept = [value for value in found.values() if isinstance(value, Tensor)]
+        self.addresses = [tensor.data_ptr() for tensor in self.kept]
+        self.copied = [(tensor, _version(tensor)) for tensor in (producer.left, producer.right) if tensor is not None]
+        self.input = _C.Input(act_bits, act_group, act_clip, act_sym, epsilon=producer.epsilon, **{
+            name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in found.items()})
+
+    def current(self) -> bool:
+        """Whether no tensor moved or was freed, and none that was copied is another."""
+        return all(tensor.data_ptr() == address for tensor, address in zip(self.kept, self.addresses)) \
+            and all(_version(tensor) == version for tensor, version in self.copied)
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _check_options(producer, x, act_bits, act_group, act_clip, act_sym, input_scale):
+    check_activations(_OP, x.shape[-1], act_bits, act_group, act_clip, act_sym, input_scale, x.device)
+    if act_bits == 16:
+        fail(_OP, "act_bits", 16, "4, 6 or 8")
+    if producer.block_bits is not None and (not act_sym or input_scale is not None or act_group not in (32, 64, 128)):
+        fail(_OP, "block_bits", f"act_sym={act_sym}, act_group={act_group}, input_scale {_given(input_scale)}",
+             "dynamic symmetric groups of 32, 64 or 128")
+
+
+def _multiply(x, other, prepared, projections, scale_code, bits, group_size):
+    rows = as_rows(x)
+    m, k = rows.shape
+    second = None if other is None else as_rows(other)
+    _C.int_linear_fused(
+        rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k,
+        0 if second is None else second.data_ptr(), second.stride(0) if second is not None and m > 1 else k,
+        projections, scale_code, bits, group_size, prepared.input, torch.get_num_threads())
+
+
+class BoundIntLinearFused:
+    """`int_linear_fused` on weights that were checked once (`ops.BoundIntLinear`) and one producer.
+
+    Called with ``x [..., in]``, a bias or None for each weight, and the gate's second input where there is one; gives
+    a list of outputs. It follows tensors that move, as its members do.
+    """
+
+    def __init__(self, members: list[ops.BoundIntLinear], producer: Producer):
+        self.together = ops.BoundIntLinearMulti(members)  # checks that they fit
+        self.producer, self.members = producer, members
+        self._checked: tuple | None = None
+        self._prepared: _Prepared | None = None
+
+    def __call__(self, x: Tensor, biases: list[Tensor | None], other: Tensor | None = None) -> list[Tensor]:
+        first, k = self.members[0], self.together.in_features
+        check_input(_OP, x, first.act_bits)
+        if x.shape[-1] != k:
+            fail(_OP, "x", list(x.shape), f"[..., {k}]")
+        outputs, projections = [], []
+        for member, n, bias in zip(self.members, self.together.out_features, biases, strict=True):
+            check_bias(_OP, x, bias, n)
+            y = x.new_empty((*x.shape[:-1], n))
+            outputs.append(y)
+            projections.append((*member.addresses(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), n, n))
+        if self._prepared is None or self._checked is not x.dtype or not self._prepared.current():
+            _check_options(self.producer, x, first.act_bits, *first.options, first.input_scale)
+            self.producer.check(x, other)
+            self._prepared = _Prepared(self.producer, k, first.act_bits, *first.options, first.input_scale)
+            self._checked = x.dtype
+        elif (other is not None) is not self.producer.silu_mul or other is not None and (
+                other.dtype is not x.dtype or other.shape != x.shape or not other.is_cpu):
+            self.producer.check(x, other)
+        _multiply(x, other, self._prepared, projections, first.scale_code, first.bits, first.group_size)
+        return outputs
+
+
+def _producer(norm_weight, epsilon, other, hadamard, signs, left, right, index, block_bits):
+    return Producer(norm_weight, epsilon, other is not None, None if hadamard < 0 else hadamard, signs, left, right,
+                    index, block_bits)
+
+
+def _fused_cpu(x, other, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits, act_group=32,
+               act_clip=1.0, act_sym=True, input_scale=None, norm_weight=None, epsilon=0.0, hadamard=-1, signs=None,
+               left=None, right=None, index=None, block_bits=None):
+    check_input(_OP, x, act_bits)
+    producer = _producer(norm_weight, epsilon, other, hadamard, signs, left, right, index, block_bits)
+    producer.check(x, other)
+    _check_options(producer, x, act_bits, act_group, act_clip, act_sym, input_scale)
+    outputs, projections = ops.checked_projections(_OP, x, qweights, scales, zero_points, biases, out_features, bits,
+                                                   group_size)
+    prepared = _Prepared(producer, x.shape[-1], act_bits, act_group, act_clip, act_sym, input_scale)
+    _multiply(x, other, prepared, projections, CODE[scales[0].dtype], bits, group_size)
+    return outputs
+
+
+def _fused_fake(x, other, qweights, scales, zero_points, biases, out_features, *rest):
+    return [x.new_empty((*x.shape[:-1], n)) for n in out_features]
+
+
+def _fused_reference(x, other, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits,
+                     act_group=32, act_clip=1.0, act_sym=True, input_scale=None, norm_weight=None, epsilon=0.0,
+                     hadamard=-1, signs=None, left=None, right=None, index=None, block_bits=None):
+    from .formats.integer import quantize_activations
+
+    producer = _producer(norm_weight, epsilon, other, hadamard, signs, left, right, index, block_bits)
+    made = producer(x.double(), None if other is None else other.double())
+    seen = quantize_activations(made.float(), act_bits, act_group, act_clip, act_sym, input_scale, block_bits).double()
+    outputs = []
+    for i, n in enumerate(out_features):
+        w = ops.int_dequantize_reference(qweights[i], scales[i], zero_points[i] if zero_points else None, n,
+                                         x.shape[-1], bits, group_size, torch.float64)
+        outputs.append(F.linear(seen, w, biases[i].double() if biases else None).to(x.dtype))
+    return outputs
+
+
+def _fused_cuda(x, other, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits, act_group=32,
+                act_clip=1.0, act_sym=True, input_scale=None, norm_weight=None, epsilon=0.0, hadamard=-1, signs=None,
+                left=None, right=None, index=None, block_bits=None):
+    """No CUDA kernel transforms while it rounds: torch does both, then the weight-only kernels multiply."""
+    from .formats.integer import quantize_activations
+
+    producer = _producer(norm_weight, epsilon, other, hadamard, signs, left, right, index, block_bits)
+    check_input(_OP, x, act_bits)
+    producer.check(x, other)
+    _check_options(producer, x, act_bits, act_group, act_clip, act_sym, input_scale)
+    made = producer(x.float(), None if other is None else other.float())
+    seen = quantize_activations(made, act_bits, act_group, act_clip, act_sym, input_scale, block_bits).to(x.dtype)
+    return ops.int_linear_multi.dispatch(seen, qweights, scales, zero_points, biases, out_features, bits, group_size,
+                                         16)
+
+
+int_linear_fused = ops.Op(
+    _OP,
+    "(Tensor x, Tensor? other, Tensor[] qweights, Tensor[] scales, Tensor[] zero_points, Tensor[] biases, "
+    f"int[] out_features, int bits, int group_size, {ops.ACTIVATIONS}, Tensor? norm_weight=None, float epsilon=0.0, "
+    "int hadamard=-1, Tensor? signs=None, Tensor? left=None, Tensor? right=None, Tensor? index=None, "
+    "Tensor? block_bits=None) -> Tensor[]",
+    _fused_cpu, _fused_fake, _fused_reference, _fused_cuda if _C.has_cuda_build else None,
+    "torch transforms and rounds, then int_linear cuda, once for each projection",
+)
