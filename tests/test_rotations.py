@@ -132,7 +132,7 @@ def test_training_finds_better_transforms_and_clips():
         group = Group(["layer"], {"layer": fmt}, collector.finish(), weights)
         view = BlockView(module, [group], lambda b: module.layer(x.view(4, 64, 64)[b]), 4)
         with torch.no_grad():
-            method = FlatQuant(steps=steps, lr=1e-2)
+            method = FlatQuant(steps=steps)
             method.transform_block(view)
             (step,), fmt = group.inserted, group.formats["layer"]
             w_hat = fmt.project(group.weight("layer"), group.params["layer"])
@@ -140,7 +140,7 @@ def test_training_finds_better_transforms_and_clips():
 
     plain = Int(4, 32, activation=4, act_group=0)
     rounded = F.linear(plain.quantize_input(x), plain.project(w, plain.fit(w)))
-    assert error(60) < 0.92 * error(0) < 0.92 * float((rounded - F.linear(x, w)).norm() / F.linear(x, w).norm())
+    assert error(200) < 0.92 * error(0) < 0.92 * float((rounded - F.linear(x, w)).norm() / F.linear(x, w).norm())
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +164,30 @@ def test_the_outlier_model_computes_the_same_and_is_hard_to_quantize(outlier_mod
         tersor.compress(twin, "rtn[search=false]:W4A4[act_group=0]")
         losses.append(perplexity(twin, ids) / perplexity(model, ids))
     assert losses[0] < 3 and losses[1] > 10
+
+
+def test_flexq_gives_eight_bits_where_six_cost_most(outlier_model, monkeypatch):
+    ids, data = text_tokens(512).view(2, 256), text_tokens(512, 60_000).view(2, 256)
+    whole, found = perplexity(outlier_model, ids), {}
+    for spec in ("rtn:W6A6[act_group=128]", "flexq:W6A6[act_group=128]"):
+        model = copy.deepcopy(outlier_model)
+        report = tersor.compress(model, spec, data)
+        found[spec[:3]] = perplexity(model, ids) / whole - 1
+    eight = {row.name.split(".")[-1] for row in report.rows if "A8" in row.format}
+    assert {"o_proj", "down_proj"} <= eight
+    assert all("six bits cost" in row.note for row in report.rows if "A6" in row.format)
+    assert found["fle"] < 0.03 and found["fle"] < 0.4 * found["rtn"]
+    with pytest.raises(ValueError, match="accepted are integer formats with 4 or 6"):
+        tersor.compress(llama(), "flexq:W6A8", tokens(2))
+
+
+def test_static_scales_come_from_calibration():
+    batches = tokens(4)
+    with pytest.raises(ValueError, match=r"act_scale=static.* looks at data and found none"):
+        tersor.compress(llama(), "rtn:W8A8[act_scale=static,act_group=0]")
+    model, reference = llama(), llama()
+    tersor.compress(model, "smoothquant:W8A8[act_scale=static,act_group=0]", batches)
+    layer = model.model.layers[0].mlp.down_proj
+    assert layer.tensors()["input_scale"].shape == (1,)
+    expected = logits(reference, batches[0])
+    assert (logits(model, batches[0]) - expected).norm() < 0.05 * expected.norm()

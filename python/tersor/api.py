@@ -61,8 +61,8 @@ def compress(model: nn.Module, recipe: Recipe, calibration: Calibration | None =
     report = Report(kept=dict(plan.kept), kept_bytes=plan.kept_bytes)
     batches = None if calibration is None else token_batches(calibration, tokenizer, samples, length)
     if plan.needs:
-        needy = sorted({entry.method_text for entry in plan.entries.values()
-                        if any(method.needs for method in entry.methods)})
+        needy = sorted({str(entry.format) if entry.format.needs else entry.method_text
+                        for entry in plan.entries.values() if entry.needs})
         if batches is None:
             raise ValueError(f"calibration: {', '.join(needy)} looks at data and found none; accepted are texts with a "
                              "tokenizer, or token tensors")

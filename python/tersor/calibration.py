@@ -153,7 +153,7 @@ class _Block:
     def _job(self, shared: Shared) -> _Job:
         planned = [name for name in shared.names if name in self.entries]
         device = matrix(self.block.get_submodule(planned[0])).device
-        needs = frozenset().union(*(m.needs for name in planned for m in self.entries[name].methods)) | {"inputs"}
+        needs = frozenset({"inputs"}).union(*(self.entries[name].needs for name in planned))
         return _Job(shared, planned, Collector(shared.in_features, needs, _SAMPLE, device))
 
     def _transforms(self, job: _Job) -> tuple:
@@ -281,7 +281,7 @@ class _Block:
         started = time.perf_counter()
         weights = matrices(module)
         count = len(weights["down_proj"])
-        needs = frozenset().union(*(method.needs for method in entry.methods)) | {"inputs"}
+        needs = entry.needs | {"inputs"}
         each = sum(4 * w.shape[2] ** 2 for w in weights.values()) if "hessian" in needs else 1
         step = max(1, min(count, _EXPERT_BYTES // each))
         packed: list[tuple[str, int, dict]] = []
@@ -373,7 +373,7 @@ def _compress_outside(model, chain: Chain | None, entries: dict[str, Resolved], 
         for name, entry in entries.items():
             module = model.get_submodule(name)
             if is_linear(module):
-                needs = frozenset().union(*(method.needs for method in entry.methods)) | {"inputs"}
+                needs = entry.needs | {"inputs"}
                 collectors[name] = Collector(matrix(module).shape[1], needs, _SAMPLE, matrix(module).device)
                 hooks.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
         if collectors:
@@ -419,6 +419,8 @@ def _compress(model, name, entry: Resolved, w: Tensor | None, stats, report: Rep
     dtype = old.weight.dtype
     try:
         choice = choose(entry.methods, w, entry.format, stats, dtype, name, params)
+        if stats is not None:
+            entry.format.calibrate(choice.params, stats)
         tensors = entry.format.pack(choice.w_hat, choice.params)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
@@ -449,6 +451,8 @@ def _choose_expert(title: str, entry: Resolved, w: Tensor, stats) -> tuple[dict,
     wide = w if w.dtype is torch.float64 else w.float()
     try:
         choice = choose(entry.methods, wide, entry.format, stats, w.dtype, title)
+        if stats is not None:
+            entry.format.calibrate(choice.params, stats)
         return entry.format.pack(choice.w_hat, choice.params), _squares(wide, choice.w_hat, stats)
     except ValueError as error:
         raise ValueError(f"layer {title!r}: {error}") from error

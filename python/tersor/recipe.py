@@ -44,8 +44,8 @@ class Plan:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics that some method of the plan asks for."""
-        return frozenset().union(*(method.needs for entry in self.entries.values() for method in entry.methods))
+        """Statistics that some method or format of the plan asks for."""
+        return frozenset().union(*(entry.needs for entry in self.entries.values()))
 
 
 def read_recipe(recipe: Recipe) -> str | dict[str, str | None]:

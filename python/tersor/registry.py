@@ -66,6 +66,11 @@ class Resolved:
     text: str
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Statistics of the layer's input that methods and format ask for."""
+        return self.format.needs.union(*(method.needs for method in self.methods))
+
+    @property
     def method_text(self) -> str:
         return "+".join(method.name for method in self.methods)
 

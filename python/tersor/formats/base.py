@@ -51,6 +51,14 @@ class Format:
         """Columns that share parameters fitted together; 0 when `refit` has nothing to do."""
         return 0
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What of a layer's input (of `methods.base.NEEDS`) `calibrate` looks at."""
+        return frozenset()
+
+    def calibrate(self, params: Params, stats) -> None:
+        """Note in ``params`` what is stored of the input's `methods.base.Statistics`."""
+
     def fit(self, w: Tensor, *, search: bool = False, importance: Tensor | None = None,
             dtype: torch.dtype | None = None) -> Params:
         """Fixed parameters for all of ``w``. ``search`` spends time on a smaller error (weighted by

@@ -145,6 +145,18 @@ class Int(Format):
         scales, zero = self._columns(params, lo, w.shape[1])
         return torch.div(w, scales).round_().add_(zero).clamp_(0, self.levels).sub_(zero).mul_(scales)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"abs_max"}) if self.act_scale == "static" else frozenset()
+
+    def calibrate(self, params: Params, stats) -> None:
+        if self.act_scale == "static":
+            most = stats.abs_max.float()
+            size = self.act_group or len(most)
+            groups = torch.nn.functional.pad(most, (0, -len(most) % size)).view(-1, size).amax(1)
+            step = self.act_clip * groups / (2 ** (self.activation - 1) - 1)
+            params["input_scale"] = step.clamp_min(torch.finfo(torch.float32).smallest_normal)
+
     # -- storage ------------------------------------------------------------------------------------------------
 
     def groups(self, in_features: int) -> int:

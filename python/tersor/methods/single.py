@@ -29,7 +29,7 @@ def compress_weight(weight: Tensor, resolved: Resolved, inputs: Tensor | None = 
     check_finite(weight, "weight")
     resolved.format.check(tuple(weight.shape))
     w = weight if weight.dtype is torch.float64 else weight.float()
-    needs = frozenset().union(*(method.needs for method in resolved.methods))
+    needs = resolved.needs
     stats = None
     if needs:
         if inputs is None:
@@ -49,6 +49,8 @@ def compress_weight(weight: Tensor, resolved: Resolved, inputs: Tensor | None = 
                 x = step(x)
             stats = _statistics(x, needs)
     choice = choose(resolved.methods, w, resolved.format, stats, weight.dtype)
+    if stats is not None:
+        resolved.format.calibrate(choice.params, stats)
     choice.pre = pre
     return choice
 
