@@ -3,11 +3,14 @@ and the functions of `_C` run the emulated launchers on whatever tensors are ali
 
 import contextlib
 import ctypes
+import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_kv import Launchers
+from cuda_kv import Launchers, fields, ints
+from emulation import build
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -21,13 +24,15 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.storages = {}
+        self.storages, self.kept = {}, None
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self.know(tensor)
+                if self.kept is not None:
+                    self.kept.append(tensor)
         return result
 
     def know(self, *tensors):
@@ -41,12 +46,33 @@ class LiveMemory(TorchDispatchMode):
         return {at: nbytes for at, (_, nbytes) in self.storages.items()}
 
 
+@dataclasses.dataclass
+class Graph:
+    launches: list
+    memory: list
+
+    def replay(self):
+        """The same again, with the same arguments."""
+        for function, arguments in self.launches:
+            function(*arguments)
+
+    @property
+    def names(self):
+        return [function.__name__ for function, _ in self.launches]
+
+
+@functools.cache
+def advance_library():
+    return build(["cuda/kernels/kv_advance.cu", "cuda/dispatch/kv_advance.cu", "cpp/common/status.cpp"])
+
+
 class Device(Launchers):
     """Launchers whose launches may touch all live memory, and nothing that was freed."""
 
     def __init__(self):
         super().__init__()
         self.memory = LiveMemory()
+        self.launches = []
 
     def run(self, library, name, arguments):
         native = library.library
@@ -61,6 +87,30 @@ class Device(Launchers):
         if status:
             raise ValueError(native.tersor_last_error().decode())
         self.calls.append(name.removeprefix("tersor_cuda_kv_"))
+
+    def advance(self, cache, tokens, stream):
+        self.run(advance_library(), "tersor_cuda_kv_advance", [fields(*cache), *ints(tokens, stream)])
+
+    def functions(self):
+        """Each launch with what it was given, for `capture`."""
+        def noted(function):
+            def launch(*arguments):
+                self.launches.append((function, arguments))
+                return function(*arguments)
+            return launch
+
+        made = super().functions() | {"cuda_kv_advance": self.advance}
+        return {name: function if name.endswith("plan") else noted(function) for name, function in made.items()}
+
+    @contextlib.contextmanager
+    def capture(self):
+        """As a graph: the launches in it, whose memory is theirs from now on."""
+        self.memory.kept = kept = []
+        self.launches.clear()
+        graph = Graph([], kept)
+        yield graph
+        graph.launches[:] = self.launches
+        self.memory.kept = None
 
     def install(self, monkeypatch):
         monkeypatch.setattr(ops, "_C", SimpleNamespace(**self.functions()))

@@ -19,7 +19,8 @@ from .spec import SpecError, parse, parse_cache
 
 integrations.register()
 
-_LAZY = {"save": "io", "load": "io", "accelerate": "io", "Cache": "kv"}  # these import transformers
+_LAZY = {"save": "io", "load": "io", "accelerate": "io", "Cache": "kv",
+         "StaticCache": "kv"}  # these import transformers
 
 
 def __getattr__(name: str):
@@ -31,6 +32,6 @@ def __getattr__(name: str):
 
 
 __all__ = [
-    "Cache", "Embedding", "Format", "Int", "LayerSpec", "Linear", "Report", "SpecError", "__version__", "accelerate",
-    "compress", "explain", "load", "parse", "parse_cache", "patch", "save", "specs",
+    "Cache", "Embedding", "Format", "Int", "LayerSpec", "Linear", "Report", "SpecError", "StaticCache", "__version__",
+    "accelerate", "compress", "explain", "load", "parse", "parse_cache", "patch", "save", "specs",
 ]

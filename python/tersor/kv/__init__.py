@@ -2,7 +2,8 @@
 
 from importlib import import_module
 
-_HOMES = {"Cache": "cache", "CacheReport": "cache", "CacheRow": "layer", "CachePlan": "plan", "calibrate": "plan"}
+_HOMES = {"Cache": "cache", "CacheReport": "cache", "CacheRow": "layer", "CachePlan": "plan", "calibrate": "plan",
+          "StaticCache": "static"}
 _HOMES |= {"LEVELS": "codec", "Level": "codec", "ContextError": "codec", "save_context": "contexts",
            "load_context": "contexts", "read_manifest": "contexts", "quantized": "contexts", "tune_level": "levels",
            "publish": "streaming", "stream_context": "streaming", "ContextServer": "streaming", "StreamError": "streaming"}

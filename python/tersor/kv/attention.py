@@ -97,7 +97,10 @@ def _attend(module, query, key, value, mask, scaling, dropout, is_causal, option
     step = Step(query.detach(), keys, values, scale, causal, softcap, None, None, 0, options.get("position_ids"))
     if sinks is not None:
         step.sinks = sinks.detach().float().contiguous()
-    if mask is not None:
+    if mask is not None and layer.max_tokens:  # masks of static caches have columns for all that may come
+        if fresh is not None and not store.seen:
+            mask = mask[..., :tokens]
+    elif mask is not None:
         step.mask_first = store.seen + tokens - mask.shape[-1]
     if fresh is not None and not store.seen and queries > FEW_QUERIES and queries == tokens and not softcap \
             and sinks is None and (mask is None or mask.shape[-1] == queries):

@@ -71,8 +71,8 @@ class Cache(DynamicCache):
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 settings, methods = plan.layer(i)
                 rotary = find_rotary(model, i) if plan.needs_rotary else None
-                self.layers[i] = PackedLayer(settings, i, getattr(layer, "sliding_window", 0), methods, rotary, shared,
-                                             positions)
+                self.layers[i] = self._make_layer(settings, i, getattr(layer, "sliding_window", 0), methods, rotary,
+                                                  shared, positions)
             elif isinstance(layer, CacheLayerMixin) and not plan.exact:
                 raise ValueError(f"layer {i}: found {type(layer).__name__}, accepted are full and sliding attention; "
                                  "K16V16 leaves such layers to transformers")
@@ -82,6 +82,9 @@ class Cache(DynamicCache):
         if config.get_text_config(decoder=True)._attn_implementation != attention.NAME:
             raise ValueError(f"model: found {type(model).__name__}, whose attention cannot be exchanged, accepted is a "
                              "model that uses transformers' AttentionInterface")
+
+    def _make_layer(self, *arguments) -> PackedLayer:
+        return PackedLayer(*arguments)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -55,11 +55,12 @@ class PackedLayer(CacheLayerMixin):
 
     def __init__(self, settings: Settings, index: int = 0, sliding_window: int = 0,
                  methods: Sequence[tuple["Method", dict[str, Tensor]]] = (), rotary: Rotary | None = None,
-                 shared: dict | None = None, positions: int = 0):
+                 shared: dict | None = None, positions: int = 0, max_tokens: int = 0):
         super().__init__()
         self.settings, self.index, self.sliding_window = settings, index, sliding_window
         self.methods, self.rotary, self.shared = tuple(methods), rotary, {} if shared is None else shared
         self.positions = positions  # that the model has; 0: no limit
+        self.max_tokens = max_tokens  # whose memory is made at the start; 0: it grows
         self.is_sliding = sliding_window > 0
         self.owner: weakref.ref | None = None  # the attention module that uses this layer
         self.store: Store | None = None
@@ -82,7 +83,8 @@ class PackedLayer(CacheLayerMixin):
             raise ValueError(f"{where}: found keys {list(key_states.shape)} and values {list(value_states.shape)}, "
                              "accepted are equal numbers of heads, of dimensions that are multiples of 16 to 1024")
         shape = Shape(self.index, batch, heads, key_dim, value_dim, key_states.dtype, self.settings,
-                      self.sliding_window, rotary=self.rotary, shared=self.shared, device=key_states.device)
+                      self.sliding_window, rotary=self.rotary, shared=self.shared, device=key_states.device,
+                      max_tokens=self.max_tokens)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.expected = heads, key_dim, value_dim
         self.store = build_store(shape, self.methods)

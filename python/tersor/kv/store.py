@@ -519,8 +519,11 @@ def sylvester(size: int) -> Tensor:
 
 def base_store(shape: Shape) -> Store:
     """The store of a spec without methods."""
+    pages = PagedStore
+    if shape.max_tokens:
+        from .static_pages import StaticStore as pages
     if not shape.settings.hadamard:
-        return PagedStore(shape)
+        return pages(shape)
     keys, values = sylvester(shape.key_dim), sylvester(shape.value_dim)
-    return Projected(PagedStore(shape), shape.kv_heads, keys, keys, values, values, dtype=shape.dtype,
+    return Projected(pages(shape), shape.kv_heads, keys, keys, values, values, dtype=shape.dtype,
                      device=shape.device)
