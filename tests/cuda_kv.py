@@ -21,7 +21,8 @@ KERNEL = "cuda/kernels/sm80_kv_attention.cu"
 SOURCES = [KERNEL, "cuda/dispatch/kv_attention.cu", "cpp/common/status.cpp"]
 FORMAT_SOURCES = [KERNEL.replace(".cu", "_formats.cu"), *SOURCES[1:]]
 MASS_SOURCES = ["cuda/kernels/kv_mass.cu", *SOURCES[1:]]
-PAGE_SOURCES = ["cuda/kernels/kv_append.cu", "cuda/kernels/kv_pack.cu", "cuda/dispatch/kv_append.cu",
+PAGE_SOURCES = ["cuda/kernels/kv_append.cu", "cuda/kernels/kv_pack.cu", "cuda/kernels/kv_pack_formats.cu",
+                "cuda/dispatch/kv_append.cu",
                 "cpp/common/status.cpp"]
 
 

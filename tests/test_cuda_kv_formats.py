@@ -5,7 +5,8 @@ import ctypes
 
 import pytest
 import torch
-from cuda_kv import attend, attention_library, cache_fields, cached_layout, ints, layout, relative_error, truth
+from cuda_kv import (address, attend, attention_library, cache_fields, cached_layout, fields, ints, launch, layout,
+                     page_library, relative_error, truth)
 from test_cuda_kv import LIMIT, queries
 
 from tersor.kv.formats import PageFormat, normal_levels
@@ -139,3 +140,100 @@ def test_sizes_are_those_of_the_kernels():
 def test_layouts_are_refused(page, words):
     with pytest.raises(ValueError, match=words):
         layout_of(page)
+
+
+# ---- packing -------------------------------------------------------------------------------------------------------
+
+
+def pack(made, keys, values, kind, bias=None, seeds=(0, 1)):
+    """Pages packed by the emulated kernel, and by the reference."""
+    raw = layout.encode_page(made, keys, values, 0, bias)
+    expected = layout.encode_page(made, keys, values, kind, bias)
+    packed = torch.zeros_like(expected)
+    page = made.format(kind)
+    jobs = torch.tensor([[raw[i].data_ptr(), packed[i].data_ptr()] for i in range(len(raw))])
+    launch(page_library(), "tersor_cuda_kv_pack", [
+        cache_fields(cached_layout(made, [])), *ints(kind if layout.format_numbers(made) else 0, page.key_bits,
+                                                     page.value_bits), address(jobs), *ints(len(raw)),
+        ctypes.c_void_p(None)], {"jobs": jobs, "raw": raw, "packed": packed}, ["packed"], seeds)
+    return packed, expected
+
+
+def numbers(dim, dtype, seed=0, pages=2, heads=2):
+    random = torch.Generator().manual_seed(seed)
+    k = torch.randn(pages, heads, 64, dim, generator=random) * (torch.rand(dim, generator=random) * 3 + 0.1)
+    v = torch.randn(pages, heads, 64, dim, generator=random)
+    v[0, 0, 5], k[0, 0, :, 3] = 0.5, 0.25  # no range at all
+    return k.to(dtype), v.to(dtype)
+
+
+@pytest.mark.parametrize("name", [name for name, page in FORMATS.items() if page.value_axis == "token"])
+def test_pack_equals_the_reference(name):
+    """To the bit, but for differences of outliers, which are within one place of float16."""
+    for i, (dim, dtype) in enumerate([(64, torch.float16), (128, torch.bfloat16), (80, torch.float16)]):
+        made = layout_of(FORMATS[name], dim=dim, dtype=dtype, kv_heads=2, biased=i == 0)
+        k, v = numbers(dim, dtype, i)
+        packed, expected = pack(made, k, v, 1, torch.randn(2, 2, 64) if made.biased else None)
+        parts = layout.parts(made, 1)
+        for part in ("keys", "bias", "values"):
+            first, length = parts[part]
+            assert torch.equal(packed[..., first:first + length], expected[..., first:first + length]), (part, dim)
+        for part, lines in (("key_outliers", 32), ("value_outliers", dim // 2)):
+            first, length = parts[part]
+            got, wanted = (x[..., first:first + length].contiguous().view(torch.int16) for x in (packed, expected))
+            start = -(-(lines + 1) // 8) * 8 if length else 0
+            assert torch.equal(got[..., :start], wanted[..., :start]), (part, dim)
+            assert torch.equal(got[..., start::2], wanted[..., start::2]), (part, dim)
+            far = got[..., start + 1 :: 2].int() - wanted[..., start + 1 :: 2].int()
+            assert not length or int(far.abs().max()) <= 1
+
+
+@pytest.mark.parametrize("name", [name for name, page in FORMATS.items() if page.value_axis == "separable"])
+def test_pack_of_separable_values(name):
+    """Quotients are fp32: a code of many may be its neighbour."""
+    for dim, dtype in ((64, torch.float16), (96, torch.bfloat16)):
+        made = layout_of(FORMATS[name], dim=dim, dtype=dtype)
+        k, v = numbers(dim, dtype, heads=1)
+        v[1, 0, :, 7] = 0
+        packed, expected = pack(made, k, v, 1)
+        assert packed.eq(expected).double().mean() > 0.995
+        got, wanted = layout.decode_page(made, packed, 1), layout.decode_page(made, expected, 1)
+        assert relative_error(got[0], wanted[0]) < 1e-9
+        assert relative_error(got[1] - v.double(), wanted[1] - v.double()) < 2e-2
+
+
+def test_pack_of_what_is_not_finite():
+    for page in (FORMATS["nuq 4"], FORMATS["e4m3"], FORMATS["token"], FORMATS["outliers"]):
+        k, v = numbers(64, torch.float16, 3, 1, 1)
+        k[0, 0, 3, 5], v[0, 0, 9, 1] = float("inf"), float("nan")
+        made = layout_of(page)
+        got, wanted = (layout.decode_page(made, data, 1) for data in pack(made, k, v, 1))
+        for x, y in zip(got, wanted):
+            assert torch.equal(x.isnan(), y.isnan()) and x.isnan().any()
+            assert relative_error(x.nan_to_num(0), y.nan_to_num(0)) < 1e-4
+
+
+def test_append_of_biases():
+    """Biases come with the tokens; zeros where none are given."""
+    made = layout_of(FORMATS["nuq 4"], kv_heads=2, biased=True)
+    cache = cached_layout(made, [[(64, 0), (9, 0)], [(64, 0), (20, 0)]])
+    table, used = cache.table
+    for bias in (torch.randn(2, 2, 30), None):
+        fresh = torch.randn(2, 2, 2, 30, 64).half()
+        buffers = {"table": table, "pages": used, "fresh": fresh, "bias": bias, **cache.pages}
+        launch(page_library(), "tersor_cuda_kv_append", [
+            cache_fields(cache, table, used),
+            fields(fresh[0], fresh[1], 30, *fresh[0].stride()[:3], *fresh[1].stride()[:3], bias),
+            ctypes.c_void_p(None)],
+            buffers, [name for name in buffers if name.startswith("page ")], (0, 1))
+        for b, row in enumerate(cache.rows):
+            held = []
+            for p, (at, _, count, *_) in enumerate(row):
+                page = cache.pages[f"page {b}.{p}"]
+                size = 2 * layout.layout_bytes(made, 0)
+                data = page[at - page.data_ptr() :][:size].view(2, -1)
+                k, v = layout.decode_page(made, data, 0)
+                held.append((k[:, :count], v[:, :count], layout.decode_bias(made, data, 0)[:, :count]))
+            keys, values, biases = (torch.cat(x, 1)[:, -30:] for x in zip(*held))
+            assert torch.equal(keys, fresh[0, b].double()) and torch.equal(values, fresh[1, b].double())
+            assert torch.equal(biases, torch.zeros(2, 30) if bias is None else bias[b])

@@ -85,7 +85,8 @@ extern "C" int tersor_cuda_kv_pack(const tersor_cuda_kv_cache* cache, int64_t fo
   a.is_bfloat16 = c.dtype == TERSOR_BFLOAT16;
   a.biased = c.biased != 0;
   const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(c.kv_heads));
-  const int error = launch(kernel, grid, dim3(32 * kKvPackWarps), 0, static_cast<cudaStream_t>(stream), a);
+  const int error = launch(kernel, grid, dim3(32 * kKvPackWarps), plain ? 0 : kKvPackShared,
+                           static_cast<cudaStream_t>(stream), a);
   if (error) return fail(TERSOR_CUDA_ERROR, "kv_pack: the kernel did not start: CUDA error %d", error);
   return TERSOR_OK;
 }

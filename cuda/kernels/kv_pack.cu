@@ -15,121 +15,13 @@
 // gate: wants LDG.E.128.CONSTANT STG.E.128 SHFL
 #include "kernels/kv_pack.h"
 
-#include <cmath>
-
 #include "ptx/ptx.h"
-#include "tile/number.h"
+#include "tile/kv_pack.h"
 
 namespace tersor {
 namespace {
 
-using Two = ptx::Vec<uint32_t, 2>;
 using Four = ptx::Vec<uint32_t, 4>;
-
-constexpr uint32_t kNaN = 0x7e00;  // float16
-
-TERSOR_DEVICE float f16(uint32_t bits) { return Float16::low(bits); }
-// The neighbour of a finite float16 towards +-infinity.
-TERSOR_DEVICE uint32_t f16_above(uint32_t bits) {
-  return (bits & 0x7fff) == 0 ? 1 : bits & 0x8000 ? bits - 1 : bits + 1;
-}
-TERSOR_DEVICE uint32_t f16_below(uint32_t bits) {
-  return (bits & 0x7fff) == 0 ? 0x8001 : bits & 0x8000 ? bits + 1 : bits - 1;
-}
-
-// What a group of numbers shares.
-struct Range {
-  float least, greatest;
-  bool finite;
-};
-
-TERSOR_DEVICE Range empty_range() { return {3e38f, -3e38f, true}; }
-
-// What is not finite counts as 0.
-TERSOR_DEVICE void extend(Range& range, float x) {
-  const bool finite = (ptx::float_to_bits(x) & 0x7f800000) != 0x7f800000;
-  const float counted = finite ? x : 0.0f;
-  range.finite = range.finite && finite;
-  range.least = counted < range.least ? counted : range.least;
-  range.greatest = counted > range.greatest ? counted : range.greatest;
-}
-
-// Over the lanes of one t.
-TERSOR_DEVICE Range shared_range(Range range) {
-  for (int mask = 4; mask <= 16; mask *= 2) {
-    const float least = ptx::shuffle_xor(range.least, mask), greatest = ptx::shuffle_xor(range.greatest, mask);
-    const uint32_t finite = ptx::shuffle_xor(uint32_t(range.finite), mask);
-    range.least = least < range.least ? least : range.least;
-    range.greatest = greatest > range.greatest ? greatest : range.greatest;
-    range.finite = range.finite && finite != 0;
-  }
-  return range;
-}
-
-struct Parameters {
-  uint32_t scale_bits, minimum_bits;  // float16, to be stored
-  float scale, minimum, inverse;
-
-  // The quotient by the inverse is off by less than one, and what is left over says which way.
-  TERSOR_DEVICE uint32_t code(float x, float levels) const {
-    const float steps = x - minimum;
-    float nearest = floorf(steps * inverse + 0.5f);
-    const float over = fmaf(-nearest, scale, steps);
-    if (over + over >= scale) nearest += 1;
-    if (over + over < -scale) nearest -= 1;
-    return !(nearest > 0) || scale == 0 ? 0 : static_cast<uint32_t>(nearest > levels ? levels : nearest);
-  }
-};
-
-TERSOR_DEVICE Parameters fit(const Range& range, float levels) {
-  constexpr float most = 65504;
-  const auto limited = [&](float x) { return x < -most ? -most : x > most ? most : x; };
-  const float least = limited(range.least), greatest = limited(range.greatest);
-  uint32_t minimum = Float16::pack(least, 0) & 0xffff;
-  if (f16(minimum) > least) minimum = f16_below(minimum);
-  double step = (double(greatest) - double(f16(minimum))) / double(levels);
-  step = step < 0 ? 0 : step > most ? most : step;
-  // Its float is rounded before it becomes a float16, which may be one place too high or too low.
-  uint32_t scale = Float16::pack(static_cast<float>(step), 0) & 0xffff;
-  if (double(f16(scale)) < step) scale = f16_above(scale);
-  if (scale != 0 && double(f16(scale - 1)) >= step) --scale;
-  return {range.finite ? scale : kNaN, range.finite ? minimum : 0, f16(scale), f16(minimum), 1.0f / f16(scale)};
-}
-
-// Codes of a lane's 16 pairs into its words; codes(pair) gives the two, 16 bits apart.
-template <int kBits, class Codes>
-TERSOR_DEVICE void pack_words(uint32_t (&words)[kBits], const Codes& codes) {
-#pragma unroll
-  for (int i = 0; i < kBits; ++i) words[i] = 0;
-#pragma unroll
-  for (int pair = 0; pair < 16; ++pair) {
-    constexpr int width = kBits == 3 ? 2 : kBits;
-    const uint32_t two = codes(pair);
-    words[kv_pair_word(width, pair)] |= (two & ((1u << width) - 1) * 0x10001) << kv_pair_shift(width, pair);
-    if (kBits == 3) words[2] |= (two >> 2 & 0x00010001) << pair;
-  }
-  // 8 bits are stored as signed numbers, code - 128.
-  if (kBits == 8) {
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) words[i] ^= 0x80808080;
-  }
-}
-
-template <int kBits>
-TERSOR_DEVICE void store_words(char* record, int lane, const uint32_t (&words)[kBits]) {
-  if constexpr (kBits >= 4) {
-#pragma unroll
-    for (int i = 0; i < kBits; i += 4) {
-      ptx::store_global(reinterpret_cast<Four*>(record + kv_word_offset(kBits, lane, i)),
-                        Four{{words[i], words[i + 1], words[i + 2], words[i + 3]}});
-    }
-  } else {
-    ptx::store_global(reinterpret_cast<Two*>(record + kv_word_offset(kBits, lane, 0)), Two{{words[0], words[1]}});
-    if constexpr (kBits == 3) {
-      ptx::store_global(reinterpret_cast<uint32_t*>(record + kv_word_offset(3, lane, 2)), words[2]);
-    }
-  }
-}
 
 struct KvPack {
   const KvPackArguments& a;
