@@ -178,8 +178,8 @@ def test_layers_wait_in_the_hosts_memory(device):
 def test_refusals_name_the_layer(device):
     ids = prompt(1, 9)
     with torch.no_grad():
-        for options, dtype, words in (({}, torch.float32, "found torch.float32 on cpu, accepted on CUDA is bfloat16"),
-                                      ({"group": 32}, torch.bfloat16, "group: found 32, accepted on CUDA is 64")):
+        for options, dtype, words in (({}, torch.float32, "found torch.float32 on cpu, accepted on CUDA"),
+                                      ({"group": 32}, torch.bfloat16, "group: found 32, accepted is 64 on CUDA")):
             model = make(dtype=dtype)
             with pytest.raises(ValueError, match=f"tersor.Cache: layer 0: {words}"):
                 model(ids, past_key_values=tersor.Cache(model, "K4V4", **options))

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import ops_kv_cuda as ops
 from ..op_checks import fail
 from . import cuda_layout
-from .devices import HALVES, capturing, host_like, staged
+from .devices import capturing, host_like, staged
 from .layout import Layout
 
 TOKENS = cuda_layout.TOKENS
@@ -26,39 +26,10 @@ SCRATCH = 32 << 20  # bytes of raw pages through which a prompt is packed
 
 
 def check_layout(where: str, layout: Layout) -> Layout:
-    """Itself; ValueError that begins with ``where`` for a layout that no CUDA kernel takes."""
-    def need(name: str, found, accepted: str) -> None:
-        raise ValueError(f"{where}: {name}: found {found}, accepted on CUDA is {accepted}")
-
-    dims = ", ".join(map(str, cuda_layout.DIMS))
-    if layout.dtype not in HALVES:
-        need("dtype", layout.dtype, "bfloat16, float16")
-    if layout.key_dim != layout.value_dim or layout.key_dim not in cuda_layout.DIMS:
-        need("head dimension", f"{layout.key_dim} for keys and {layout.value_dim} for values", f"the same one of {dims}")
+    """Itself; ValueError that begins with ``tersor.where`` for a layout that no CUDA kernel takes."""
     if layout.page_tokens != TOKENS:
-        need("group", layout.page_tokens, f"{TOKENS}")
-    if layout.biased:
-        need("pages", "a bias of their own for each token", "none: methods that need it run on the CPU")
-    if layout.rotary is not None:
-        need("rope", "pre", "post")
-    if len(layout.formats) > 1:
-        need("pages", f"{len(layout.formats)} formats", "one")
-    for page in layout.formats:
-        if page.key_axis != "channel":
-            need("keys", page.key_axis, "channel")
-        if page.value_axis != "token":
-            need("values", page.value_axis, "token")
-        if page.key_levels is not None or page.value_levels is not None:
-            found = "e4m3" if "e4m3" in (page.key_levels, page.value_levels) else "nuq"
-            need("levels", found, "int")
-        if page.key_outliers or page.value_outliers:
-            need("outliers", f"{page.key_outliers} and {page.value_outliers} of a page", "0")
-        if page.rank:
-            need("rank", page.rank, "0")
-        group, wanted = layout.value_group(page), cuda_layout.value_group(layout.value_dim)
-        if page.value_bits < 16 and group != wanted:
-            need("channels that share a value's scale", group, str(wanted))
-    return layout
+        fail(where, "group", layout.page_tokens, f"{TOKENS} on CUDA")
+    return cuda_layout.check(where, layout)
 
 
 class Slab:
@@ -99,7 +70,7 @@ class CudaPage:
 
     slab: Slab
     index: int
-    kind: int  # 0: raw, 1: packed
+    kind: int  # 0: raw, else the number of its format, from 1 on
     rows: tuple[int, ...]
     position: int  # of its first token
     tokens: int
@@ -125,17 +96,20 @@ class CudaPage:
 
 class CudaPages:
     """``layout`` for ``batch`` sequences on ``device``. The first ``sink_pages`` stay raw, and so do the last ``recent``
-    tokens; other full pages are packed in the layout's one format. ``where`` begins the errors of layouts that no
+    tokens; other full pages are packed in the layout's first format. ``where`` begins the errors of layouts that no
     kernel takes (ValueError)."""
 
-    segment = None
-
     def __init__(self, layout: Layout, batch: int, recent: int = 0, sink_pages: int = 0,
-                 device: torch.device | str = "cuda", where: str = "tersor.cache"):
-        self.layout, self.recent, self.sink_pages = check_layout(where, layout.check("cache")), recent, sink_pages
+                 device: torch.device | str = "cuda", where: str = "cache"):
+        self.layout, self.recent, self.sink_pages = check_layout(where, layout), recent, sink_pages
         self.device = torch.device(device)
-        page = layout.formats[0] if layout.packs else None
-        self.bits = (16, 16) if page is None else (page.key_bits, page.value_bits)
+        kinds = range(len(layout.formats) + 1)
+        self.sizes = [layout.kv_heads * cuda_layout.layout_bytes(layout, kind) for kind in kinds]  # of all heads
+        self.entries = [cuda_layout.entry_kind(layout, kind) << 40 for kind in kinds]
+        self.bits = [(16, 16), *((page.key_bits, page.value_bits) for page in layout.formats)]
+        # What launches are told: nothing where all is plain.
+        plain = not layout.biased and not cuda_layout.format_numbers(layout)
+        self.described = {} if plain else {"layout": layout}
         self.pages: list[CudaPage] = []
         self.first = 0  # position of the first token held
         self.tokens = 0
@@ -161,20 +135,16 @@ class CudaPages:
     @property
     def page_bits(self) -> float:
         """Bits of one number in a packed page, scales and minima counted."""
-        return self.page_bytes(int(self.layout.packs)) * 8 / (TOKENS * 2 * self.layout.key_dim)
+        return self.sizes[int(self.layout.packs)] * 8 / (self.layout.kv_heads * TOKENS * 2 * self.layout.key_dim)
 
     def counts(self) -> list[int]:
         """Tokens in each page."""
         return [page.tokens for page in self.pages]
 
-    def page_bytes(self, kind: int) -> int:
-        return cuda_layout.page_bytes(self.layout.key_dim, *(self.bits if kind else (16, 16)))
-
     # -- the table ----------------------------------------------------------------------------------------------------
 
     def _word(self, page: CudaPage) -> int:
-        key_bits, value_bits = self.bits if page.kind else (16, 16)
-        return page.position | page.tokens << 32 | key_bits << 48 | value_bits << 56
+        return page.position | page.tokens << 32 | self.entries[page.kind]
 
     def _publish(self, first: int, last: int | None = None) -> None:
         """Entries of pages ``first`` to before ``last``, and the number of pages, to the device."""
@@ -206,12 +176,14 @@ class CudaPages:
     # -- growing ----------------------------------------------------------------------------------------------------
 
     def _slab(self, kind: int, count: int) -> Slab:
-        shape = (count, self.batch, self.layout.kv_heads, self.page_bytes(kind))
+        heads = self.layout.kv_heads
+        shape = (count, self.batch, heads, self.sizes[kind] // heads)
         return Slab(torch.empty(shape, dtype=torch.uint8, device=self.device))
 
     def _new(self, kind: int, position: int, tokens: int) -> CudaPage:
-        """A page of a kind that stays (packed, or raw where nothing packs) comes from a slab of several."""
-        if kind or not self.layout.packs:
+        """A page of a kind that comes one by one and stays (packed in the first format, or raw where nothing packs) is
+        one of a slab of several."""
+        if kind == 1 or not self.layout.packs:
             if not self.spare:
                 held = sum(page.kind == kind for page in self.pages)
                 slab = self._slab(kind, min(SLAB_PAGES, max(1, held)))
@@ -219,7 +191,7 @@ class CudaPages:
             slab, index = self.spare.pop()
             slab.current = False
         else:
-            slab, index = self._slab(0, 1), 0
+            slab, index = self._slab(kind, 1), 0
         return CudaPage(slab, index, kind, tuple(range(self.batch)), position, tokens)
 
     def _make_room(self, tokens: int) -> None:
@@ -270,16 +242,26 @@ class CudaPages:
             self._pack(jobs)
             self._publish(first, self.settled)
 
-    def _pack(self, jobs: list[tuple[int, int]]) -> None:
+    def _pack(self, jobs: list[tuple[int, int]], kind: int = 1) -> None:
         """Raw pages to packed ones, by address. Once this is launched the raw ones may be given away: what gets their
         memory on this stream writes it later."""
+        self._launch_pack(staged(jobs, torch.int64, self.device), kind)
+
+    def _launch_pack(self, jobs: Tensor, kind: int) -> None:
         layout = self.layout
-        ops.kv_pack_jobs(staged(jobs, torch.int64, self.device), layout.kv_heads, layout.key_dim, *self.bits,
-                         layout.dtype)
+        described = self.described and self.described | {"kind": kind}
+        ops.kv_pack_jobs(jobs, layout.kv_heads, layout.key_dim, *self.bits[kind], layout.dtype, **described)
+
+    def _launch_append(self, table: Tensor, used: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> None:
+        if self.layout.biased:
+            ops.kv_append(table, used, keys, values, bias=bias, **self.described)
+        else:
+            ops.kv_append(table, used, keys, values)
 
     def append(self, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
-        """Take fresh tokens ``[batch, kv_heads, tokens, dim]``; pages that fill up are packed where they are due."""
-        self._accept("append", keys, values, bias)
+        """Take fresh tokens ``[batch, kv_heads, tokens, dim]``; pages that fill up are packed where they are due.
+        ``bias`` float32 ``[batch, kv_heads, tokens]`` is added to the scores of a biased layout's tokens (None: 0)."""
+        self._accept(keys, values, bias)
         tokens = keys.shape[2]
         if not tokens:
             return
@@ -289,58 +271,62 @@ class CudaPages:
         head = self.sink_pages * TOKENS if full else 0
         for part in (slice(0, head), slice(head, head + full * TOKENS), slice(head + full * TOKENS, tokens)):
             if part.start < part.stop:
-                own = keys[:, :, part], values[:, :, part]
+                own = keys[:, :, part], values[:, :, part], None if bias is None else bias[:, :, part]
                 if full and part.start == head:
-                    self._append_packed(*own)
+                    self._append_packed(*own, 1)
                 else:
                     self._make_room(part.stop - part.start)
-                    ops.kv_append(self.table, self.used, *own)
+                    self._launch_append(self.table, self.used, *own)
         self._settle()
 
     def append_packed(self, keys: Tensor, values: Tensor, kind: int, bias: Tensor | None = None) -> None:
-        """As `append`, but whole pages of tokens, straight into the packed format (``kind`` 1) and new pages."""
-        self._accept("append_packed", keys, values, bias)
-        if kind != 1 or not self.layout.packs:
-            fail("cache", "kind", kind, "1, where the layout packs")
+        """As `append`, but whole pages of tokens, straight into format ``kind`` (from 1 on) and new pages."""
+        self._accept(keys, values, bias)
+        if not 1 <= kind <= len(self.layout.formats):
+            fail("cache", "kind", kind, f"1 to {len(self.layout.formats)}")
         if keys.shape[2] % TOKENS:
             fail("cache", "keys", f"{keys.shape[2]} tokens", f"whole pages of {TOKENS}")
         if keys.shape[2]:
-            self._append_packed(keys, values)
+            self._append_packed(keys, values, bias, kind)
             self._settle()
 
-    def _append_packed(self, keys: Tensor, values: Tensor) -> None:
+    def _append_packed(self, keys: Tensor, values: Tensor, bias: Tensor | None, kind: int) -> None:
         """Whole pages, through raw ones that are used again and again."""
         batch, heads, tokens, _ = keys.shape
-        count, raw_bytes = tokens // TOKENS, self.page_bytes(0)
-        slab, start, end = self._slab(1, count), len(self.pages), self.first + self.tokens
-        chunk = max(1, min(count, SCRATCH // (batch * heads * raw_bytes)))
-        scratch = torch.empty((batch, chunk, heads, raw_bytes), dtype=torch.uint8, device=self.device)
-        step, packed_step = heads * raw_bytes, heads * self.page_bytes(1)
-        entries = [[(scratch.data_ptr() + (b * chunk + p) * step, p * TOKENS | TOKENS << 32 | 16 << 48 | 16 << 56)
+        count, step = tokens // TOKENS, self.sizes[0]
+        slab, start, end = self._slab(kind, count), len(self.pages), self.first + self.tokens
+        chunk = max(1, min(count, SCRATCH // (batch * step)))
+        scratch = torch.empty((batch, chunk, step), dtype=torch.uint8, device=self.device)
+        entries = [[(scratch.data_ptr() + (b * chunk + p) * step, p * TOKENS | TOKENS << 32 | self.entries[0])
                     for p in range(chunk)] for b in range(batch)]
         table = staged(entries, torch.int64, self.device)
         for first in range(0, count, chunk):
             now = min(chunk, count - first)
             used = torch.full((batch,), now, dtype=torch.int32, device=self.device)
             part = slice(first * TOKENS, (first + now) * TOKENS)
-            ops.kv_append(table, used, keys[:, :, part], values[:, :, part])
+            self._launch_append(table, used, keys[:, :, part], values[:, :, part],
+                                None if bias is None else bias[:, :, part])
             self._pack([(scratch.data_ptr() + (b * chunk + p) * step,
-                         slab.memory.data_ptr() + ((first + p) * batch + b) * packed_step)
-                        for p in range(now) for b in range(batch)])
+                         slab.memory.data_ptr() + ((first + p) * batch + b) * self.sizes[kind])
+                        for p in range(now) for b in range(batch)], kind)
         rows = tuple(range(batch))
-        self.pages += [CudaPage(slab, i, 1, rows, end + i * TOKENS, TOKENS) for i in range(count)]
+        self.pages += [CudaPage(slab, i, kind, rows, end + i * TOKENS, TOKENS) for i in range(count)]
         self.tokens += tokens
         self._publish(start)
 
-    def _accept(self, op: str, keys: Tensor, values: Tensor, bias: Tensor | None) -> None:
+    def _accept(self, keys: Tensor, values: Tensor, bias: Tensor | None) -> None:
         layout = self.layout
-        if bias is not None:
-            fail("cache", "bias", "a tensor", "None on CUDA")
         wanted = (self.batch, layout.kv_heads, keys.shape[2] if keys.dim() == 4 else -1, layout.key_dim)
         for name, x in (("keys", keys), ("values", values)):
             if x.dtype is not layout.dtype or x.shape != wanted or x.device != self.device:
                 fail("cache", name, f"{x.dtype} {list(x.shape)} on {x.device}",
                      f"{layout.dtype} [{self.batch}, {layout.kv_heads}, tokens, {layout.key_dim}] on {self.device}")
+        if bias is not None and not layout.biased:
+            fail("cache", "bias", "a tensor", "None: the layout is not biased")
+        if bias is not None and (bias.dtype is not torch.float32 or bias.shape != wanted[:3]
+                                 or bias.device != self.device):
+            fail("cache", "bias", f"{bias.dtype} {list(bias.shape)} on {bias.device}",
+                 f"torch.float32 {list(wanted[:3])} on {self.device}")
         self.prefetch()
 
     # -- attention --------------------------------------------------------------------------------------------------
@@ -352,7 +338,7 @@ class CudaPages:
         """As `Pages.attend`: append, then attention of ``query [batch, heads, queries, dim]``, the last positions of
         the cache. Two launches, one more for the count, and one to pack every 64 tokens."""
         if keys is not None:
-            self._accept("attend", keys, values, bias)
+            self._accept(keys, values, bias)
         else:
             self.prefetch()
         fresh = 0 if keys is None else keys.shape[2]
@@ -362,13 +348,28 @@ class CudaPages:
             fail("cache", "query", f"{query.shape[2]} queries", f"at most the {self.tokens + fresh} tokens held")
         if fresh:
             self._make_room(fresh)
-            ops.kv_append(self.table, self.used, keys, values)
-        restricted = {} if mask is None else {"mask": mask, "mask_first": mask_first}
+            self._launch_append(self.table, self.used, keys, values, bias)
         out, lse = ops.kv_attention(query, self.table, self.used, self.layout.kv_heads, scale, softcap=softcap,
-                                    causal=causal, window=window, sinks=sinks, **restricted)
+                                    causal=causal, window=window, sinks=sinks, mask=mask, mask_first=mask_first,
+                                    **self.described)
         if len(self.pages) > self.settled + 1 or self.pages and self.pages[-1].tokens == TOKENS:
             self._settle()
         return (out, lse) if log_sum_exp else out
+
+    def mass(self, query: Tensor, log_sum_exp: Tensor, scale: float, position: int | None = None, causal: bool = True,
+             window: int = 0, softcap: float = 0.0, mask: Tensor | None = None, mask_first: int = 0,
+             positions: Tensor | None = None) -> Tensor:
+        """As `Pages.mass`: what the weights of ``query`` give each token held, float32 ``[batch, kv_heads, tokens]``.
+        The queries are the last positions, or follow one another from ``position`` on."""
+        if positions is not None:
+            fail("cache", "positions", "a tensor", "None on CUDA: queries follow one another")
+        self.prefetch()
+        first = None
+        if position is not None and position != self.first + self.tokens - query.shape[2]:
+            first = torch.full((self.batch,), position, dtype=torch.int32, device=self.device)
+        return ops.kv_mass(query, self.table, self.used, log_sum_exp.contiguous(), self.layout.kv_heads, scale,
+                           self.tokens, softcap=softcap, causal=causal, window=window, positions=first, mask=mask,
+                           mask_first=mask_first, **self.described)
 
     # -- editing ----------------------------------------------------------------------------------------------------
 
@@ -453,10 +454,11 @@ class CudaPages:
     def decode_page(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values ``[batch, kv_heads, tokens, dim]`` of one page."""
         page = self.pages[index]
-        bits = self.bits if page.kind else (16, 16)
-        rows = page.memory.index_select(0, staged(page.rows, torch.int64, self.device))
-        keys, values = cuda_layout.decode(rows, self.layout.key_dim, *bits, self.layout.dtype, dtype)
+        keys, values = cuda_layout.decode_page(self.layout, self._rows(page), page.kind, dtype)
         return keys[:, :, :page.tokens], values[:, :, :page.tokens]
+
+    def _rows(self, page: CudaPage) -> Tensor:
+        return page.memory.index_select(0, staged(page.rows, torch.int64, self.device))
 
     def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """All tokens held: keys ``[batch, kv_heads, tokens, dim]`` and values, as attention takes them."""
@@ -465,3 +467,12 @@ class CudaPages:
         empty = torch.empty((self.batch, self.layout.kv_heads, 0, self.layout.key_dim), dtype=dtype,
                             device=self.device)
         return tuple(torch.cat([empty, *(p[i] for p in parts)], 2) for i in (0, 1))
+
+    def biases(self) -> Tensor:
+        """What is added to the scores of all tokens held: float32 ``[batch, kv_heads, tokens]``."""
+        self.prefetch()
+        parts = [cuda_layout.decode_bias(self.layout, self._rows(page), page.kind)[:, :, :page.tokens]
+                 for page in self.pages if self.layout.biased]
+        none = torch.zeros((self.batch, self.layout.kv_heads, 0 if self.layout.biased else self.tokens),
+                           device=self.device)
+        return torch.cat([none, *parts], 2)

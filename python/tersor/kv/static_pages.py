@@ -30,7 +30,7 @@ class StaticPages(CudaPages):
     ``tokens`` is what this process knows: replays of a graph count on the device alone (`length`)."""
 
     def __init__(self, layout: Layout, batch: int, max_tokens: int, recent: int = 0, sink_pages: int = 0, window: int = 0,
-                 device: torch.device | str = "cuda", where: str = "tersor.StaticCache"):
+                 device: torch.device | str = "cuda", where: str = "StaticCache"):
         self.max_tokens, self.window = max_tokens, window
         room = -(-max_tokens // TOKENS)
         self.room, self.sinks = room, min(sink_pages, room) if layout.packs else 0
@@ -42,13 +42,13 @@ class StaticPages(CudaPages):
         after, pages = self.after, -(-(self.recent + MOST + CROP) // TOKENS) + 2
         self.raw_pages = min(after, pages) if self.layout.packs else after
         seen = -(-(self.window + MOST + CROP) // TOKENS) + 2 if self.window else after
-        heads, device = self.layout.kv_heads, self.device
+        heads, device, kind = self.layout.kv_heads, self.device, int(self.layout.packs)
 
         def region(count: int, kind: int) -> Tensor:
-            return torch.empty((batch, count, heads, self.page_bytes(kind)), dtype=torch.uint8, device=device)
+            return torch.empty((batch, count, heads, self.sizes[kind] // heads), dtype=torch.uint8, device=device)
 
         self.sink_memory, self.raw = region(self.sinks, 0), region(self.raw_pages, 0)
-        self.packed = region(min(after, seen) if self.layout.packs else 0, 1)
+        self.packed = region(min(after, seen) if self.layout.packs else 0, kind)
         self.table = torch.zeros((batch, self.room, 2), dtype=torch.int64, device=device)
         self.used = torch.zeros(batch, dtype=torch.int32, device=device)
         self.state = torch.zeros((batch, 2), dtype=torch.int32, device=device)
@@ -56,8 +56,8 @@ class StaticPages(CudaPages):
         self.arguments = [
             self.table.data_ptr(), self.used.data_ptr(), self.state.data_ptr(), self.jobs.data_ptr(),
             self.sink_memory.data_ptr(), self.raw.data_ptr(), self.packed.data_ptr(), batch, self.room, MOST // TOKENS,
-            self.sinks, self.raw_pages, self.packed.shape[1], heads * self.page_bytes(0), heads * self.page_bytes(1),
-            *self.bits, 0, self.recent, MOST, self.max_tokens]
+            self.sinks, self.raw_pages, self.packed.shape[1], self.sizes[0], self.sizes[kind], *self.bits[kind],
+            self.entries[kind] >> 40 & 255, self.recent, MOST, self.max_tokens]
 
     @property
     def kernel(self) -> str:
@@ -99,15 +99,14 @@ class StaticPages(CudaPages):
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
         self._advance(keys.shape[2])
-        ops.kv_append(self.table, self.used, keys, values)
+        self._launch_append(self.table, self.used, keys, values, None)
 
     def _pack_old(self) -> None:
-        layout = self.layout
-        if layout.packs:
-            ops.kv_pack_jobs(self.jobs, layout.kv_heads, layout.key_dim, *self.bits, layout.dtype)
+        if self.layout.packs:
+            self._launch_pack(self.jobs, 1)
 
     def append(self, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
-        self._accept("append", keys, values, bias)
+        self._accept(keys, values, bias)
         for part in self._steps(keys.shape[2]):
             self._store(keys[:, :, part], values[:, :, part])
             self._pack_old()
@@ -118,7 +117,7 @@ class StaticPages(CudaPages):
         """As `CudaPages.attend`. What is too long for a step is several; without a mask the queries are causal."""
         fresh = 0 if keys is None else keys.shape[2]
         if fresh:
-            self._accept("attend", keys, values, None)
+            self._accept(keys, values, None)
         if fresh > MOST and (query.shape[2] != fresh or not causal and mask is None):
             fail("StaticCache", "query", f"{query.shape[2]} queries of {fresh} tokens, causal={causal}",
                  f"a causal query for each token of a step of more than {MOST}")
@@ -128,9 +127,10 @@ class StaticPages(CudaPages):
             if fresh:
                 self._store(keys[:, :, part], values[:, :, part])
             own = part if fresh > MOST else whole
-            restricted = {} if mask is None else {"mask": mask[:, :, own], "mask_first": mask_first}
             outs.append(ops.kv_attention(query[:, :, own], self.table, self.used, self.layout.kv_heads, scale,
-                                         softcap=softcap, causal=causal, window=window, sinks=sinks, **restricted))
+                                         softcap=softcap, causal=causal, window=window, sinks=sinks,
+                                         mask=None if mask is None else mask[:, :, own], mask_first=mask_first,
+                                         **self.described))
             if fresh:
                 self._pack_old()
         out, lse = outs[0] if len(outs) == 1 else (torch.cat([o for o, _ in outs], 1), torch.cat([s for _, s in outs], 2))
@@ -181,15 +181,15 @@ class StaticPages(CudaPages):
 
     def decode_page(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         word = int(self.table[0, index, 1])
-        bits = word >> 48 & 255, word >> 56 & 255
+        packed = self.layout.packs and (word >> 48 & 255, word >> 56 & 255) == self.bits[1]
         place = index - self.sinks
         if place < 0:
             memory = self.sink_memory[:, index]
-        elif bits == (16, 16):
+        elif not packed:
             memory = self.raw[:, place % self.raw_pages]
         else:
             memory = self.packed[:, place % self.packed.shape[1]]
-        keys, values = cuda_layout.decode(memory, self.layout.key_dim, *bits, self.layout.dtype, dtype)
+        keys, values = cuda_layout.decode_page(self.layout, memory, int(packed), dtype)
         return keys[:, :, :word >> 32 & 255], values[:, :, :word >> 32 & 255]
 
     def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ class StaticStore(Store):
         self.shape, self.window = shape, shape.window
         self.pages = StaticPages(make_layout(shape), shape.batch, shape.max_tokens, s.recent,
                                  0 if shape.window else -(-s.sinks // s.group), shape.window, shape.device,
-                                 f"tersor.StaticCache: layer {shape.layer}")
+                                 f"StaticCache: layer {shape.layer}")
 
     @property
     def seen(self) -> int:

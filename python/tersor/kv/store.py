@@ -205,7 +205,7 @@ def make_pages(shape: Shape, layout: Layout, recent: int = 0, sink_pages: int = 
         return Pages(layout, shape.batch, recent, sink_pages)
     from .cuda_pages import CudaPages
 
-    return CudaPages(layout, shape.batch, recent, sink_pages, shape.device, f"tersor.Cache: layer {shape.layer}")
+    return CudaPages(layout, shape.batch, recent, sink_pages, shape.device, f"Cache: layer {shape.layer}")
 
 
 class PagedStore(Store):
