@@ -7,7 +7,7 @@ from cuda_kv import relative_error
 
 from tersor.kv import cuda_layout
 from tersor.kv.cuda_pages import SLAB_PAGES, CudaPages
-from tersor.kv.formats import PageFormat
+from tersor.kv.formats import PageFormat, normal_levels
 from tersor.kv.layout import Layout, reference_attention
 from tersor.kv.pages import Pages
 
@@ -45,7 +45,7 @@ def check_same(ours, theirs):
     assert [page.packed for page in ours.pages] == [page.packed for page in theirs.pages]
     for a, b in zip(ours.decode(), theirs.decode()):
         differ = (a != b).double().mean()
-        assert a.shape == b.shape and differ < 5e-4 and relative_error(a, b) < 0.01, differ
+        assert a.shape == b.shape and differ < 3e-3 and relative_error(a, b) < 0.015, differ
 
 
 def reference(cache, q, keys, values, scale=0.125, causal=True, window=0, mask=None, mask_first=0, **options):
@@ -275,3 +275,60 @@ def test_arguments_are_checked(device):
             call()
     assert cache.tokens == 70
     check_table(cache)
+
+
+FORMATS = {
+    "levels": PageFormat(4, 2, key_levels=normal_levels(4, 64, 0), value_levels=normal_levels(2, 64, 0), value_group=64),
+    "e4m3": PageFormat(8, 8, key_levels="e4m3", value_levels="e4m3", value_group=64),
+    "tokens": PageFormat(4, 4, key_axis="token", value_group=64),
+    "separable": PageFormat(4, 4, value_axis="separable"),
+    "outliers": PageFormat(2, 2, value_group=64, key_outliers=40, value_outliers=40),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(device, name):
+    """Packed as the CPU packs them, and read."""
+    torch.manual_seed(8)
+    made = Layout(1, DIM, DIM, DTYPE, 64, (FORMATS[name],))
+    ours, theirs = CudaPages(made, 2, 20, 1, "cpu"), Pages(made, 2, 20, 1)
+    for count in (150, 1, 60, 1):
+        fresh = tokens(count, heads=1)
+        if count == 1:
+            attend(ours, query(heads=2), *fresh)
+            theirs.append(*fresh)
+        else:
+            ours.append(*fresh)
+            theirs.append(*fresh)
+        check_same(ours, theirs)
+        check_table(ours)
+    assert [page.packed for page in ours.pages] == [False, True, True, False]
+
+
+def test_biases_several_formats_and_mass(device):
+    torch.manual_seed(9)
+    made = Layout(2, DIM, DIM, DTYPE, 64, (PageFormat(4, 4, value_axis="separable"), PageFormat(2, 2, value_group=64)),
+                  biased=True)
+    ours, theirs = CudaPages(made, 2, device="cpu"), Pages(made, 2)
+    for count, kind in ((64, 2), (70, 0), (9, 0)):
+        fresh, bias = tokens(count), torch.randn(2, 2, count)
+        for pages_ in (ours, theirs):
+            if kind:
+                pages_.append_packed(*fresh, kind, bias)
+            else:
+                pages_.append(*fresh, bias)
+        check_same(ours, theirs)
+        check_table(ours)
+        assert torch.equal(ours.biases(), theirs.biases())
+    fresh, q, bias = tokens(3), query(queries=3), torch.randn(2, 2, 3)
+    mask = torch.rand(2, 1, 3, ours.tokens + 3) > 0.2
+    out, lse = (zip(*(p.attend(q, *fresh, 0.125, causal=False, mask=mask, bias=bias, log_sum_exp=True, softcap=20.0)
+                      for p in (ours, theirs))))
+    assert relative_error(*out) < 1e-2 and torch.allclose(*lse, atol=1e-3)
+    for options in (dict(mask=mask), dict(position=20, causal=True)):
+        options = {"causal": False, "softcap": 20.0} | options
+        found = [p.mass(q, lse[1], 0.125, **options) for p in (ours, theirs)]
+        assert found[0].shape == (2, 2, ours.tokens) and relative_error(*found) < 1e-2
+    assert "mass" in device.calls
+    with pytest.raises(ValueError, match="bias: found torch.float64"):
+        ours.append(*tokens(1), torch.zeros(2, 2, 1).double())
