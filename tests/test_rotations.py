@@ -191,3 +191,71 @@ def test_static_scales_come_from_calibration():
     assert layer.tensors()["input_scale"].shape == (1,)
     expected = logits(reference, batches[0])
     assert (logits(model, batches[0]) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_comet_gathers_outliers_in_wide_blocks(outlier_model):
+    ids, data = text_tokens(512).view(2, 256), text_tokens(512, 60_000).view(2, 256)
+    whole, found = perplexity(outlier_model, ids), {}
+    for spec in ("rtn:W4A16", "rtn:W4Ax", "comet[ratio=4]:W4Ax"):
+        model = copy.deepcopy(outlier_model)
+        report = tersor.compress(model, spec, data)
+        found[spec] = perplexity(model, ids) / whole - 1
+    exact, narrow, comet = found.values()
+    assert comet - exact < 0.15 * (narrow - exact)
+    layer = model.model.layers[0].mlp.down_proj
+    assert layer.tensors()["block_bits"].tolist() == [8, 4, 4, 4, 4, 4] and layer.pre[0].kind == "permute"
+    assert any("outlier channels, 1 of 6 blocks" in row.note for row in report.rows)
+    with pytest.raises(ValueError, match="accepted are W.Ax"):
+        tersor.compress(llama(), "comet:W4A4", tokens(2))
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["W4A4[act_group=0]", "W6A8", "W4Ax", "W4A16"])
+def test_layers_run_steps_and_products_in_one_call(spec):
+    linear = torch.nn.Linear(256, 48)
+    format = tersor.registry.resolve_format(spec)
+    for step in (Permute(torch.randperm(256)), Hadamard.random(256), *steps(256)[-1:]):
+        layer = tersor.Linear.holding(linear, format, pre=(step,))
+        params = format.fit(step.absorb(linear.weight.detach()), dtype=torch.float32)
+        if spec == "W4Ax":
+            params["block_bits"] = torch.tensor([8, 4])
+        layer.load_tensors(format.pack(format.project(step.absorb(linear.weight.detach()), params), params))
+        x = torch.randn(3, 256)
+        with torch.no_grad():
+            found = layer(x)
+        tensors = layer.tensors()
+        seen = format.quantize_input(step(x), tensors) if spec != "W4A16" else step(x)
+        expected = F.linear(seen.double(), format.unpack(tensors, layer.shape, torch.float64), linear.bias.double())
+        assert (found - expected).norm() < 1e-5 * expected.norm(), step.kind
+        assert (layer._fused[0] is not None) == (spec != "W4A16")
+        replaced = copy.deepcopy(layer)
+        replaced.pre[0] = Hadamard.random(256, 9)  # another step is seen
+        with torch.no_grad():
+            assert not torch.equal(replaced(x), found)
+
+
+def test_projections_of_one_input_share_the_step():
+    model, batches = llama(), tokens(2)
+    tersor.compress(model, "flatquant[steps=0]:W4A4[group=32]", batches)
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.siblings is not None and attention.q_proj.siblings is attention.v_proj.siblings
+    together = logits(model, batches[0])
+    for layer in model.modules():
+        if isinstance(layer, tersor.Linear) and layer.siblings:
+            layer.siblings.dissolve()
+    assert torch.equal(logits(model, batches[0]), together)
+
+
+@pytest.mark.parametrize("spec", ["flatquant[steps=1]:W4A4[group=32]", "quarot:W4A4[group=32]", "comet:W4Ax[group=32]",
+                                  "flatquant[steps=0]+gptq:W4A4[group=32]"])
+def test_saved_and_loaded_models_say_the_same(spec, tmp_path):
+    model, batches = llama(), tokens(2)
+    tersor.compress(model, spec, batches)
+    tersor.save(model, tmp_path / "q")
+    loaded = tersor.load(tmp_path / "q")
+    assert torch.equal(logits(loaded, batches[0]), logits(model, batches[0]))
+    prompt = batches[0][:, :8]
+    one, other = (m.generate(prompt, max_new_tokens=8, do_sample=False) for m in (model, loaded))
+    assert torch.equal(one, other)

@@ -8,10 +8,12 @@ statistics of one block (of one group of layers with ``sequential``).
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,7 @@ class _Block:
         self.notes: dict[str, list[str]] = {name: [] for name in entries}
         self.steps: dict[str, tuple[Step, ...]] = {}
         self.params: dict[str, Params] = {}
+        self.stored: dict[str, dict] = {}
 
     def run(self, done: list[str]) -> None:
         folds = any(transforms(entry.methods) for entry in self.entries.values())
@@ -235,6 +238,7 @@ class _Block:
         for group, _ in groups:
             self._insert(group)
             self.params.update(group.params)
+            self.stored.update(group.stored)
             for name, fmt in group.formats.items():
                 if fmt is not self.entries[name].format:
                     self.entries[name] = dataclasses.replace(self.entries[name], format=fmt)
@@ -269,7 +273,7 @@ class _Block:
             note = [*note, "no calibration token reached it: rounded to nearest"] if entry is not self.entries[name] \
                 else note
         _compress(self.model, self._full(name), entry, self.weights.get(name), stats, self.report,
-                  "; ".join(note), self.steps.get(name, ()), self.params.get(name))
+                  "; ".join(note), self.steps.get(name, ()), self.params.get(name), self.stored.get(name, {}))
         self.weights.drop(name)
         done.append(self._full(name))
         self.tick()
@@ -409,8 +413,9 @@ def _weight_of(module: nn.Module) -> Tensor | None:
 
 
 def _compress(model, name, entry: Resolved, w: Tensor | None, stats, report: Report, note: str = "",
-              steps: tuple[Step, ...] = (), params: Params | None = None) -> None:
-    """Choose, store and report one layer, which will run ``steps`` on its input; ``params`` are fitted already."""
+              steps: tuple[Step, ...] = (), params: Params | None = None, stored: Mapping = MappingProxyType({})) -> None:
+    """Choose, store and report one layer, which will run ``steps`` on its input. ``params`` are fitted already;
+    ``stored`` goes to the parameters of whoever fits them."""
     started = time.perf_counter()
     old = model.get_submodule(name)
     if w is None:
@@ -421,10 +426,12 @@ def _compress(model, name, entry: Resolved, w: Tensor | None, stats, report: Rep
         choice = choose(entry.methods, w, entry.format, stats, dtype, name, params)
         if stats is not None:
             entry.format.calibrate(choice.params, stats)
+        choice.params.update(stored)
         tensors = entry.format.pack(choice.w_hat, choice.params)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
-    layer = patch(model, {name: LayerSpec(entry.format, steps)})[name]
+    # A copy of the steps: checkpoints refuse tensors that several modules share.
+    layer = patch(model, {name: LayerSpec(entry.format, copy.deepcopy(steps))})[name]
     layer.load_tensors(tensors)
     layer.method = entry.method_text
     before, after = w.numel() * dtype.itemsize, layer.nbytes

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .formats.base import Format, Shape
 from .formats.integer import TILE_ROWS, Int
+from .ops_fused import BoundIntLinearFused, Producer
 from .registry import Resolved, resolve, resolve_format
 from .stored_weight import StoredWeight
 from .transforms.steps import Step
@@ -129,7 +130,7 @@ class Linear(_Compressed, nn.Linear):
         self.pre = nn.ModuleList(pre) if pre else None
         self.post = nn.ModuleList(post) if post else None
         self.siblings: Siblings | None = None
-        self._bound = _UNBOUND
+        self._bound, self._fused = _UNBOUND, (None, ())
         self.method = ""
 
     @classmethod
@@ -166,19 +167,25 @@ class Linear(_Compressed, nn.Linear):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input of a layer {self.in_features} -> {self.out_features}: found {list(x.shape)}, "
                              f"accepted is [..., {self.in_features}]")
-        if self.pre is not None:
-            for step in self.pre:
-                x = step(x)
         bias = self._parameters["bias"]
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
-        if _is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
+        differentiates = _is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
+        if self.pre is not None:
+            if not differentiates and ops.plain(x) and (fused := self._bind_fused()) is not None:
+                return self._after(fused(x, [bias])[0])
+            for step in self.pre:
+                x = step(x)
+        if differentiates:
             tensors = self.tensors()
             y = _Multiply.apply(x, bias, self.format, self.shape, self._names, *tensors.values())
         elif ops.plain(x) and (bound := self._bind()) is not None:
             y = bound(x, bias)
         else:
             y = self.format.linear(x, self.tensors(), bias, self.shape)
+        return self._after(y)
+
+    def _after(self, y: Tensor) -> Tensor:
         if self.post is not None:
             for step in self.post:
                 y = step(y)
@@ -198,16 +205,39 @@ class Linear(_Compressed, nn.Linear):
         self._bound = bound, tuple((_buffer(name), tensor) for name, tensor in tensors.items())
         return bound
 
+    def _bind_fused(self) -> BoundIntLinearFused | None:
+        """One call for the online step and the multiplication, where a kernel does both."""
+        bound = self._bind()
+        held = bound, *(tensor for step in self.pre for tensor in step._buffers.values())
+        fused, before = self._fused
+        if len(held) != len(before) or any(one is not other for one, other in zip(held, before)):
+            fused = None if bound is None else fuse([bound], self.pre, self.format.producer(self.tensors()))
+            self._fused = fused, held
+        return fused
+
     @property
     def kernel(self) -> str:
         """The kernel that runs here, or ``reference: why``."""
         return self.format.kernel(self.shape, _device(self))
 
     def __getstate__(self):
-        return {**self.__dict__, "_bound": _UNBOUND}
+        return {**self.__dict__, "_bound": _UNBOUND, "_fused": (None, ())}
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"
+
+
+def fuse(bound: list, steps: Sequence[Step] | None, own: dict | None) -> BoundIntLinearFused | None:
+    """Bound multiplications of one input with the step before them in one call; None where no kernel does that.
+    ``own``: what the format adds (`Format.producer`)."""
+    steps = steps or ()
+    bound = [getattr(member, "weights", member) for member in bound]
+    if own is None or len(steps) > 1 or not all(isinstance(member, ops.BoundIntLinear) for member in bound):
+        return None
+    made = steps[0].producer() if steps else {}
+    if steps and not made or not (made or own):
+        return None
+    return BoundIntLinearFused(bound, Producer(**made, **own))
 
 
 class Siblings:
@@ -224,7 +254,8 @@ class Siblings:
         self._ready: dict[int, Tensor] = {}
         self._misses = 0
         self._members: list = []
-        self._call: ops.BoundIntLinearMulti | None = None
+        self._call: ops.BoundIntLinearMulti | BoundIntLinearFused | None = None
+        self._fused = False
         for layer in self.layers:
             layer.siblings = self
 
@@ -267,11 +298,16 @@ class Siblings:
         if None in bound:  # not where x is: the layer says so
             self.dissolve()
             return layer(x)
-        if bound != self._members:  # tensors were exchanged, or this is the first call
-            self._members, self._call = bound, ops.BoundIntLinearMulti(bound)
+        first = self.layers[0]
+        held = [*bound, *(tensor for step in first.pre or () for tensor in step._buffers.values())]
+        if len(held) != len(self._members) or any(one is not other for one, other in zip(held, self._members)):
+            # tensors were exchanged, or this is the first call
+            fused = fuse(bound, first.pre, first.format.producer(first.tensors()))
+            self._members, self._fused = held, fused is not None
+            self._call = fused or ops.BoundIntLinearMulti(bound)
         biases = [bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype) for bias in biases]
         stepped = x
-        for step in self.layers[0].pre or ():
+        for step in () if self._fused else first.pre or ():
             stepped = step(stepped)
         outputs = self._call(stepped, biases)
         self._ready = {id(member): y for member, y in zip(self.layers, outputs)}
@@ -292,7 +328,7 @@ class Siblings:
         memo[id(self)] = twin
         twin.layers = tuple(copy.deepcopy(layer, memo) for layer in self.layers)
         twin._input, twin._version, twin._ready, twin._misses = None, 0, {}, 0
-        twin._members, twin._call = [], None
+        twin._members, twin._call, twin._fused = [], None, False
         return twin
 
     def __reduce__(self):

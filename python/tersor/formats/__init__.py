@@ -10,12 +10,13 @@ from .floating import NVFP4, Float, Microscaling
 from .inputs import Inputs
 from .integer import Int
 from .lowrank import LowRank
+from .mixed import MixedInputs
 from .presets import PRESETS
 from .sparse import Outliers, Sparse24
 from .vector import OutputVectors
 
 __all__ = [
     "NVFP4", "PRESETS", "AdditiveCodebook", "BilevelInt", "BlockDiagonal", "Dense", "Float", "Format", "Inputs", "Int",
-    "LowRank", "Microscaling", "Outliers", "OutputVectors", "Params", "Shape", "Sparse24", "Sum", "TensorSpec",
-    "Tensors",
+    "LowRank", "Microscaling", "MixedInputs", "Outliers", "OutputVectors", "Params", "Shape", "Sparse24", "Sum",
+    "TensorSpec", "Tensors",
 ]

@@ -110,6 +110,11 @@ class Format:
         instead of in every call; None where there is no such short cut."""
         return None
 
+    def producer(self, tensors: Mapping[str, Tensor]) -> dict | None:
+        """What `ops_fused.Producer` must know of the stored tensors, where the bound `linear` can also run a step
+        while it rounds its input; None where it cannot."""
+        return None
+
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
         """Names, shapes and dtypes of the stored tensors of a weight of ``shape`` in a model of ``dtype``."""
         raise TypeError(f"{type(self).__name__} has no storage of its own")

@@ -261,6 +261,9 @@ class Int(Format):
         return ops.BoundIntLinear(tensors["qweight"], tensors["scales"], tensors.get("zero_points"), shape,
                                   self.num_bits, self.group_size, *self._input_arguments(tensors))
 
+    def producer(self, tensors: Mapping[str, Tensor]) -> dict | None:
+        return {} if self.activation < 16 else None
+
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         if self.activation < 16 and torch.device(device).type == "cuda":
             return (f"reference: no CUDA kernel for {self.activation}-bit activations, torch rounds them for "

@@ -37,7 +37,7 @@ def compress_weight(weight: Tensor, resolved: Resolved, inputs: Tensor | None = 
                              f"[..., {weight.shape[1]}] of the layer's input")
         stats = _statistics(inputs.to(weight.device), needs)
     pre = ()
-    steps = transforms(resolved.methods)
+    steps, group = transforms(resolved.methods), None
     if steps:
         group = Lone(w, resolved.format, stats, weight.dtype)
         for method in steps:
@@ -51,6 +51,8 @@ def compress_weight(weight: Tensor, resolved: Resolved, inputs: Tensor | None = 
     choice = choose(resolved.methods, w, resolved.format, stats, weight.dtype)
     if stats is not None:
         resolved.format.calibrate(choice.params, stats)
+    if group is not None:
+        choice.params.update(group.stored.get("weight", {}))
     choice.pre = pre
     return choice
 

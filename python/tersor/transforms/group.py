@@ -58,7 +58,8 @@ class Group:
         self.producer, self.why, self.dtype = producer, why, dtype
         self.runs = list(runs)
         self.inserted: list[Step] = []
-        self.params: dict[str, Params] = {}  # what a transform has fitted of the formats' parameters
+        self.params: dict[str, Params] = {}  # where a transform has fitted all of a format's parameters
+        self.stored: dict[str, dict] = {}  # what it adds to the parameters of others, for the format to store
         self._expected: list[Tensor] | None = None
 
     @property

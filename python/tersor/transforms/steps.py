@@ -54,6 +54,10 @@ class Step(nn.Module):
         """Undo the step."""
         raise TypeError(f"{type(self).__name__} has no inverse")
 
+    def producer(self) -> dict:
+        """The step as fields of `ops_fused.Producer`, for kernels that run it while they round; {} where none does."""
+        return {}
+
 
 class Permute(Step, kind="permute"):
     """``y[..., j] = x[..., index[j]]``: puts channels into the order in which the columns are stored."""
@@ -83,6 +87,9 @@ class Permute(Step, kind="permute"):
 
     def inverse(self, x: Tensor) -> Tensor:
         return x.index_select(-1, self.index.argsort())
+
+    def producer(self) -> dict:
+        return {"index": self.index.to(torch.int32)}
 
 
 class ChannelScale(Step, kind="scale"):
@@ -152,6 +159,9 @@ class Hadamard(Step, kind="hadamard"):
     def inverse(self, x: Tensor) -> Tensor:
         return definitions.hadamard(_wide(x), signs=self.signs, inverse=True).to(x.dtype)
 
+    def producer(self) -> dict:
+        return {"hadamard": 0, "signs": self.signs.float()}
+
 
 class Kronecker(Step, kind="kronecker"):
     """``y = left^T X right`` with the channels as a matrix ``X [n1, n2]``: an invertible map of ``n1 n2`` channels by
@@ -199,6 +209,9 @@ class Kronecker(Step, kind="kronecker"):
     def inverse(self, x: Tensor) -> Tensor:
         left, right = (torch.linalg.inv(factor.double()) for factor in (self.left, self.right))
         return definitions.kronecker(x.double(), left, right).to(x.dtype)
+
+    def producer(self) -> dict:
+        return {"left": self.left, "right": self.right}
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""What low-bit weights and activations cost in quality: one table over methods, on a model with outliers.
+
+    python bench/lowbit_quality.py                     # the reference model with outliers (tests/outliers.py)
+    python bench/lowbit_quality.py --plain --specs "quarot:W4A4[act_group=0]"
+
+The model is the reference model turned so that a few channels hold most of the energy: the same function, hard to
+quantize as large models are. Perplexity is on `--tokens` of held-out text in windows of 256, calibration on another
+part of it. `change` is over 16 bits, `of weights` over the same weights with 16-bit inputs. Results go to
+bench/results/lowbit_quality.json, with the table in Markdown beside the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+import common
+import tersor
+
+sys.path.insert(0, str(common.BENCH.parent / "tests"))
+from outliers import MODEL, text_tokens, with_outliers  # noqa: E402
+
+LENGTH = 256
+SPECS = """rtn:W4A16 rtn:W6A16 rtn:W8A8 rtn:W6A8 rtn:W6A6[act_group=128] flexq:W6A6[act_group=128] rtn:W4A8
+rtn:W4A4[act_group=0] smoothquant:W4A4[act_group=0] quarot:W4A4[act_group=0] quarot:W4A4[act_group=0,act_clip=0.9]
+quarot+gptq:W4A4[act_group=0,act_clip=0.9] flatquant[steps=0]:W4A4[act_group=0] flatquant:W4A4[act_group=0]
+flatquant+gptq:W4A4[act_group=0] rtn:W4A4 quarot:W4A4 flatquant[steps=0]:W4A4 rtn:W4Ax comet:W4Ax
+comet[ratio=3,share=0.5]:W4Ax rtn:W4AFP8 rtn:NVFP4 rtn:MXFP4""".split()
+
+
+def perplexity(model, ids) -> float:
+    losses = []
+    with torch.no_grad():
+        for rows in ids.split(4):
+            found = model(rows).logits[:, :-1].flatten(0, 1).float()
+            losses.append(F.cross_entropy(found, rows[:, 1:].flatten(), reduction="sum").item())
+    return float(torch.tensor(sum(losses) / (ids.shape[0] * (LENGTH - 1)), dtype=torch.float64).exp())
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--specs", default=None, help="separated by spaces or semicolons")
+    parser.add_argument("--plain", action="store_true", help="the reference model as it is")
+    parser.add_argument("--tokens", type=int, default=16384, help="that perplexity is measured on")
+    parser.add_argument("--calibration", type=int, default=4096, help="tokens")
+    parser.add_argument("--threads", type=int, default=common.cores())
+    parser.add_argument("--out", default=str(common.RESULTS / "lowbit_quality.json"))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.plain:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    else:
+        model = with_outliers()
+    ids = text_tokens(args.tokens).view(-1, LENGTH)
+    data = text_tokens(args.calibration, 60_000).view(-1, LENGTH)
+    whole = perplexity(model, ids)
+    rows, weights = [], {}
+    for spec in args.specs.replace(";", " ").split() if args.specs else SPECS:
+        start = time.perf_counter()
+        twin = copy.deepcopy(model)
+        report = tersor.compress(twin, spec, data)
+        seconds = time.perf_counter() - start
+        found = perplexity(twin, ids)
+        method, _, format = spec.rpartition(":")
+        bits = re.match(r"W(\d)", format)
+        key = bits and bits[1] in "468" and f"rtn:W{bits[1]}A16"
+        if key and key not in weights:
+            plain = copy.deepcopy(model)
+            tersor.compress(plain, key)
+            weights[key] = perplexity(plain, ids)
+        rows.append({"spec": spec, "perplexity": found, "change": found / whole - 1, "seconds": seconds,
+                     "of_weights": found / weights[key] - 1 if key else None,
+                     "kernels": sorted({row.kernel for row in report.rows})})
+        print(line(rows[-1]), flush=True)
+    table = "\n".join(["| spec | perplexity | over 16 bits | over the same weights, 16-bit inputs |", "|---|---|---|---|",
+                       f"| 16 bits | {whole:.2f} | | |", *map(line, rows)])
+    settings = {"model": f"{MODEL.name}{'' if args.plain else ' with outliers'}", "tokens": args.tokens,
+                "calibration": args.calibration, "threads": args.threads}
+    common.write_json(args.out, common.header("lowbit_quality", settings) | {
+        "perplexity": whole, "results": rows, "table": table})
+    print(table)
+    return 0
+
+
+def line(row: dict) -> str:
+    relative = "" if row["of_weights"] is None else f"{row['of_weights']:+.1%}"
+    return f"| `{row['spec']}` | {row['perplexity']:.2f} | {row['change']:+.1%} | {relative} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

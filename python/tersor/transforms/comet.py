@@ -1,0 +1,59 @@
+"""COMET: four-bit inputs, and eight bits for the blocks of channels that outliers are gathered in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats.mixed import BLOCK, MixedInputs
+from ..methods.base import Method
+from ..registry import register_method
+from .group import Group
+from .steps import Permute
+
+
+@register_method("comet")
+@dataclass(frozen=True)
+class Comet(Method):
+    """Fine-grained mixed-precision inputs, FMPQ (arXiv 2410.12168): ``comet:W4Ax``.
+
+    Channels whose largest magnitude over the calibration data is more than ``ratio`` times the median channel's are
+    outliers. A permutation gathers them in as few blocks of 128 channels as hold them, which get eight bits; all others
+    get four. At most ``share`` of the blocks (one at least) are wide: the largest outliers go first. The permutation
+    runs online, as the input is rounded, and once for all layers that share it. The rule for outliers is ours; the
+    paper's scales are of 128 channels (``W4Ax[act_group=128]``).
+
+    ValueError for formats other than W?Ax.
+    """
+
+    ratio: float = 8.0
+    share: float = 0.2
+
+    needs = frozenset({"abs_max", "inputs"})
+    transforms = True
+    chooses = False
+
+    def __post_init__(self):
+        if not self.ratio >= 1 or not 0 <= self.share <= 1:
+            raise ValueError(f"options 'ratio' and 'share': found {self.ratio} and {self.share}, accepted are 1 or more, "
+                             "and 0 to 1")
+
+    def transform(self, group: Group) -> str:
+        for name, fmt in group.formats.items():
+            if not isinstance(fmt, MixedInputs):
+                raise ValueError(f"comet: layer {name!r}: found format {fmt}, accepted are W?Ax such as W4Ax")
+        most = self.require(group.stats, "abs_max").abs_max
+        outliers = (most > self.ratio * most.median()).nonzero().flatten()
+        blocks = -(-len(most) // BLOCK)
+        wide = min(-(-len(outliers) // BLOCK), max(1, int(self.share * blocks)))
+        bits = torch.full((blocks,), 4, dtype=torch.uint8)
+        bits[:wide] = 8
+        for name in group.formats:
+            group.stored[name] = {"block_bits": bits}
+        if not wide:
+            return "comet: no outlier channels"
+        first = most.argsort(descending=True, stable=True)[:len(outliers)]
+        rest = torch.ones(len(most), dtype=torch.bool).index_fill_(0, first.cpu(), False).nonzero().flatten()
+        group.insert(Permute(torch.cat([first.cpu(), rest]).to(most.device)))
+        return f"comet: {len(outliers)} outlier channels, {wide} of {blocks} blocks in eight bits"
