@@ -1,12 +1,14 @@
 """QuaRot and FlatQuant: steps and their weights, models that compute the same, and what each is for."""
 
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from outliers import MODEL, text_tokens, with_outliers
 from test_calibration import gemma, gpt2, llama, logits, mixture, tokens
+from toys import Block, batch, group_of
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -14,6 +16,8 @@ import tersor
 from tersor import calibration
 from tersor.formats import Int
 from tersor.methods import Collector
+from tersor.formats.floating import round_to
+from tersor.transforms import fireq
 from tersor.transforms.flatquant import FlatQuant
 from tersor.transforms.group import BlockView, Group, Weights
 from tersor.transforms.rotation import rotate_residual
@@ -77,7 +81,8 @@ def changed_alike(model, spec, batches, monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ["quarot:W4A4[group=32]", "flatquant[steps=2]:W4A4[group=32]",
-                                  "smoothquant+quarot:W4A4[group=32]"])
+                                  "smoothquant+quarot:W4A4[group=32]", "comet[ratio=2]:W4Ax[group=32]",
+                                  "fireq[attention=true]:W4AFP8"])
 def test_models_compute_the_same_in_float64(spec, exact_norms, monkeypatch):
     model = llama(tie_word_embeddings=spec.startswith("quarot")).double()
     for name, p in model.named_parameters():
@@ -259,3 +264,46 @@ def test_saved_and_loaded_models_say_the_same(spec, tmp_path):
     prompt = batches[0][:, :8]
     one, other = (m.generate(prompt, max_new_tokens=8, do_sample=False) for m in (model, loaded))
     assert torch.equal(one, other)
+
+
+# -- FireQ ------------------------------------------------------------------------------------------------------------
+
+
+def test_fireq_scales_are_eight_bit_floats_under_one_power_of_two():
+    w = torch.randn(32, 256) * 1e-3
+    w[3] *= 1e-2  # groups that E4M3 would lose
+    scales = fireq.group_scales(w, 128)
+    multiplier = fireq.power(w.abs().unflatten(1, (2, 128)).amax(2))
+    assert 1 < multiplier <= 2**14 and math.log2(multiplier).is_integer()
+    eight = (scales * multiplier).to(torch.float8_e4m3fn).float() / multiplier
+    assert torch.equal(eight, scales) and torch.equal(scales.bfloat16().float(), scales)
+
+    def error(row):
+        format = Int(4, 128)
+        choice = fireq.FireQ().choose(w, format, None, dtype=torch.float32)
+        return float((choice.w_hat - w)[row].norm() / w[row].norm())
+
+    assert error(3) < 1.5 * error(4) < 0.3
+    one = round_to(w.abs().unflatten(1, (2, 128)).amax(2) / 7, "e4m3").clamp_min(2.0**-9)
+    assert float(one[3].min() / scales[3].max()) > 10, "without the power of two they would be far too coarse"
+    assert fireq.power(torch.full((2, 2), 1e4)) == 1.0, "what overflows is left to saturate"
+
+
+def test_fireq_evens_out_the_weights_that_share_a_scale():
+    block = Block()
+    block.up_proj.weight.data *= torch.exp(torch.randn(96, 1, dtype=torch.float64))
+    group, before = group_of(block, "down_proj"), block(batch())
+    assert fireq.FireQ().transform(group) == ""
+    assert (block(batch()) - before).abs().max() < 1e-10 * before.abs().max()
+    means = group.weight("down_proj").abs().mean(0)
+    assert means.max() / means.min() < 1.0001
+    group = group_of(block, "q_proj")
+    assert torch.equal(group.weight("q_proj"), block.q_proj.weight)
+
+
+def test_fireq_needs_integers_of_four_bits():
+    with pytest.raises(ValueError, match="accepted are W4AFP8"):
+        tersor.compress(llama(), "fireq:W8A16[group=32]", tokens(2))
+    model, batches = llama(), tokens(2)
+    report = tersor.compress(model, "fireq:W4AFP8", batches)
+    assert len(report.rows) == 21 and torch.isfinite(logits(model, batches[0])).all()
