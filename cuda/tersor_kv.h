@@ -33,6 +33,11 @@ typedef struct tersor_cuda_kv_cache {
   const int32_t* pages;
   int64_t batch, table_pages, kv_heads, head_dim, dtype;
   int64_t biased;  /* pages have a float32 for each token of a head, which is added to its logits */
+  /* Packed keys are turned back to their page's first slot: rotary [64, rotary_dim / 2, 2], 16-byte aligned, cosines
+   * and sines of slots; rotary_dim 0: not, or a multiple of 16. Not interleaved: channels i and i + rotary_dim / 2 are a
+   * pair, and pages, raw ones too, hold keys' channels in the order of pairs. */
+  int64_t rotary_dim, rotary_interleaved;
+  const float* rotary;
   int64_t formats; /* to 7 */
   const tersor_cuda_kv_format* format;
 } tersor_cuda_kv_cache;

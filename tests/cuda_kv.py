@@ -99,15 +99,20 @@ def cache_fields(cache, table=None, pages=None):
     """The struct of a `Cached`."""
     formats = cache.formats
     where = [table, pages, len(table), table.shape[1]] if table is not None else [None] * 4
-    return with_formats([*where, cache.kv_heads, cache.dim, CODE[cache.dtype], cache.biased, len(formats) // 11, 0],
-                        formats)
+    turned, table = [0, 0, None], None
+    if cache.layout is not None and cache.layout.rotary is not None:
+        rotary, table = cache.layout.rotary, layout.rotary_table(cache.layout)
+        turned = [rotary.dim, rotary.interleaved, table]
+        cache.pages["rotary"] = table
+    return with_formats([*where, cache.kv_heads, cache.dim, CODE[cache.dtype], cache.biased, *turned,
+                         len(formats) // 11, 0], formats)
 
 
 def with_formats(cache, formats):
-    """The struct of a cache, whose formats live as long as it."""
+    """The struct of a cache, whose formats (and tensors) live as long as it."""
     held = fields(*formats)
     made = fields(*cache[:-1], ctypes.addressof(held))
-    made.held = held
+    made.held, made.tensors = held, cache
     return made
 
 
@@ -138,6 +143,10 @@ class Cached:
     @property
     def biased(self):
         return self.layout is not None and self.layout.biased
+
+    @property
+    def in_formats(self):
+        return bool(self.formats or self.biased or self.layout is not None and self.layout.rotary)
 
 
 def cached(dim, kv_heads, dtype, sequences, scale=1.0, seed=0):
@@ -180,7 +189,10 @@ def _fill(made, sequences, encoded, scale, seed):
             data, k, v, kind = encoded(k, v, page, bias)
             if tokens < 64 and 16 in kind[:2]:
                 k[:, tokens:] = v[:, tokens:] = float("nan")
-                raw, half = layout.encode(k.to(dtype), v.to(dtype), 16, 16), layout.key_bytes(dim, 16)
+                half, order = layout.key_bytes(dim, 16), slice(None)
+                if made.layout is not None and layout.channel_order(made.layout) is not None:
+                    order = layout.channel_order(made.layout)
+                raw = layout.encode(k.to(dtype)[..., order], v.to(dtype), 16, 16)
                 if kind[0] == 16:
                     data[:, :half] = raw[:, :half]
                 if kind[1] == 16:
@@ -337,7 +349,7 @@ class Launchers:
 
     def attention(self, cache, formats, query, scale, softcap, stream):
         self.splits = query[-3]
-        self.run(attention_library(cache[5], bool(formats or cache[7])), "tersor_cuda_kv_attention", [
+        self.run(attention_library(cache[5], bool(formats or cache[7] or cache[8])), "tersor_cuda_kv_attention", [
             with_formats(cache, formats), fields(*query), ctypes.c_float(scale), ctypes.c_float(softcap),
             *ints(stream)])
 
@@ -379,3 +391,4 @@ class Launchers:
         monkeypatch.setattr(torch.Tensor, "to", noticed_to)
         monkeypatch.setattr(ops, "_workspace", noticed_workspace)
         ops._plan.cache_clear()
+        ops._rotary.cache_clear()

@@ -196,7 +196,7 @@ def test_append(dim, fresh):
     buffers = {"table": table, "pages": used, "fresh": x,
                **{f"page {b}.{p}": page for b, mine in enumerate(pages) for p, page in enumerate(mine)}}
     launch(page_library(), "tersor_cuda_kv_append", [
-        fields(table, used, 2, table.shape[1], 2, dim, 2, 0, 0, None),
+        fields(table, used, 2, table.shape[1], 2, dim, 2, *[0] * 6),
         fields(keys, values, fresh, *keys.stride()[:3], *values.stride()[:3], None), ctypes.c_void_p(None)],
         buffers, [name for name in buffers if name.startswith("page ")], seeds=(0, 1))
     for b, mine in enumerate(pages):
@@ -216,7 +216,7 @@ def pack(raw, dim, dtype, key_bits, value_bits, seeds=(0, 1)):
     packed = torch.zeros(*raw.shape[:2], layout.page_bytes(dim, key_bits, value_bits), dtype=torch.uint8)
     jobs = torch.tensor([[raw[i].data_ptr(), packed[i].data_ptr()] for i in range(len(raw))])
     launch(page_library(), "tersor_cuda_kv_pack", [
-        fields(*[None] * 4, raw.shape[1], dim, CODE[dtype], 0, 0, None), *ints(0, key_bits, value_bits), address(jobs),
+        fields(*[None] * 4, raw.shape[1], dim, CODE[dtype], *[0] * 6), *ints(0, key_bits, value_bits), address(jobs),
         *ints(len(raw)), ctypes.c_void_p(None)], {"jobs": jobs, "raw": raw, "packed": packed}, ["packed"], seeds)
     return packed
 
@@ -238,7 +238,7 @@ def test_jobs_that_are_none():
     packed = torch.full((2, 1, layout.page_bytes(64, 4, 4)), 7, dtype=torch.uint8)
     jobs = torch.tensor([[0, packed[0].data_ptr()], [raw[1].data_ptr(), packed[1].data_ptr()], [raw[0].data_ptr(), 0]])
     launch(page_library(), "tersor_cuda_kv_pack", [
-        fields(*[None] * 4, 1, 64, 2, 0, 0, None), *ints(0, 4, 4), address(jobs), *ints(3), ctypes.c_void_p(None)],
+        fields(*[None] * 4, 1, 64, 2, *[0] * 6), *ints(0, 4, 4), address(jobs), *ints(3), ctypes.c_void_p(None)],
         {"jobs": jobs, "raw": raw, "packed": packed}, ["packed"])
     assert packed[0].eq(7).all() and not packed[1].eq(7).all()
 
@@ -276,7 +276,7 @@ def test_the_launcher_refuses(changes, words):
     used = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match=words):
         launch(attention_library(64), "tersor_cuda_kv_attention", [
-            fields(table, used, 1, a["table_pages"], 2, a["dim"], a["dtype"], 0, 0, None),
+            fields(table, used, 1, a["table_pages"], 2, a["dim"], a["dtype"], *[0] * 6),
             fields(x, a["heads"], 1, 256, a["stride"], 64, x if a["out"] else None, None, None, None, a["window"], 1,
                    None, *[0] * 4, a["mask_first"], 0, None, a["splits"], None, None),
             ctypes.c_float(1.0), ctypes.c_float(a["softcap"]), ctypes.c_void_p(None)], {"x": x}, [])

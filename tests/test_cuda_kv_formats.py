@@ -5,24 +5,29 @@ import ctypes
 
 import pytest
 import torch
-from cuda_kv import (address, attend, attention_library, cache_fields, cached_layout, fields, ints, launch, layout,
-                     page_library, relative_error, truth)
+from cuda_kv import (CODE, address, attend, attention_library, cache_fields, cached_layout, fields, ints, launch,
+                     layout, page_library, relative_error, truth)
 from test_cuda_kv import LIMIT, queries
 
 from tersor.kv.formats import PageFormat, normal_levels
 from tersor.kv.layout import Layout
+from tersor.kv.rotary import Rotary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 UNEVEN = (-127, -90, -71, -44, -30, -21, -9, -2, 1, 5, 17, 33, 60, 88, 101, 127)
 
 
-def layout_of(*formats, dim=64, kv_heads=1, dtype=torch.float16, biased=False):
-    return layout.check("test", Layout(kv_heads, dim, dim, dtype, 64, formats, None, biased))
+def layout_of(*formats, dim=64, kv_heads=1, dtype=torch.float16, biased=False, rotary=None):
+    return layout.check("test", Layout(kv_heads, dim, dim, dtype, 64, formats, rotary, biased))
+
+
+def rotary_of(dim, interleaved=False):
+    return Rotary(tuple(10000.0 ** (-2 * i / dim) for i in range(dim // 2)), interleaved)
 
 
 def agree(cache, q, splits=1, seeds=(0, 1), **options):
     expected, total = truth(cache, q, **options)
-    library = attention_library(cache.dim, bool(cache.formats or cache.biased))
+    library = attention_library(cache.dim, cache.in_formats)
     out, lse, counters = attend(library, cache, q, splits, seeds=seeds, **options)
     assert relative_error(out, expected) < LIMIT[q.dtype]
     assert torch.equal(lse.isneginf(), total.isneginf())
@@ -79,6 +84,28 @@ def test_formats_of_one_table():
         agree(cache, q, 3, seeds=range(4))
         agree(cache, q, window=300, softcap=4.0)
         agree(cache, q, mask=torch.rand(1, 1, 2, cache.keys[0].shape[1]) < 0.5)
+
+
+TURNED = ["plain", "nuq 4", "nuq 3, 2", "nuq 2, 3", "e4m3", "separable 8", "outliers", "outliers nuq",
+          "outliers separable"]
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_keys_before_rotary_embedding(name):
+    """Packed keys are turned to their slots; of halves and of neighbours, some channels left as they are."""
+    for i, rotary in enumerate((rotary_of(64), rotary_of(32), rotary_of(64, True), rotary_of(16, True))):
+        made = layout_of(FORMATS[name], kv_heads=2, rotary=rotary, biased=i == 1, dtype=list(CODE)[i % 2])
+        cache = cached_layout(made, [[(64, 1), (64, 1), (17, 0)], [(64, 1), (30, 1)]], seed=i)
+        agree(cache, queries(2, 4, 1 if i % 2 else 5, 64, made.dtype))
+
+
+@pytest.mark.parametrize("dim", (80, 96, 128, 256))
+def test_turned_keys_of_every_head_dim(dim):
+    made = layout_of(PageFormat(4, 4, key_levels=UNEVEN, key_outliers=40), PageFormat(8, 8), dim=dim,
+                     rotary=rotary_of(dim))
+    cache = cached_layout(made, [[(64, 1), (64, 2), (64, 1), (9, 0)]])
+    for count in (1, 5):
+        agree(cache, queries(1, 4, count, dim, torch.float16), 2)
 
 
 def test_extreme_ranges():
@@ -150,12 +177,12 @@ def pack(made, keys, values, kind, bias=None, seeds=(0, 1)):
     raw = layout.encode_page(made, keys, values, 0, bias)
     expected = layout.encode_page(made, keys, values, kind, bias)
     packed = torch.zeros_like(expected)
-    page = made.format(kind)
+    page, cache = made.format(kind), cached_layout(made, [])
     jobs = torch.tensor([[raw[i].data_ptr(), packed[i].data_ptr()] for i in range(len(raw))])
     launch(page_library(), "tersor_cuda_kv_pack", [
-        cache_fields(cached_layout(made, [])), *ints(kind if layout.format_numbers(made) else 0, page.key_bits,
-                                                     page.value_bits), address(jobs), *ints(len(raw)),
-        ctypes.c_void_p(None)], {"jobs": jobs, "raw": raw, "packed": packed}, ["packed"], seeds)
+        cache_fields(cache), *ints(kind if layout.format_numbers(made) else 0, page.key_bits, page.value_bits),
+        address(jobs), *ints(len(raw)), ctypes.c_void_p(None)],
+        {"jobs": jobs, "raw": raw, "packed": packed, **cache.pages}, ["packed"], seeds)
     return packed, expected
 
 
@@ -186,6 +213,36 @@ def test_pack_equals_the_reference(name):
             assert torch.equal(got[..., start::2], wanted[..., start::2]), (part, dim)
             far = got[..., start + 1 :: 2].int() - wanted[..., start + 1 :: 2].int()
             assert not length or int(far.abs().max()) <= 1
+
+
+@pytest.mark.parametrize("name", ("plain", "nuq 4", "e4m3", "outliers"))
+def test_pack_of_turned_keys(name):
+    """Keys are turned back in fp32: a code of many may be its neighbour."""
+    for i, rotary in enumerate((rotary_of(64), rotary_of(48), rotary_of(64, True))):
+        made = layout_of(FORMATS[name], kv_heads=2, rotary=rotary, biased=i == 0)
+        k, v = numbers(64, torch.float16, i)
+        packed, expected = pack(made, k, v, 1)
+        assert packed.eq(expected).double().mean() > 0.995
+        got, wanted = layout.decode_page(made, packed, 1), layout.decode_page(made, expected, 1)
+        assert relative_error(got[0] - k.double(), wanted[0] - k.double()) < 2e-2
+        assert relative_error(got[1], wanted[1]) < 1e-4
+
+
+def test_append_of_turned_keys():
+    """Raw keys lie in the order of pairs."""
+    for rotary in (rotary_of(64), rotary_of(32), rotary_of(64, True)):
+        made = layout_of(FORMATS["nuq 4"], kv_heads=2, rotary=rotary)
+        cache = cached_layout(made, [[(64, 0)]])
+        fresh = torch.randn(2, 1, 2, 64, 64).half()
+        table, used = cache.table
+        struct = cache_fields(cache, table, used)
+        launch(page_library(), "tersor_cuda_kv_append", [
+            struct, fields(fresh[0], fresh[1], 64, *fresh[0].stride()[:3], *fresh[1].stride()[:3], None),
+            ctypes.c_void_p(None)], {"table": table, "pages": used, "fresh": fresh, **cache.pages}, ["page 0.0"])
+        page = cache.pages["page 0.0"]
+        data = page[cache.rows[0][0][0] - page.data_ptr() :][: 2 * layout.layout_bytes(made, 0)].view(2, -1)
+        keys, values = layout.decode_page(made, data, 0)
+        assert torch.equal(keys, fresh[0, 0].double()) and torch.equal(values, fresh[1, 0].double())
 
 
 @pytest.mark.parametrize("name", [name for name, page in FORMATS.items() if page.value_axis == "separable"])

@@ -35,6 +35,7 @@ extern "C" int tersor_cuda_kv_append(const tersor_cuda_kv_cache* cache, const te
   }
   if (!kv_append_kernel) return fail(TERSOR_INVALID, "kv_append: not in this build");
   KvAppendArguments a{};
+  if (int status = read_kv_rotary(c, &a.rotary)) return status;
   a.table = static_cast<const KvPage*>(c.table);
   a.pages = c.pages;
   a.keys = f.keys;
@@ -75,7 +76,8 @@ extern "C" int tersor_cuda_kv_pack(const tersor_cuda_kv_cache* cache, int64_t fo
   KvPackArguments a{};
   a.format = formats[format];
   if (int status = check_kv_codings(a.format, key_bits, value_bits)) return status;
-  const bool plain = format == 0 && !c.biased;
+  if (int status = read_kv_rotary(c, &a.rotary)) return status;
+  const bool plain = format == 0 && !c.biased && c.rotary_dim == 0;
   KvPackKernel* kernel = plain ? kv_pack_kernel : kv_pack_formats_kernel;
   if (!kernel) return fail(TERSOR_INVALID, "kv_pack: not in this build");
   a.jobs = jobs;

@@ -127,6 +127,7 @@ int read_query(const tersor_cuda_kv_cache& c, const tersor_cuda_kv_query& q, flo
   }
   KvAttentionArguments& a = *arguments;
   if (int status = read_kv_formats(c, a.formats)) return status;
+  if (int status = read_kv_rotary(c, &a.rotary)) return status;
   a.biased = c.biased != 0;
   a.q = q.q;
   a.out = q.out;
@@ -173,7 +174,7 @@ extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const
     return fail(TERSOR_INVALID,
                 "partials and counters: accepted is the workspace, 16-byte aligned, for splits above 1");
   }
-  const bool formats = c.formats > 0 || c.biased;
+  const bool formats = c.formats > 0 || c.biased || c.rotary_dim > 0;
   KvAttentionChooser* chooser = (formats ? kv_format_choosers : kv_attention_choosers)[c.head_dim];
   KvAttentionKernel* kernel = chooser ? chooser(p.rows) : nullptr;
   if (!kernel) return fail(TERSOR_INVALID, "head_dim %lld: not in this build", (long long)c.head_dim);

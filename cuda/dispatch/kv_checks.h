@@ -46,6 +46,19 @@ inline int check_kv_table(const void* table, const int32_t* pages, int64_t table
   return TERSOR_OK;
 }
 
+// Of a cache whose packed keys are turned back, as kernels have it.
+inline int read_kv_rotary(const tersor_cuda_kv_cache& c, KvRotary* rotary) {
+  if (c.rotary_dim < 0 || c.rotary_dim > c.head_dim || c.rotary_dim % 16 != 0) {
+    return fail(TERSOR_INVALID, "rotary_dim is %lld; accepted on CUDA: multiples of 16 to head_dim = %lld",
+                (long long)c.rotary_dim, (long long)c.head_dim);
+  }
+  if (c.rotary_dim > 0 && (!c.rotary || !kv_aligned(c.rotary, 16))) {
+    return fail(TERSOR_INVALID, "rotary: accepted is a 16-byte aligned address");
+  }
+  *rotary = {c.rotary, static_cast<int>(c.rotary_dim / 2), c.rotary_dim > 0 && !c.rotary_interleaved};
+  return TERSOR_OK;
+}
+
 // A launch's formats as kernels have them; the first, of plain pages, is all zeros.
 inline int read_kv_formats(const tersor_cuda_kv_cache& c, KvFormat (&formats)[kKvFormats]) {
   if (c.formats < 0 || c.formats >= kKvFormats || (c.formats > 0 && !c.format)) {

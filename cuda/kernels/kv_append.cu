@@ -19,6 +19,7 @@
 
 #include "ptx/math.h"
 #include "ptx/ptx.h"
+#include "tile/kv_codes.h"
 
 namespace tersor {
 namespace {
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(32 * kKvAppendWarps) kv_append(const KvAppendA
   using Two = ptx::Vec<uint32_t, 2>;
   const uint16_t *key = row(a.keys, a.key_strides), *value = row(a.values, a.value_strides);
   for (int channel = 4 * lane; channel < a.dim; channel += 128) {
-    const Two k = ptx::load_global_constant(reinterpret_cast<const Two*>(key + channel));
+    const Two k = kv_load_four(key, channel, a.rotary.halves ? a.rotary.pairs : 0);
     const Two v = ptx::load_global_constant(reinterpret_cast<const Two*>(value + channel));
     ptx::store_global(reinterpret_cast<Two*>(keys + kv_raw_key_offset(slot, channel)), k);
 #pragma unroll

@@ -16,6 +16,7 @@ struct KvAppendArguments {
   const float* bias;          // [batch, kv_heads, tokens], or null: 0
   int64_t key_strides[3], value_strides[3];
   int tokens, kv_heads, dim, table_pages, biased;
+  KvRotary rotary;
 };
 
 using KvAppendKernel = void(KvAppendArguments);

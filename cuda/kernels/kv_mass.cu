@@ -10,7 +10,7 @@
 //   Limits: each tile of 8 rows reads the keys again, from L2 while they fit.
 //
 // gate: defines TERSOR_HEAD_DIM=64,80,96,128,256
-// gate: registers 168
+// gate: registers 255
 // gate: wants HMMA.16816.F32 HMMA.16816.F32.BF16 LDGSTS.E.BYPASS LDS.128 MUFU.EX2 PRMT
 #include "kernels/kv_mass.h"
 
@@ -74,7 +74,7 @@ struct KvMass : KvScores<kDim, kRows, true, false> {
 };
 
 template <int kDim>
-__global__ void __launch_bounds__(kKvThreads, 3) kv_mass(const KvMassArguments m) {
+__global__ void __launch_bounds__(kKvThreads, 2) kv_mass(const KvMassArguments m) {
   const KvAttentionArguments& a = m.query;
   const int sequence = blockIdx.z, warp = threadIdx.x / 32;
   const KvPage* table = a.table + int64_t(sequence) * a.table_pages;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kKvThreads, 3) kv_mass(const KvMassArguments m
     KvMass<kDim> rows(a, tile, table, begin + warp, end);
     ptx::barrier();  // nobody reads the queries of the tile before
     rows.store_limits(rows.limits_at, position);
-    rows.load_queries(rows.query);
+    rows.template load_queries<true>(rows.query);
     ptx::barrier();
     rows.run(mass, before, m.tokens);
   }

@@ -18,6 +18,7 @@ struct KvPackArguments {
   const int64_t* jobs;  // [count, 2]: addresses of a raw page and of its packed one
   int dim, key_bits, value_bits, is_bfloat16, biased;
   KvFormat format;
+  KvRotary rotary;
 };
 
 using KvPackKernel = void(KvPackArguments);

@@ -9,8 +9,9 @@
 //
 //   Simple rather than fast: numbers are read from L1 one at a time, with one piece of code for all codings.
 //
-//   Numbers are those of python/tersor/kv/formats.py. Where values are divided by factors that is done in fp32, and
-//   differences are rounded to fp32 before float16: one place in some thousands may differ from float64 there.
+//   Numbers are those of python/tersor/kv/formats.py. Where values are divided by factors, or keys turned back, that is
+//   done in fp32, and differences are rounded to fp32 before float16: one place in some thousands may differ from
+//   float64 there.
 //
 //   SHARED MEMORY: 10496 bytes. Outliers take some 1500 cycles each, one after another.
 //
@@ -71,8 +72,14 @@ struct KvPackFormats {
     const uint16_t bits = ptx::load_global_constant(reinterpret_cast<const uint16_t*>(at));
     return a.is_bfloat16 ? BFloat16::low(bits) : Float16::low(bits);
   }
+  // Turned back to the first slot, where keys are.
   TERSOR_DEVICE float key_at(int token, int channel) const {
-    return number_at(raw_keys + kv_raw_key_offset(token, channel));
+    const float x = number_at(raw_keys + kv_raw_key_offset(token, channel));
+    if (channel >= 2 * a.rotary.pairs) return x;
+    const float y = number_at(raw_keys + kv_raw_key_offset(token, channel ^ 1));
+    const auto turn = ptx::load_global_constant(
+        reinterpret_cast<const ptx::Vec<float, 2>*>(a.rotary.table + 2 * (token * a.rotary.pairs + channel / 2)));
+    return x * turn[0] + (channel % 2 == 0 ? y : -y) * turn[1];
   }
   TERSOR_DEVICE float raw_value_at(int token, int channel) const {
     return number_at(raw_values + kv_raw_value_offset(token, channel));
@@ -354,7 +361,7 @@ struct KvPackFormats {
   }
 };
 
-__global__ void __launch_bounds__(32 * kKvPackWarps) kv_pack_formats(const KvPackArguments a) {
+__global__ void __launch_bounds__(32 * kKvPackWarps, 4) kv_pack_formats(const KvPackArguments a) {
   const int head = blockIdx.y;
   const auto job = ptx::load_global_constant(reinterpret_cast<const ptx::Vec<int64_t, 2>*>(a.jobs) + blockIdx.x);
   if (job[0] == 0 || job[1] == 0) return;

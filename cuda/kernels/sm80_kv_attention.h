@@ -29,6 +29,7 @@ struct KvAttentionArguments {
   int mask_first, mask_end;  // positions that the mask covers
   int biased;                // pages have tails with float32 of their tokens
   float scale, softcap;
+  KvRotary rotary;
   KvFormat formats[kKvFormats];
 };
 

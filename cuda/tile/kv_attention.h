@@ -160,7 +160,7 @@ TERSOR_DEVICE void kv_attend(const KvAttentionArguments& a) {
   KvAttention<kDim, kRows, kFormats> attention(a, blockIdx.y / a.kv_heads, table, begin + warp,
                                                begin + share < pages ? begin + share : pages);
   attention.store_limits(attention.limits_at, position);
-  attention.load_queries(attention.query);
+  attention.template load_queries<kFormats>(attention.query);
   ptx::barrier();
   attention.run();
 }

@@ -69,6 +69,17 @@ TERSOR_DEVICE uint32_t kv_centred_pair(const KvWords<kBits>& codes) {
   return kBits < 8 ? ptx::sub_bf16x2(pair, kKvMiddle<kBits>) : pair;
 }
 
+// The four stored channels from `channel` on of a row of keys or queries: as they lie, or, below 2 * pairs, those that
+// are paired in halves.
+TERSOR_DEVICE ptx::Vec<uint32_t, 2> kv_load_four(const uint16_t* row, int channel, int pairs) {
+  if (channel >= 2 * pairs) {
+    return ptx::load_global_constant(reinterpret_cast<const ptx::Vec<uint32_t, 2>*>(row + channel));
+  }
+  const uint32_t first = ptx::load_global_constant(reinterpret_cast<const uint32_t*>(row + channel / 2));
+  const uint32_t second = ptx::load_global_constant(reinterpret_cast<const uint32_t*>(row + channel / 2 + pairs));
+  return {{ptx::prmt(first, second, 0x5410), ptx::prmt(first, second, 0x7632)}};
+}
+
 // ---- codings of formats ----------------------------------------------------------------------------------------
 
 // The codes of pairs 2 kWord and 2 kWord + 1 as signed bytes, as 8 bits have them: their levels. A selector of prmt is

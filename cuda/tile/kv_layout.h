@@ -68,6 +68,14 @@ struct KvFormat {
 };
 constexpr int kKvFormats = 8;  // with the plain one, 0
 
+// Keys that are stored as before their rotary embedding, but for their page's first slot. A pair of channels is one of
+// stored channels 2i and 2i + 1: channels i and i + pairs, where halves are paired (in raw pages too).
+struct KvRotary {
+  const float* table;  // cosines and sines [slots][pairs][2]
+  int pairs;           // 0: keys are as they come
+  int halves;
+};
+
 constexpr bool kv_bits_exist(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8 || bits == 16; }
 constexpr bool kv_dim_exists(int dim) { return dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256; }
 

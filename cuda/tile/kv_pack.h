@@ -150,7 +150,7 @@ struct KvCoder {
   TERSOR_DEVICE void store_positions(const uint32_t (&levels)[4], int i) const {
     uint32_t word = 0;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) word = i / 4 == k ? levels[k] : word;
+    for (int k = 0; k < 4; ++k) word |= (0u - uint32_t(i / 4 == k)) & levels[k];
     const int level = static_cast<int8_t>(word >> (8 * (i % 4)));
     ptx::store_shared(positions + 8 * i, (double(level) + 127) * (double(top()) / 254));
   }
@@ -166,7 +166,7 @@ struct KvCoder {
       const double border = (position(i + 1) + position(i)) / 2;
       bool above = units >= static_cast<float>(border);
       if (fabsf(units - static_cast<float>(border)) < 1e-4f) {
-        above = (double(x) - double(p.minimum)) / double(p.scale) >= border;
+        above = double(x) - double(p.minimum) >= border * double(p.scale);
       }
       code += above;
     }

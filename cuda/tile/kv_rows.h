@@ -5,6 +5,7 @@
 #include "kernels/sm80_kv_attention.h"
 #include "ptx/math.h"
 #include "ptx/ptx.h"
+#include "tile/kv_codes.h"
 #include "tile/number.h"
 
 namespace tersor {
@@ -42,6 +43,7 @@ struct KvRows {
   TERSOR_DEVICE int query_head(int index) const { return head() * a.group + index % a.group; }
 
   // The queries in the order of fragments A: for each record and lane, its row's (rows') four channels.
+  template <bool kFormats>
   TERSOR_DEVICE void load_queries(ptx::shared_t query) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = lane % 4;
 #pragma unroll
@@ -49,12 +51,12 @@ struct KvRows {
       const int index = index_of(lane / 4 + 8 * row);
       const bool exists = first_row() + lane / 4 + 8 * row < row_count();
       const uint16_t* from = static_cast<const uint16_t*>(a.q) + sequence() * a.q_strides[0] +
-                             query_head(index) * a.q_strides[1] + index / a.group * a.q_strides[2] + 4 * t;
+                             query_head(index) * a.q_strides[1] + index / a.group * a.q_strides[2];
       for (int record = warp; record < kRecords; record += kKvWarps) {
         ptx::Vec<uint32_t, 2> pairs = {{0, 0}};
         if (exists) {
-          pairs = ptx::load_global_constant(
-              reinterpret_cast<const ptx::Vec<uint32_t, 2>*>(from + record * kKvRecordChannels));
+          pairs = kv_load_four(from, record * kKvRecordChannels + 4 * t,
+                               kFormats && a.rotary.halves ? a.rotary.pairs : 0);
         }
         ptx::store_shared(query + (record * 32 + lane) * 8 * kOwn + 8 * row, pairs);
       }

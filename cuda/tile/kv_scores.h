@@ -5,7 +5,8 @@
 // column of ones gives what the 128 add up to, which takes eight instructions for a page instead of one for each pair.
 // Minima: q times them is the same for a page's tokens, one fp32 sum for a row. Raw pages multiply q as it is, in its
 // own type. Formats: scales of tokens multiply the sums, whose columns are tokens; levels become signed bytes by prmt,
-// and then what 8 bits become; outliers add q times their difference to the scores of their token.
+// and then what 8 bits become; outliers add q times their difference to the scores of their token; keys from before
+// their rotary embedding are turned in fp32 (their two channels are a pair of codes) and multiplied as two bf16.
 #pragma once
 
 #include "ptx/math.h"
@@ -264,24 +265,113 @@ struct KvScores : KvRows<kDim, kRows> {
         const int index = entry & 0xffff, channel = index % kDim;
         const float difference = ptx::unpack_f16x2(entry)[1];
         const bool second = index / kDim % 2 != 0;
+        ptx::Vec<float, 2> turn = {{1, 0}};
+        if (channel < 2 * a.rotary.pairs) turn = turn_of(index / kDim, channel / 2);
 #pragma unroll
         for (int row = 0; row < kOwn; ++row) {
-          const float add = difference * query_at(row, channel);
+          const float other = channel % 2 == 0 ? query_at(row, channel + 1) : -query_at(row, channel - 1);
+          const float add = difference * (turn[0] * query_at(row, channel) + turn[1] * other);
           score[j][2 * row] += second ? 0.0f : add;
           score[j][2 * row + 1] += second ? add : 0.0f;
         }
       }
     }
   }
+  // Cosine and sine of a slot and a pair.
+  TERSOR_DEVICE ptx::Vec<float, 2> turn_of(int slot, int pair) const {
+    return ptx::load_global_constant(
+        reinterpret_cast<const ptx::Vec<float, 2>*>(a.rotary.table + 2 * (slot * a.rotary.pairs + pair)));
+  }
   TERSOR_DEVICE float query_at(int row, int channel) const {
     const int place = channel / kKvRecordChannels * 32 + 4 * g + channel % kKvRecordChannels / 4;
     return unpack_query(ptx::load_shared<uint16_t>(query + place * 8 * kOwn + 8 * row + channel % 4 * 2))[0];
   }
 
+  // Scores of packed keys that are turned: by channel, of any coding and bits, which a record's words become bytes of.
+  TERSOR_DEVICE void score_turned_keys(float (&score)[8][2 * kOwn], const KvPage& page) {
+    const KvFormat& f = format(page);
+    const int bits = page.key_bits, unit = kv_unit_records(kDim, bits, true);
+    const bool floats = f.key_coding == kKvE4M3, looked_up = f.key_coding == kKvLevels;
+    const KvUnits units = looked_up ? kv_units<kKvBytes>(bits) : KvUnits{1, bits == 8 && !floats ? 128.0f : 0.0f};
+    const uint32_t plain[4] = {0x03020100, 0x07060504, 0x0b0a0908, 0x0f0e0d0c};
+    uint32_t levels[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) levels[i] = looked_up ? f.key_levels[i] : plain[i];
+    float sum[8][4] = {};
+    shared_t record = 0;
+#pragma unroll 1
+    for (int index = 0; index < kRecords; ++index) {
+      if (index % unit == 0) record = next_unit();
+      const auto pairs = ptx::load_shared<ptx::Vec<uint32_t, 2 * kOwn>>(query + (index * 32 + lane) * 8 * kOwn);
+      const auto parameters = ptx::load_shared<ptx::Vec<uint32_t, 4>>(record + 16 * t);
+      Operand q;
+      ptx::Vec<float, 2> scales[2], lowest[2];
+#pragma unroll
+      for (int i = 0; i < 2 * kOwn; ++i) {
+        const auto x = unpack_query(pairs[i]);
+        uint32_t remainder;
+        const uint32_t pair = split_pair<BFloat16>(x[0], x[1], remainder);
+        q.set(i % 2, i / 2, pair, remainder);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scales[half] = ptx::unpack_f16x2(parameters[half]);
+        lowest[half] = ptx::unpack_f16x2(parameters[2 + half]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          lowest[half][i] += scales[half][i] * units.offset;
+          scales[half][i] *= units.unit;
+        }
+      }
+      record += kKvKeyParameters;
+      KvWords<8> codes;
+      const auto load_piece = [&](auto piece, int at) { return ptx::load_shared<decltype(piece)>(record + at); };
+      if (bits == 8) {
+        codes.load_chunk(0, lane, load_piece);
+        codes.load_chunk(1, lane, load_piece);
+      } else {
+        look_up(codes, bits, levels, load_piece);
+      }
+      multiply_turned(sum, q, codes, scales, lowest, index, floats);
+      record += kv_code_bytes(bits);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 2 * kOwn; ++i) score[j][i] = sum_of(sum[j], i / 2, i % 2);
+  }
+
+  template <int kTile = 0>
+  TERSOR_DEVICE void multiply_turned(float (&sum)[8][4], const Operand& q, const KvWords<8>& codes,
+                                     const ptx::Vec<float, 2> (&scales)[2], const ptx::Vec<float, 2> (&lowest)[2],
+                                     int record, bool floats) const {
+    const uint32_t both[2] = {floats ? kv_float_pair<2 * kTile>(codes) : kv_pair<8, 2 * kTile>(codes),
+                              floats ? kv_float_pair<2 * kTile + 1>(codes) : kv_pair<8, 2 * kTile + 1>(codes)};
+    const int pair = record * (kKvRecordChannels / 2) + 2 * t;
+    ptx::Vec<float, 4> turns = {{1, 0, 1, 0}};
+    if (record * kKvRecordChannels < 2 * a.rotary.pairs) {
+      turns = ptx::load_global_constant(reinterpret_cast<const ptx::Vec<float, 4>*>(
+          a.rotary.table + 2 * ((8 * kTile + g) * a.rotary.pairs + pair)));
+    }
+    uint32_t b[2], rest[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto code = ptx::unpack_bf16x2(both[half]);
+      const float x = code[0] * scales[half][0] + lowest[half][0], y = code[1] * scales[half][1] + lowest[half][1];
+      const float cosine = turns[2 * half], sine = turns[2 * half + 1];
+      b[half] = split_pair<BFloat16>(x * cosine - y * sine, y * cosine + x * sine, rest[half]);
+    }
+    q.template multiply<BFloat16>(sum[kTile], b);
+    BFloat16::mma(sum[kTile], q.first, rest);
+    if constexpr (kTile < 7) multiply_turned<kTile + 1>(sum, q, codes, scales, lowest, record, floats);
+  }
+
   // Logits in units of log 2, -infinity where a row does not see a token; for what is returned see `mask`.
   TERSOR_DEVICE uint32_t logits(float (&score)[8][2 * kOwn], const KvPage& page) {
     const int coding = kFormats && page.key_bits < 16 ? format(page).key_coding : int(kKvUniform);
-    if (kFormats && coding == kKvLevels) {
+    if (kFormats && a.rotary.pairs > 0 && page.key_bits < 16) {
+      if constexpr (kFormats) score_turned_keys(score, page);
+    } else if (kFormats && coding == kKvLevels) {
       score_keys<kFormats ? kKvBytes : 16>(score, page);
     } else if (kFormats && coding == kKvE4M3) {
       score_keys<kFormats ? kKvFloats : 16>(score, page);

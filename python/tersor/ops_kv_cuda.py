@@ -88,23 +88,32 @@ def _stream(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _formats(op: str, layout: Layout | None) -> tuple[int, list[int]]:
-    """Whether a checked layout is biased, and its formats as numbers."""
-    if layout is None:
-        return 0, []
-    cuda_layout.check(op, layout)
-    return int(layout.biased), list(cuda_layout.format_numbers(layout))
+def _formats(op: str, layout: Layout) -> list[int]:
+    """A checked layout's formats as numbers."""
+    return list(cuda_layout.format_numbers(cuda_layout.check(op, layout)))
+
+
+@functools.lru_cache(maxsize=64)
+def _rotary(layout: Layout, device: torch.device) -> Tensor:
+    """The cosines and sines that launches read, kept for all layers with the same frequencies."""
+    table = cuda_layout.rotary_table(layout)
+    return torch.empty(0, device=device).new_empty(table.shape).copy_(table)
 
 
 def _cache(op: str, table: Tensor | None, pages: Tensor | None, kv_heads: int, head_dim: int, dtype: torch.dtype,
-           layout: Layout | None) -> tuple[list[int], list[int]]:
+           layout: Layout | None, device: torch.device) -> tuple[list[int], list[int]]:
     """The fields of ``tersor_cuda_kv_cache``, and its formats."""
-    biased, formats = _formats(op, layout)
-    if layout is not None and (layout.kv_heads, layout.key_dim, layout.dtype) != (kv_heads, head_dim, dtype):
+    where = [0, 0, 0, 0] if table is None else [table.data_ptr(), pages.data_ptr(), len(table), table.shape[1]]
+    fields = [*where, kv_heads, head_dim, CODE[dtype]]
+    if layout is None:
+        return [*fields, 0, 0, 0, 0, 0, 0], []
+    formats = _formats(op, layout)
+    if (layout.kv_heads, layout.key_dim, layout.dtype) != (kv_heads, head_dim, dtype):
         fail(op, "layout", f"{layout.kv_heads} heads of {layout.key_dim}, {layout.dtype}",
              f"{kv_heads} heads of {head_dim}, {dtype}")
-    where = [0, 0, 0, 0] if table is None else [table.data_ptr(), pages.data_ptr(), len(table), table.shape[1]]
-    return [*where, kv_heads, head_dim, CODE[dtype], biased, len(formats) // cuda_layout.FORMAT_NUMBERS, 0], formats
+    rotary = layout.rotary
+    turned = [0, 0, 0] if rotary is None else [rotary.dim, int(rotary.interleaved), _rotary(layout, device).data_ptr()]
+    return [*fields, int(layout.biased), *turned, len(formats) // cuda_layout.FORMAT_NUMBERS, 0], formats
 
 
 def kv_append(table: Tensor, pages: Tensor, keys: Tensor, values: Tensor, *, layout: Layout | None = None,
@@ -125,7 +134,7 @@ def kv_append(table: Tensor, pages: Tensor, keys: Tensor, values: Tensor, *, lay
             fail(op, "bias", f"{bias.dtype} {list(bias.shape)} on {bias.device}",
                  f"torch.float32 {list(keys.shape[:3])} on {keys.device}")
         bias = bias.contiguous()
-    cache, _ = _cache(op, table, pages, keys.shape[1], keys.shape[3], keys.dtype, layout)
+    cache, _ = _cache(op, table, pages, keys.shape[1], keys.shape[3], keys.dtype, layout, keys.device)
     cache[-2] = 0  # raw pages have no format
     keys, values = _rows(keys), _rows(values)
     with _on(table.device):
@@ -165,7 +174,7 @@ def kv_pack_jobs(jobs: Tensor, kv_heads: int, head_dim: int, key_bits: int, valu
     op = "kv_pack"
     if jobs.dtype is not torch.int64 or jobs.dim() != 2 or jobs.shape[1] != 2 or not jobs.is_contiguous():
         fail(op, "jobs", f"{jobs.dtype} {list(jobs.shape)}", "contiguous torch.int64 [count, 2]")
-    cache, formats = _cache(op, None, None, kv_heads, head_dim, dtype, layout)
+    cache, formats = _cache(op, None, None, kv_heads, head_dim, dtype, layout, jobs.device)
     page = layout and kind and layout.format(kind)
     if layout is not None and (not page or (page.key_bits, page.value_bits) != (key_bits, value_bits)):
         fail(op, "kind", f"{kind} and {key_bits}, {value_bits} bits", "a format of the layout, and its bits")
@@ -219,7 +228,7 @@ def _query(op: str, query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, 
     places = [_optional(op, "positions", positions, torch.int32, batch, device),
               _optional(op, "first", first, torch.int32, batch, device)]
     hidden = _mask(op, mask, mask_first, (batch, heads, queries), device)
-    return *_cache(op, table, pages, kv_heads, dim, query.dtype, layout), places, hidden
+    return *_cache(op, table, pages, kv_heads, dim, query.dtype, layout, device), places, hidden
 
 
 def kv_attention(query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, scale: float, *, softcap: float = 0.0,

@@ -123,11 +123,13 @@ def check(op: str, layout: Layout) -> Layout:
     dim = layout.key_dim
     if layout.page_tokens != TOKENS:
         fail(op, "page_tokens", layout.page_tokens, f"{TOKENS} on CUDA")
-    if layout.rotary is not None:
-        fail(op, "rotary", "keys stored before rotary embedding", "those after it on CUDA")
+    if layout.rotary is not None and layout.rotary.dim % 16:
+        fail(op, "rotary", f"{layout.rotary.dim} channels that are turned", "a multiple of 16 on CUDA")
     if len(layout.formats) > 7:
         fail(op, "formats", f"{len(layout.formats)} formats", "at most 7 on CUDA")
     for page in layout.formats:
+        if page.key_bits < 16 and page.key_axis == "token" and layout.rotary is not None:
+            fail(op, "key_axis", "token, of keys stored before rotary embedding", "channel for them on CUDA")
         if page.key_bits < 16 and page.key_axis == "token" and layout.key_group(page) != dim:
             fail(op, "key_group", page.key_group, f"{dim} (0), all channels of a token, on CUDA")
         groups = sorted({value_group(dim), dim})
@@ -200,7 +202,8 @@ def parts(layout: Layout, kind: int) -> dict[str, tuple[int, int]]:
     if page.value_bits < 16 and (separable or layout.value_group(page) != value_group(dim)):
         lengths["values"] = dim * 8 * page.value_bits + 256 + dim * 2 * separable
     keys, values = page.key_outliers, page.value_outliers
-    tails = {"key_outliers": keys and _starts(TOKENS // 2) + -(-4 * keys // 16) * 16, "bias": 4 * TOKENS * layout.biased,
+    tails = {"key_outliers": keys and _starts(TOKENS // 2) + -(-4 * keys // 16) * 16,
+             "bias": 4 * TOKENS * layout.biased,
              "value_outliers": values and _starts(dim // 2) + -(-4 * values // 16) * 16}
     result, at = {}, 0
     for name in ("keys", *tails, "values"):
@@ -215,10 +218,29 @@ def layout_bytes(layout: Layout, kind: int) -> int:
     return parts(layout, kind)["page"][1]
 
 
+def channel_order(layout: Layout) -> Tensor | None:
+    """Which channel of keys lies where: pairs of the rotary embedding side by side; None for all as they come."""
+    if layout.rotary is None or layout.rotary.interleaved:
+        return None
+    half = layout.rotary.dim // 2
+    pairs = torch.arange(2 * half).view(2, half).T.flatten()
+    return torch.cat((pairs, torch.arange(2 * half, layout.key_dim)))
+
+
+def rotary_table(layout: Layout) -> Tensor:
+    """float32 ``[64, pairs, 2]``: cosines and sines of slots."""
+    angles = torch.arange(TOKENS, dtype=torch.float64).view(-1, 1) * torch.tensor(layout.rotary.inv_freq,
+                                                                                dtype=torch.float64)
+    return torch.stack((angles.cos(), angles.sin()), -1).float()
+
+
 def encode_page(layout: Layout, keys: Tensor, values: Tensor, kind: int, bias: Tensor | None = None) -> Tensor:
     """``keys``, ``values [..., 64, dim]`` and ``bias [..., 64]`` (None: 0) to uint8 ``[..., layout_bytes]``."""
     page, at = layout.format(kind) or PageFormat(16, 16), parts(layout, kind)
-    made = {}
+    made, order = {}, channel_order(layout)
+    if layout.rotary is not None and page.key_bits < 16:
+        keys = layout.rotary.turn(keys.double(), torch.arange(TOKENS), back=True)
+    keys = keys if order is None else keys[..., order]
     if page.key_bits == 16:
         made["keys"] = _raw(keys.to(layout.dtype), False)
     else:
@@ -247,6 +269,11 @@ def decode_page(layout: Layout, pages: Tensor, kind: int, dtype: torch.dtype = t
     else:
         keys = _decode_keys(at["keys"], dim, page)
         keys = _add_entries(keys, at["key_outliers"], page.key_outliers, TOKENS // 2)
+    order = channel_order(layout)
+    if order is not None:
+        keys = torch.empty_like(keys).index_copy_(-1, order.to(keys.device), keys)
+    if layout.rotary is not None and page.key_bits < 16:
+        keys = layout.rotary.turn(keys.cpu(), torch.arange(TOKENS)).to(keys.device)
     if page.value_bits == 16:
         values = _unraw(at["values"], dim, True, layout.dtype, torch.float64)
     else:
