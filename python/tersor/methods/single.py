@@ -35,7 +35,7 @@ def compress_weight(weight: Tensor, resolved: Resolved, inputs: Tensor | None = 
         if inputs is None:
             raise ValueError(f"inputs: {resolved.method_text} looks at data and found none; accepted are samples "
                              f"[..., {weight.shape[1]}] of the layer's input")
-        stats = _statistics(inputs.to(weight.device), needs)
+        stats = _statistics(inputs.to(weight.device), weight.shape[1], needs)
     pre = ()
     steps, group = transforms(resolved.methods), None
     if steps:
@@ -47,7 +47,7 @@ def compress_weight(weight: Tensor, resolved: Resolved, inputs: Tensor | None = 
             x = inputs.to(weight.device)
             for step in pre:
                 x = step(x)
-            stats = _statistics(x, needs)
+            stats = _statistics(x, weight.shape[1], needs)
     choice = choose(resolved.methods, w, resolved.format, stats, weight.dtype)
     if stats is not None:
         resolved.format.calibrate(choice.params, stats)
@@ -57,7 +57,7 @@ def compress_weight(weight: Tensor, resolved: Resolved, inputs: Tensor | None = 
     return choice
 
 
-def _statistics(x: Tensor, needs: frozenset[str]) -> Statistics:
-    collector = Collector(x.shape[-1], needs, _SAMPLE, x.device)
+def _statistics(x: Tensor, width: int, needs: frozenset[str]) -> Statistics:
+    collector = Collector(width, needs, _SAMPLE, x.device)
     collector.add(x)
     return collector.finish()
