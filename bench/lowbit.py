@@ -63,9 +63,15 @@ def dense(k: int, n: int, dtype: torch.dtype) -> Way:
 
 
 def linear_dynamic(k: int, n: int) -> Way:
-    """torch's own dynamically quantized layer: int8 weights per channel, fp32 in and out."""
-    scales = torch.full((n,), 0.001)
-    weight = torch.quantize_per_channel(torch.randn(n, k) * 0.02, scales, torch.zeros(n), 0, torch.qint8)
+    """torch's own dynamically quantized layer: int8 weights per channel, fp32 in and out. RuntimeError where its result
+    is wrong."""
+    scales, zeros = torch.full((n,), 0.001), torch.zeros(n, dtype=torch.int64)
+    weight = torch.quantize_per_channel(torch.randn(n, k) * 0.02, scales, zeros, 0, torch.qint8)
+    x, packed = torch.randn(2, k), torch.ops.quantized.linear_prepack(weight, None)
+    wanted = x @ weight.dequantize().T
+    error = (torch.ops.quantized.linear_dynamic(x, packed) - wanted).norm() / wanted.norm()
+    if not error < 0.1:
+        raise RuntimeError(f"its result is off by {error:.2g}")
     packed = copies(n * k, lambda: torch.ops.quantized.linear_prepack(weight, None))
     return Way(torch.ops.quantized.linear_dynamic, packed, torch.float32, n * k)
 
