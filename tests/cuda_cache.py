@@ -1,5 +1,5 @@
-"""The cache's GPU path over kernels that are compiled for the host: `tersor.kv.devices.on_cuda` says yes to CPU tensors,
-and the functions of `_C` run the emulated launchers on whatever tensors are alive."""
+"""The cache's GPU path over kernels compiled for the host: `tersor.kv.devices.on_cuda` says yes to CPU tensors, and the
+functions of `_C` run the emulated launchers on whatever tensors are alive."""
 
 import contextlib
 import ctypes

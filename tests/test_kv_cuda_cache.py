@@ -146,12 +146,30 @@ def test_hadamard_and_methods(device, monkeypatch):
         ours = run(model, tersor.Cache(model, spec), ids, steps)
         theirs = on_cpu(monkeypatch, lambda spec=spec: run(model, tersor.Cache(model, spec), ids, steps))
         assert distance(ours, theirs) < CLOSE
-    with torch.no_grad(), pytest.raises(ValueError, match="layer 0: found method 'gear' on .*accepted on CUDA are fireq, "):
+    words = "layer 0: found method 'gear' on .*accepted on CUDA are ems, fireq, h2o, "
+    with torch.no_grad(), pytest.raises(ValueError, match=words):
         model(ids, past_key_values=tersor.Cache(model, "gear:K4V4"))
 
 
+@pytest.mark.parametrize("spec", ["streaming[sinks=4,window=70]:K8V8", "h2o[budget=100,slack=16]:K8V8",
+                                  "ems[budget=100,window=32]:K4V4"])
+def test_eviction(device, monkeypatch, spec):
+    """What is kept is chosen by numbers in 16 bits, which differ: so the same tokens are held, and alike ones chosen."""
+    model, ids, steps = make(), prompt(2, 190), (130, 1, 20, 1, 36, 1, 1)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    for own in (None, mask):
+        cache, other = tersor.Cache(model, spec), tersor.Cache(model, spec)
+        ours = run(model, cache, ids, steps, own)
+        theirs = on_cpu(monkeypatch, lambda other=other, own=own: run(model, other, ids, steps, own))
+        assert [row.tokens for row in cache.report().rows] == [row.tokens for row in other.report().rows]
+        assert cache.report().rows[0].tokens < 190 == cache.get_seq_length()
+        seen = torch.ones_like(ids).bool() if own is None else own.bool()
+        assert distance(ours[seen], theirs[seen]) < (CLOSE if "streaming" in spec else 0.1)
+
+
 def test_layers_wait_in_the_hosts_memory(device):
-    """`offload` between `update` and attention, as transformers calls it, waits until attention has stored the tokens."""
+    """`offload` between `update` and attention, as transformers calls it, waits until the tokens are stored."""
     model, ids = make(), prompt(1, 74)
     plain, cache = tersor.Cache(model, "K4V4"), tersor.Cache(model, "K4V4")
     update = cache.update

@@ -76,8 +76,8 @@ def attend(cache, q, *fresh, **options):
     return out
 
 
-@pytest.mark.parametrize("bits, recent, sink_pages", [((4, 4), 32, 1), ((8, 4), 0, 0), ((2, 3), 70, 0), ((16, 8), 64, 2),
-                                                      ((16, 16), 0, 0)])
+@pytest.mark.parametrize("bits, recent, sink_pages", [((4, 4), 32, 1), ((8, 4), 0, 0), ((2, 3), 70, 0),
+                                                      ((16, 8), 64, 2), ((16, 16), 0, 0)])
 def test_the_same_pages_as_on_the_cpu(device, bits, recent, sink_pages):
     """What is packed when, and the numbers."""
     torch.manual_seed(0)
@@ -278,7 +278,8 @@ def test_arguments_are_checked(device):
 
 
 FORMATS = {
-    "levels": PageFormat(4, 2, key_levels=normal_levels(4, 64, 0), value_levels=normal_levels(2, 64, 0), value_group=64),
+    "levels": PageFormat(4, 2, value_group=64, key_levels=normal_levels(4, 64, 0),
+                         value_levels=normal_levels(2, 64, 0)),
     "e4m3": PageFormat(8, 8, key_levels="e4m3", value_levels="e4m3", value_group=64),
     "tokens": PageFormat(4, 4, key_axis="token", value_group=64),
     "separable": PageFormat(4, 4, value_axis="separable"),

@@ -1,4 +1,4 @@
-"""`StaticPages` and `StaticCache`: the same results as those that grow, from launches that nothing on the host changes."""
+"""`StaticPages` and `StaticCache`: the results of those that grow, from launches that nothing on the host changes."""
 
 import ctypes
 
@@ -35,7 +35,8 @@ def check_held(static, growing, flipped=False):
         assert all(torch.equal(a, b) for a, b in zip(static.decode(), growing.decode()))
 
 
-@pytest.mark.parametrize("bits, recent, sink_pages", [((4, 4), 32, 1), ((8, 3), 0, 0), ((16, 16), 0, 0), ((2, 16), 70, 2)])
+@pytest.mark.parametrize("bits, recent, sink_pages", [((4, 4), 32, 1), ((8, 3), 0, 0), ((16, 16), 0, 0),
+                                                      ((2, 16), 70, 2)])
 def test_steps_equal_those_of_growing_pages(device, bits, recent, sink_pages):
     """Over page borders, a step at a time and several tokens at once: to the bit."""
     torch.manual_seed(0)

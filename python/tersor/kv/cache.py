@@ -52,7 +52,7 @@ class Cache(DynamicCache):
     or without exchangeable attention, layers of another kind, heads that are not multiples of 16, a device other than
     the CPU and CUDA; on CUDA (docs/cache.md lists what it takes) when a layer's first tokens come.
 
-    ``offloading``: layers wait for their turn in pinned memory of the host, as transformers' own caches do; needs a GPU.
+    ``offloading``: layers wait for their turn in pinned memory of the host, as those of transformers; needs a GPU.
     """
 
     def __init__(self, model, spec: str | CachePlan, *, offloading: bool = False, **options):
@@ -63,7 +63,7 @@ class Cache(DynamicCache):
             raise ValueError(f"model: found {type(model).__name__} with an encoder, accepted is a decoder")
         plan = plan_for(model, spec, options)
         if offloading and not torch.cuda.is_available():
-            raise ValueError("tersor.Cache: offloading: found no GPU, accepted is false: the pages are in the host's memory")
+            raise ValueError("tersor.Cache: offloading: found no GPU, accepted is false: pages are on the host")
         super().__init__(config=config, offloading=offloading)
         self.spec, self.plan, shared = plan.spec, plan, {}
         positions = position_limit(config.get_text_config(decoder=True))

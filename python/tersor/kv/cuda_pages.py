@@ -2,9 +2,9 @@
 
 The host knows which pages there are, so it never asks the device: a step adds to the count of the last page, which is a
 launch; a new or a packed page is one entry of the table, copied from pinned memory. Nothing waits. Pages lie in slabs,
-one allocation of several, which is freed at once when the last of its pages goes; a slab can leave for the host's memory
-and come back (`offload`, `prefetch`). Which row of a page a sequence reads stands in the table alone: beams reorder the
-table, and only the page that is still written is copied.
+one allocation of several, which is freed at once when the last of its pages goes; a slab can leave for the host's
+memory and come back (`offload`, `prefetch`). Which row of a page a sequence reads stands in the table alone: beams
+reorder the table, and only the page that is still written is copied.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ class CudaPage:
 
 
 class CudaPages:
-    """``layout`` for ``batch`` sequences on ``device``. The first ``sink_pages`` stay raw, and so do the last ``recent``
-    tokens; other full pages are packed in the layout's first format. ``where`` begins the errors of layouts that no
-    kernel takes (ValueError)."""
+    """``layout`` for ``batch`` sequences on ``device``. The first ``sink_pages`` stay raw, and so do the last
+    ``recent`` tokens; other full pages are packed in the layout's first format. ``where`` begins the errors of layouts
+    that no kernel takes (ValueError)."""
 
     def __init__(self, layout: Layout, batch: int, recent: int = 0, sink_pages: int = 0,
                  device: torch.device | str = "cuda", where: str = "cache"):

@@ -1,6 +1,6 @@
 """Where a cache lives: what the host reads and writes itself, and what kernels of a GPU do.
 
-Everything that differs asks `on_cuda`, so that tests can run the GPU's path over kernels that are compiled for the host.
+Everything that differs asks `on_cuda`, so that tests can run the GPU's path over kernels compiled for the host.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def check_device(where: str, x: Tensor) -> None:
         if x.dtype not in HALVES:
             raise ValueError(f"{where}: found {x.dtype} on {x.device}, accepted on CUDA is bfloat16, float16")
     elif x.device.type != "cpu" or x.dtype not in CODE:
-        raise ValueError(f"{where}: found {x.dtype} on {x.device}, accepted is {FLOATS} on cpu, and bfloat16, float16 on "
-                         "cuda")
+        raise ValueError(f"{where}: found {x.dtype} on {x.device}, accepted is {FLOATS} on cpu, and bfloat16, float16 "
+                         "on cuda")
 
 
 def capturing(device: torch.device) -> bool:
@@ -37,7 +37,7 @@ def capturing(device: torch.device) -> bool:
 def staged(numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of ``numbers`` on the device, by a copy from pinned memory that nothing waits for."""
     made = torch.tensor(numbers, dtype=dtype)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
 
 def host_like(x: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def prompt_mass(step: Step, last: int = 0) -> tuple[Tensor, Tensor]:
     batch, kv_heads, tokens, _ = step.keys.shape
     queries = step.query.shape[2]
     group = step.query.shape[1] // kv_heads
-    total, local = (torch.zeros((batch, kv_heads, tokens), dtype=torch.float32) for _ in range(2))
+    device = step.query.device
+    total, local = (torch.zeros((batch, kv_heads, tokens), dtype=torch.float32, device=device) for _ in range(2))
     rows = max(1, BLOCK // max(1, batch * step.query.shape[1] * tokens))
     cut = max(queries - last, 0)
     query, keys = step.query.float() * step.scale, step.keys.float().transpose(-1, -2)
@@ -66,7 +67,8 @@ def prompt_mass(step: Step, last: int = 0) -> tuple[Tensor, Tensor]:
         if step.softcap:
             scores = step.softcap * (scores / step.softcap).tanh()
         if step.causal:
-            later = torch.arange(width) > torch.arange(tokens - queries + first, tokens - queries + end).view(-1, 1)
+            own = torch.arange(tokens - queries + first, tokens - queries + end, device=device).view(-1, 1)
+            later = torch.arange(width, device=device) > own
             scores.masked_fill_(later, -torch.inf)
         if step.mask is not None:
             mask = step.mask[:, :, first:end, -tokens:][..., :width]
@@ -133,14 +135,15 @@ class WindowStore(Store):
         self.inner = pages_for(shape, window=0 if compensate else window)
         self.skipped = 0  # tokens of the first prompt that never came into pages
         self.keeps = False
-        batch, heads = shape.batch, shape.kv_heads
-        self.sink_keys = torch.zeros((batch, heads, sinks, shape.key_dim), dtype=shape.dtype)
-        self.sink_values = torch.zeros((batch, heads, sinks, shape.value_dim), dtype=shape.dtype)
-        self.sink_at = torch.full((batch, sinks), -1)  # positions; -1: none yet
+        batch, heads, device = shape.batch, shape.kv_heads, shape.device
+        self.sink_keys = torch.zeros((batch, heads, sinks, shape.key_dim), dtype=shape.dtype, device=device)
+        self.sink_values = torch.zeros((batch, heads, sinks, shape.value_dim), dtype=shape.dtype, device=device)
+        self.sink_at = torch.full((batch, sinks), -1, device=device)  # positions; -1: none yet
+        self.noted = not sinks  # all are there: known without a look at the device
         self.real: Tensor | None = None  # [batch, tokens held]: no padding; None: all
-        self.key_sum = torch.zeros((batch, heads, shape.key_dim), dtype=torch.float64)
-        self.value_sum = torch.zeros((batch, heads, shape.value_dim), dtype=torch.float64)
-        self.count = torch.zeros(batch, dtype=torch.float64)
+        self.key_sum = torch.zeros((batch, heads, shape.key_dim), dtype=torch.float64, device=device)
+        self.value_sum = torch.zeros((batch, heads, shape.value_dim), dtype=torch.float64, device=device)
+        self.count = torch.zeros(batch, dtype=torch.float64, device=device)
 
     @property
     def seen(self) -> int:
@@ -176,24 +179,24 @@ class WindowStore(Store):
             self._note(step, real_of(step))
         queries, after = step.query.shape[2], self.seen + step.fresh
         inner = from_position(step, self.skipped)
-        if self.compensate:
-            limit = torch.tensor([self.gone])
-        else:
-            limit = torch.arange(after - queries, after) - self.window + 1
-        if limit[-1] <= 0:
+        first, end = (self.gone, self.gone + 1) if self.compensate else \
+            (after - queries - self.window + 1, after - self.window + 1)
+        if end <= 1:
             out = self.inner.attend(inner)
         else:
             part = self.inner.attend(inner.changed(log_sum_exp=True))
-            out, total = merge([part, attend_few(step, *self._entries(limit))])
+            out, total = merge([part, attend_few(step, *self._entries(first, end))])
             out = (out, total) if step.log_sum_exp else out
         if not self.keeps:
             self._trim()
         return out
 
-    def _entries(self, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sinks that stand before ``limit [queries or 1]`` and the mean: keys, values and the bias on their scores."""
+    def _entries(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sinks that stand before ``first`` to ``end - 1`` (for each query, or one number for all) and the mean: keys,
+        values and the bias on their scores."""
+        limit = torch.arange(first, end, device=self.sink_at.device)
         seen = (self.sink_at[:, None] >= 0) & (self.sink_at[:, None] < limit.view(1, -1, 1))  # [batch, queries, sinks]
-        bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
         keys, values = self.sink_keys, self.sink_values
         if self.compensate:
             mean = self.count.clamp_min(1).view(-1, 1, 1)
@@ -204,14 +207,16 @@ class WindowStore(Store):
 
     def _note(self, step: Step, real: Tensor | None) -> None:
         """Keep fresh tokens that are among the first, and which are padding."""
-        tokens, first = step.fresh, self.seen
+        tokens, first, device = step.fresh, self.seen, self.sink_at.device
         if self.compensate and (real is not None or self.real is not None):
-            before = torch.ones((self.batch, first - self.gone), dtype=torch.bool) if self.real is None else self.real
-            fresh = torch.ones((self.batch, tokens), dtype=torch.bool) if real is None else real
+            before = self.sink_at.new_ones((self.batch, first - self.gone), dtype=torch.bool) if self.real is None \
+                else self.real
+            fresh = self.sink_at.new_ones((self.batch, tokens), dtype=torch.bool) if real is None else real
             self.real = torch.cat((before, fresh), 1)
-        if bool((self.sink_at >= 0).all()):
+        self.noted = self.noted or bool((self.sink_at >= 0).all())
+        if self.noted:
             return
-        rank = torch.arange(tokens).expand(self.batch, -1) if real is None else real.cumsum(1) - 1
+        rank = torch.arange(tokens, device=device).expand(self.batch, -1) if real is None else real.cumsum(1) - 1
         rank = rank + (self.sink_at >= 0).sum(1, keepdim=True)
         chosen = rank < self.sinks if real is None else (rank < self.sinks) & real
         rows, columns = chosen.nonzero(as_tuple=True)
@@ -240,7 +245,7 @@ class WindowStore(Store):
     def _retire(self, keys: Tensor, values: Tensor, first: int, real: Tensor | None) -> None:
         """Count tokens from position ``first`` on into the mean, unless they are sinks or padding."""
         for at in range(0, keys.shape[2], CHUNK):
-            positions = torch.arange(first + at, first + min(at + CHUNK, keys.shape[2]))
+            positions = torch.arange(first + at, first + min(at + CHUNK, keys.shape[2]), device=keys.device)
             counted = (positions.view(1, -1, 1) != self.sink_at.unsqueeze(1)).all(2)
             if real is not None:
                 counted &= real[:, at:at + CHUNK]
@@ -257,6 +262,7 @@ class WindowStore(Store):
                                f"{self.seen - self.gone} are still whole, and earlier ones are a mean")
         self.inner.crop(tokens)
         self.sink_at.masked_fill_(self.sink_at >= self.seen, -1)
+        self.noted = not self.sinks
         if self.real is not None:
             self.real = self.real[:, :self.seen - self.gone]
 
@@ -352,7 +358,8 @@ class EvictingStore(Store):
         self.inner = pages_for(self.shape)
         self.whole = self.tokens = 0  # last entries that are one token in all heads; all tokens so far
         self.keeps = False
-        self.count, self.total, self.local = torch.zeros((3, shape.batch, shape.kv_heads, 0)).unbind(0)
+        none = torch.zeros((3, shape.batch, shape.kv_heads, 0), device=shape.device)
+        self.count, self.total, self.local = none.unbind(0)
 
     @property
     def seen(self) -> int:
@@ -389,7 +396,7 @@ class EvictingStore(Store):
 
     def _counts(self, step: Step) -> Tensor:
         real = real_of(step)
-        counts = torch.ones((self.batch, self.shape.kv_heads, step.fresh))
+        counts = torch.ones((self.batch, self.shape.kv_heads, step.fresh), device=self.shape.device)
         return counts if real is None else counts * real[:, None]
 
     def _add(self, step: Step, counts: Tensor) -> None:

@@ -75,8 +75,8 @@ class PackedLayer(CacheLayerMixin):
         where = f"tersor.Cache: layer {self.index}"
         devices.check_device(where, key_states)
         if value_states.dtype != key_states.dtype or value_states.device != key_states.device:
-            raise ValueError(f"{where}: found values of {value_states.dtype} on {value_states.device}, accepted is what "
-                             f"keys are: {key_states.dtype} on {key_states.device}")
+            raise ValueError(f"{where}: found values of {value_states.dtype} on {value_states.device}, accepted is "
+                             f"what keys are: {key_states.dtype} on {key_states.device}")
         batch, heads, _, key_dim = key_states.shape
         value_dim = value_states.shape[-1]
         if key_dim % 16 or value_dim % 16 or max(key_dim, value_dim) > 1024 or value_states.shape[1] != heads:
@@ -216,8 +216,8 @@ class PackedLayer(CacheLayerMixin):
             raise RuntimeError(
                 f"tersor.Cache: layer {self.index}: this model computes with cached keys outside its attention "
                 f"function (latent attention does), and {names + ':' if names else ''}{self.settings.name}"
-                f"{' with a sliding window' if self.is_sliding else ''} would have to be unpacked at each step; accepted "
-                f"is {'' if devices.on_cuda(self.device) else 'K16V16, or '}a transformers cache")
+                f"{' with a sliding window' if self.is_sliding else ''} would have to be unpacked at each step; "
+                f"accepted is {'' if devices.on_cuda(self.device) else 'K16V16, or '}a transformers cache")
         self.unpacks = True
         return found
 
@@ -243,7 +243,8 @@ def build_store(shape: Shape, methods: Sequence[tuple["Method", dict[str, Tensor
     method, tensors = methods[0]
     if devices.on_cuda(shape.device):
         if not method.cuda:
-            raise ValueError(f"tersor.Cache: layer {shape.layer}: found method {method.name!r} on {shape.device}, accepted "
-                             f"on CUDA are {', '.join(sorted(n for n, m in CACHE_METHODS.items() if m.cuda))}, or none")
+            names = ", ".join(sorted(name for name, other in CACHE_METHODS.items() if other.cuda))
+            raise ValueError(f"tersor.Cache: layer {shape.layer}: found method {method.name!r} on {shape.device}, "
+                             f"accepted on CUDA are {names}, or none")
         tensors = {name: tensor.to(shape.device) for name, tensor in tensors.items()}
     return method.wrap(shape, tensors, lambda inner: build_store(inner, methods[1:]))

@@ -29,8 +29,8 @@ class StaticPages(CudaPages):
 
     ``tokens`` is what this process knows: replays of a graph count on the device alone (`length`)."""
 
-    def __init__(self, layout: Layout, batch: int, max_tokens: int, recent: int = 0, sink_pages: int = 0, window: int = 0,
-                 device: torch.device | str = "cuda", where: str = "StaticCache"):
+    def __init__(self, layout: Layout, batch: int, max_tokens: int, recent: int = 0, sink_pages: int = 0,
+                 window: int = 0, device: torch.device | str = "cuda", where: str = "StaticCache"):
         self.max_tokens, self.window = max_tokens, window
         room = -(-max_tokens // TOKENS)
         self.room, self.sinks = room, min(sink_pages, room) if layout.packs else 0
@@ -65,8 +65,8 @@ class StaticPages(CudaPages):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in (self.sink_memory, self.raw, self.packed, self.table, self.used,
-                                                          self.state, self.jobs))
+        held = (self.sink_memory, self.raw, self.packed, self.table, self.used, self.state, self.jobs)
+        return sum(t.untyped_storage().nbytes() for t in held)
 
     def length(self) -> Tensor:
         """Tokens of a sequence, an int64 without dimensions on the device."""
@@ -76,8 +76,8 @@ class StaticPages(CudaPages):
         """The same for the host, which waits for it. RuntimeError where replays went past `max_tokens`."""
         tokens, missed = self.state[0].tolist()
         if missed:
-            raise RuntimeError(f"tersor.StaticCache: found {missed} steps past max_tokens = {self.max_tokens}, whose tokens "
-                               "are not held; accepted is a cache that is large enough")
+            raise RuntimeError(f"tersor.StaticCache: found {missed} steps past max_tokens = {self.max_tokens}, whose "
+                               "tokens are not held; accepted is a cache that is large enough")
         self.tokens = tokens
         return tokens
 
@@ -133,7 +133,9 @@ class StaticPages(CudaPages):
                                          **self.described))
             if fresh:
                 self._pack_old()
-        out, lse = outs[0] if len(outs) == 1 else (torch.cat([o for o, _ in outs], 1), torch.cat([s for _, s in outs], 2))
+        out, lse = outs[0]
+        if len(outs) > 1:
+            out, lse = torch.cat([o for o, _ in outs], 1), torch.cat([s for _, s in outs], 2)
         return (out, lse) if log_sum_exp else out
 
     # -- editing ----------------------------------------------------------------------------------------------------

@@ -76,11 +76,12 @@ class Step:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def hidden(self) -> Tensor | None:
-        """Bool ``[batch, tokens]``: fresh tokens that no query of this step may see (padding), or None."""
+        """Bool ``[batch, tokens]``: fresh tokens that no query of this step may see (padding), or None. On a GPU, which
+        would have to be waited for, None only where nothing masks."""
         if self.mask is None or not self.fresh:
             return None
         seen = self.mask[..., -self.fresh:].any(2).any(1).expand(len(self.query), -1)
-        return None if seen.all() else ~seen
+        return None if not devices.on_cuda(seen.device) and seen.all() else ~seen
 
 
 class Store(ABC):

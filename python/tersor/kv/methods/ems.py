@@ -32,6 +32,8 @@ class EMS(CacheMethod):
     evict: float = 0.02
     similarity: float = 0.6
 
+    cuda = True
+
     def check(self, model: nn.Module, settings: Settings) -> None:
         if not 0 < self.window < self.budget:
             raise ValueError(f"ems: found budget {self.budget} and window {self.window}, accepted are a budget above "

@@ -23,6 +23,8 @@ class H2O(CacheMethod):
     recent: int = 0
     slack: int = 32
 
+    cuda = True
+
     def check(self, model: nn.Module, settings: Settings) -> None:
         if not 0 <= self.recent < self.budget or self.budget < 2 or self.slack < 0:
             raise ValueError(f"h2o: found budget {self.budget}, recent {self.recent} and slack {self.slack}, accepted "

@@ -36,6 +36,7 @@ class KVQuant(CacheMethod):
 
     calibrated = True
     rotary = True
+    cuda = True
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         low = {bits for bits in (settings.key_bits, settings.value_bits) if bits < 16}

@@ -39,6 +39,7 @@ class Razor(CacheMethod):
 
     calibrated = True
     data = False
+    cuda = True
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         for name in ("retrieval", "echo"):

@@ -21,6 +21,8 @@ class Streaming(CacheMethod):
     sinks: int = 4
     window: int = 1024
 
+    cuda = True
+
     def check(self, model: nn.Module, settings: Settings) -> None:
         if self.sinks < 0 or self.window < 1:
             raise ValueError(f"streaming: found sinks {self.sinks} and window {self.window}, accepted are sinks of 0 "
