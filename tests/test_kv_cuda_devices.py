@@ -89,6 +89,9 @@ STORES = {
     "fireq": lambda: with_method("fireq"),
     "share_heads": lambda: with_method("share_heads", heads=1),
     "streaming": lambda: WindowStore(shape("K8V8"), 0, 70),
+    "razor": lambda: HeadGroups([((1,), PagedStore(shape().changed(kv_heads=1))), (
+        (0,), WindowStore(shape().changed(kv_heads=1), 0, 70, 16.0, True))], HEADS),
+    "kvquant": lambda: PagedStore(shape("K4V2[group=64,levels=nuq,rope=post,outliers=0.01]")),
     "h2o": lambda: with_method("h2o", budget=130),
     "ems": lambda: with_method("ems", budget=130),
 }
@@ -108,7 +111,7 @@ def test_a_step_waits_for_nothing(name):
     store.attend(step(1))
     store.offload()
     store.prefetch()
-    if name not in ("h2o", "ems", "streaming"):
+    if name not in ("h2o", "ems", "streaming", "razor"):
         store.attend(step(1))
         store.crop(2)
         held -= 1

@@ -12,6 +12,8 @@ from test_kv_cuda_pages import DIM, HEADS, layout, query, tokens
 import tersor
 from tersor.kv import cuda_layout
 from tersor.kv.cuda_pages import CudaPages
+from tersor.kv.formats import PageFormat
+from tersor.kv.layout import Layout
 from tersor.kv.static_pages import MOST, StaticPages
 
 
@@ -73,6 +75,20 @@ def test_a_step_is_replayed_without_the_host(device):
         assert torch.equal(out, growing.attend(q, keys, values, 0.125))
     assert static.tokens == 51 and static.held() == growing.tokens == 201 == static.tokens
     assert sum(kinds(static)) == 2 and device.splits == 2
+
+
+def test_formats_beside_plain_integers(device):
+    torch.manual_seed(6)
+    made = Layout(1, DIM, DIM, torch.bfloat16, 64, (PageFormat(4, 4, key_axis="token", value_axis="separable"),))
+    static, growing = StaticPages(made, 1, 1024, 16, 1, 0, "cpu"), CudaPages(made, 1, 16, 1, "cpu")
+    fresh = tokens(150, 1, 1)
+    static.append(*fresh)
+    growing.append(*fresh)
+    for count in (1, 60, 1):
+        fresh, q = tokens(count, 1, 1), query(1, count, 2)
+        assert torch.equal(static.attend(q, *fresh, 0.125), growing.attend(q, *fresh, 0.125))
+    static._advance(0)
+    check_held(static, growing, flipped=True)
 
 
 def test_long_steps_are_several(device):
