@@ -3,6 +3,9 @@
     python bench/attention_cuda.py                       # batch 8, 32768 tokens, 32 query heads on 8 of keys, 128
     python bench/attention_cuda.py --batch 1 --tokens 131072 --specs K4V4
 
+Three ways for each spec: attention alone, the whole step of a `tersor.StaticCache` layer (count, append, attend, pack),
+and the same of a `tersor.Cache` layer, which is launched from Python and therefore not captured.
+
 Each way has as many layers' caches as it takes to leave the L2 cache between uses (`linear_cuda.LEAST_BYTES`), which
 take turns in a captured graph; a time is the median of rounds. Beside it stand two floors: stored bytes over the
 measured bandwidth of a copy, and the products that attention asks for over the measured rate of a bf16 product.
@@ -22,6 +25,8 @@ import common
 import linear_cuda
 from tersor import ops_kv_cuda
 from tersor.kv import cuda_layout as layout
+from tersor.kv.settings import Settings
+from tersor.kv.store import Shape, Step, base_store
 
 FILL = 16  # pages that are really packed; the rest are copies of them
 
@@ -44,6 +49,19 @@ def packed_layer(batch: int, kv_heads: int, dim: int, tokens: int, key_bits: int
         rows.append(row)
     table, used = ops_kv_cuda.page_table(rows, device)
     return copies.nbytes + last.nbytes, table, used, (copies, last)
+
+
+def filled_store(spec: str, query: torch.Tensor, kv_heads: int, tokens: int, max_tokens: int):
+    """A layer's store of ``tokens``, and the step that adds one; ``max_tokens`` 0: one that grows."""
+    batch, _, _, dim = query.shape
+    store = base_store(Shape(0, batch, kv_heads, dim, dim, query.dtype, Settings.of(spec), device=query.device,
+                             max_tokens=max_tokens))
+
+    def fresh(count: int):
+        return (torch.randn(batch, kv_heads, count, dim, device=query.device, dtype=query.dtype) for _ in range(2))
+
+    store.prompt(Step(query[:, :, :0], *fresh(tokens), dim**-0.5))
+    return store, Step(query, *fresh(1), dim**-0.5)
 
 
 def main() -> None:
@@ -77,6 +95,18 @@ def main() -> None:
                             for _ in range(linear_cuda.copies(first[0]) - 1)]
         passes[f"tersor {spec}"] = first[0], len(layers), linear_cuda.captured(lambda layers=layers: [
             ops_kv_cuda.kv_attention(query, table, used, kv_heads, scale) for _, table, used, _ in layers])
+        # A page's group is 64 tokens on CUDA.
+        own = spec if spec == "K16V16" else f"{spec}[group=64]"
+        room = args.tokens + 2 * args.rounds + 64
+        for name, most in ((f"tersor {spec} step, graph", room), (f"tersor {spec} step, Python", 0)):
+            pairs = [filled_store(own, query, kv_heads, args.tokens, most) for _ in layers]
+
+            def once(pairs=pairs):
+                for store, step in pairs:
+                    store.attend(step)
+
+            passes[name] = pairs[0][0].nbytes, len(pairs), linear_cuda.captured(once) if most else once
+        del layers
     times: dict[str, list[float]] = {name: [] for name in passes}
     for turn in range(args.rounds):
         for name in list(passes)[:: 1 if turn % 2 == 0 else -1]:
@@ -89,7 +119,7 @@ def main() -> None:
             "contender": name, "ms": ms, "rounds_ms": times[name], "ratio_to_sdpa": base / ms, "nbytes": nbytes,
             "layers": layers, "share_of_copy_bandwidth": nbytes / ms / copy, "floor_bytes_ms": nbytes / copy,
             "floor_products_ms": products})
-        print(f"{name:18s} {ms * 1e3:9.1f} us  {base / ms:5.2f}x SDPA  {nbytes / ms / copy:6.1%} of copy bandwidth, "
+        print(f"{name:28s} {ms * 1e3:9.1f} us  {base / ms:5.2f}x SDPA  {nbytes / ms / copy:6.1%} of copy bandwidth, "
               f"floors {nbytes / copy * 1e3:.1f} us of bytes, {products * 1e3:.1f} us of products", flush=True)
     result["complete"] = True
     common.write_json(args.out, result)
