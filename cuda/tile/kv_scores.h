@@ -73,6 +73,8 @@ struct KvScores : KvRows<kDim, kRows> {
                arguments.formats, arguments.biased) {}
 
   TERSOR_DEVICE const KvFormat& format(const KvPage& page) const { return a.formats[page.format]; }
+  // Shared memory of the warp's own, with formats: for what would take too many registers.
+  TERSOR_DEVICE shared_t scratch() const { return limits_at + kv_limit_bytes(kRows) + warp * kKvWeightBytes; }
   TERSOR_DEVICE Limits limits() const { return ptx::load_shared<Limits>(limits_at); }
   TERSOR_DEVICE shared_t next_unit() {
     const Limits seen = limits();
@@ -173,16 +175,12 @@ struct KvScores : KvRows<kDim, kRows> {
     const bool token = kFormats && kCode != 16 && f.key_token;
     const KvUnits units = kv_units<kCode>(bits);
     float sum[8][4] = {}, ones[4] = {}, constant[kOwn] = {};
-    ptx::Vec<uint32_t, 4> parameters[4];
 #pragma unroll 1
     for (int first = 0; first < kRecords; first += unit) {
       shared_t record = next_unit();
       if (kFormats && token && first == 0) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          parameters[i] = ptx::load_shared<ptx::Vec<uint32_t, 4>>(record + i / 2 * (kKvValueParameters / 2) + 32 * t +
-                                                                  i % 2 * 16);
-        }
+        // Kept until the scores are there.
+        ptx::store_shared(scratch() + 8 * lane, ptx::load_shared<ptx::Vec<uint32_t, 2>>(record + 8 * lane));
         record += kKvValueParameters;
       }
 #pragma unroll
@@ -214,7 +212,7 @@ struct KvScores : KvRows<kDim, kRows> {
       if (kCode < 8) base[row] = 128.0f * (kPaired ? ones[0] + ones[2] : ones[2 * row]);
     }
     if (kFormats && token) {
-      scale_tokens(score, sum, base, constant, parameters, {units.unit, kCode < 8 ? 0 : units.offset});
+      scale_tokens(score, sum, base, constant, {units.unit, kCode < 8 ? 0 : units.offset});
       return;
     }
 #pragma unroll
@@ -234,15 +232,16 @@ struct KvScores : KvRows<kDim, kRows> {
     return kPaired ? sum[column] + sum[column + 2] : sum[2 * row + column];
   }
 
-  // Scores of keys whose scales and minima, `parameters` of this lane's tokens, are the tokens'. `whole`: the sum of a
-  // row's queries.
+  // Scores of keys whose scales and minima are the tokens', from where they were kept. `whole`: the sum of a row's
+  // queries.
   TERSOR_DEVICE void scale_tokens(float (&score)[8][2 * kOwn], const float (&sum)[8][4], const float (&base)[kOwn],
-                                  const float (&whole)[kOwn], const ptx::Vec<uint32_t, 4> (&parameters)[4],
-                                  KvUnits units) const {
+                                  const float (&whole)[kOwn], KvUnits units) const {
+    ptx::sync_warp();
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const auto scales = ptx::unpack_f16x2(parameters[j / 4][j % 4]);
-      const auto lowest = ptx::unpack_f16x2(parameters[2 + j / 4][j % 4]);
+      const shared_t at = scratch() + 32 * t + 4 * j;
+      const auto scales = ptx::unpack_f16x2(ptx::load_shared<uint32_t>(at));
+      const auto lowest = ptx::unpack_f16x2(ptx::load_shared<uint32_t>(at + kKvValueParameters / 2));
 #pragma unroll
       for (int row = 0; row < kOwn; ++row)
 #pragma unroll
@@ -332,7 +331,9 @@ struct KvScores : KvRows<kDim, kRows> {
       } else {
         look_up(codes, bits, levels, load_piece);
       }
-      multiply_turned(sum, q, codes, scales, lowest, index, floats);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) ptx::store_shared(scratch() + 128 * i + 4 * lane, codes.words[i]);
+      multiply_turned(sum, q, scales, lowest, index, floats);
       record += kv_code_bytes(bits);
     }
 #pragma unroll
@@ -342,15 +343,17 @@ struct KvScores : KvRows<kDim, kRows> {
   }
 
   template <int kTile = 0>
-  TERSOR_DEVICE void multiply_turned(float (&sum)[8][4], const Operand& q, const KvWords<8>& codes,
-                                     const ptx::Vec<float, 2> (&scales)[2], const ptx::Vec<float, 2> (&lowest)[2],
-                                     int record, bool floats) const {
+  TERSOR_DEVICE void multiply_turned(float (&sum)[8][4], const Operand& q, const ptx::Vec<float, 2> (&scales)[2],
+                                     const ptx::Vec<float, 2> (&lowest)[2], int record, bool floats) const {
+    KvWords<8> codes;
+    codes.words[kTile] = ptx::load_shared<uint32_t>(scratch() + 128 * kTile + 4 * lane);
     const uint32_t both[2] = {floats ? kv_float_pair<2 * kTile>(codes) : kv_pair<8, 2 * kTile>(codes),
                               floats ? kv_float_pair<2 * kTile + 1>(codes) : kv_pair<8, 2 * kTile + 1>(codes)};
     const int pair = record * (kKvRecordChannels / 2) + 2 * t;
     ptx::Vec<float, 4> turns = {{1, 0, 1, 0}};
     if (record * kKvRecordChannels < 2 * a.rotary.pairs) {
-      turns = ptx::load_global_constant(reinterpret_cast<const ptx::Vec<float, 4>*>(
+      // In order, tile by tile: loaded all at once they would need 32 registers.
+      turns = ptx::load_global(reinterpret_cast<const ptx::Vec<float, 4>*>(
           a.rotary.table + 2 * ((8 * kTile + g) * a.rotary.pairs + pair)));
     }
     uint32_t b[2], rest[2];
@@ -363,7 +366,7 @@ struct KvScores : KvRows<kDim, kRows> {
     }
     q.template multiply<BFloat16>(sum[kTile], b);
     BFloat16::mma(sum[kTile], q.first, rest);
-    if constexpr (kTile < 7) multiply_turned<kTile + 1>(sum, q, codes, scales, lowest, record, floats);
+    if constexpr (kTile < 7) multiply_turned<kTile + 1>(sum, q, scales, lowest, record, floats);
   }
 
   // Logits in units of log 2, -infinity where a row does not see a token; for what is returned see `mask`.

@@ -185,7 +185,7 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
   // Probabilities of 8 rows go through shared memory: a lane has tokens of its own, but entries of its channels.
   TERSOR_DEVICE void add_outliers(const float (&p)[8][2 * kOwn], shared_t starts) {
     const shared_t entries = starts + kv_outlier_starts_bytes(kDim / 2);
-    const shared_t weights = this->limits_at + kv_limit_bytes(kRows) + this->warp * kKvWeightBytes + 4 * g * kKvTokens;
+    const shared_t weights = this->scratch() + 4 * g * kKvTokens;
 #pragma unroll
     for (int row = 0; row < kOwn; ++row) {
       ptx::sync_warp();
