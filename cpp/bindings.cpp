@@ -13,6 +13,8 @@
 
 namespace py = pybind11;
 
+void define_float(py::module_& module);  // bindings_float.cpp
+
 namespace {
 
 using Address = uintptr_t;
@@ -432,6 +434,7 @@ PYBIND11_MODULE(_C, module) {
   define_input(module);
   define_int_linear<int>(module);
   define_int_linear<const tersor_input&>(module);
+  define_float(module);
 
   module.def(
       "int_pack",

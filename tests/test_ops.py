@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tersor import _C, ops, ops_fused  # noqa: F401  (the latter registers its operation)
+from tersor import _C, ops, ops_float, ops_fused  # noqa: F401  (the latter two register their operations)
 
 torch.manual_seed(0)
 
@@ -38,6 +38,9 @@ def samples():
     fused = ([q, q2], [s, s2], [z, z2], [], [33, 17], 4, 32, 8)
     yield "int_linear_fused", (x.float(), x.float() + 1, *fused)
     yield "int_linear_fused", (x.float(), None, *fused, 0, 1.0, True, None, torch.rand(97), 1e-6)
+    elements = torch.randint(0, 256, (33, 49), dtype=torch.uint8)
+    yield "float_linear", (x.float(), elements, torch.rand(33, 4), None, bias.float(), 33, 1, 32)
+    yield "float_linear", (x, elements, torch.randint(120, 130, (33, 4), dtype=torch.uint8), None, None, 33, 1, 32)
     yield "int_pack", (codes, 4)
     yield "int_unpack", (q, 33, 97, 4)
     yield "int_fit", (torch.randn(17, 97), torch.rand(97), 4, 32, False, 80, torch.float16)

@@ -1,4 +1,4 @@
-"""Small floating-point formats at reference level: FP8, the OCP microscaling formats (MXFP4/6/8) and NVFP4."""
+"""Small floating-point formats: FP8, the OCP microscaling formats (MXFP4/6/8) and NVFP4."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops_float
+from ..op_checks import CODE
 from ..registry import register_format
 from .base import Format, Params, Shape, Tensors, TensorSpec
 from .bits import pack_bits, packed_bytes, unpack_bits
@@ -114,6 +116,25 @@ class _Scaled(Format):
             return packed.to(dtype)
         return from_codes(unpack_bits(packed, element_bits(self.element), shape[1]), self.element, dtype)
 
+    def _operands(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple | None:
+        """Codes, scales, global scale, and the rows and columns that share a scale, as `ops_float.float_linear` takes
+        them; None where it does not know the element."""
+        return None
+
+    def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
+        operands = self._operands(tensors, shape) if x.is_cpu and x.dtype in CODE else None
+        if operands is None:
+            return super().linear(x, tensors, bias, shape)
+        codes, scales, one, rows, group = operands
+        return ops_float.float_linear(x, codes, scales, one, bias, shape[0], rows, group)
+
+    def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
+        if self.element == "e2m3":
+            return "reference: no kernel for e2m3"
+        name = ops_float.float_linear.kernel(torch.device(device))
+        return name if name.startswith("reference") else \
+            f"{name}; over {ops_float.MAX_ROWS} rows decoded to float32 for a dense product"
+
     def _searched(self, w: Tensor, candidates, importance: Tensor | None, size: int) -> Tensor:
         """Of scales ``[out, groups]`` the ones with the least (weighted) squared error per group."""
         values = grouped(w, size)
@@ -189,6 +210,10 @@ class Float(_Scaled):
         params = Params(scales=tensors["weight_scale"].to(wide), rows=shape[0])
         return (tensors["weight_packed"].to(wide) * self._columns(params, 0, shape[1])).to(dtype)
 
+    def _operands(self, tensors, shape):
+        rows, group = {"tensor": shape, "channel": (1, shape[1]), "block": (_BLOCK, _BLOCK)}[self.scale]
+        return tensors["weight_packed"], tensors["weight_scale"], None, max(rows, 1), max(group, 16)
+
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
         return {"weight_packed": self._element_spec(shape),
                 "weight_scale": TensorSpec(self._scale_shape(shape), self._scale_dtype(dtype))}
@@ -245,6 +270,11 @@ class Microscaling(_Scaled):
         scales = power_of_two(tensors["weight_scale"].int() - 127, wide)
         values = self._unpack_elements(tensors["weight_packed"], shape, wide)
         return (values * fit_columns(scales, 0, shape[1], self.group)).to(dtype)
+
+    def _operands(self, tensors, shape):
+        if self.element == "e2m3":
+            return None
+        return tensors["weight_packed"], tensors["weight_scale"], None, 1, self.group
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
         return {"weight_packed": self._element_spec(shape),
@@ -305,6 +335,9 @@ class NVFP4(_Scaled):
         scales = tensors["weight_scale"].to(wide) / tensors["weight_global_scale"].to(wide)
         values = self._unpack_elements(tensors["weight_packed"], shape, wide)
         return (values * fit_columns(scales, 0, shape[1], self.group)).to(dtype)
+
+    def _operands(self, tensors, shape):
+        return tensors["weight_packed"], tensors["weight_scale"], tensors["weight_global_scale"], 1, self.group
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
         return {"weight_packed": self._element_spec(shape),

@@ -1,0 +1,63 @@
+// Products with small floats as Python functions: pointers are integers, as in bindings.cpp.
+#include <pybind11/pybind11.h>
+
+#include <new>
+
+#include "cpu/float_linear.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class Call>
+void run(const Call& call) {
+  int status;
+  {
+    py::gil_scoped_release release;
+    status = call();
+  }
+  if (status == TERSOR_NO_MEMORY) throw std::bad_alloc();
+  if (status != TERSOR_OK) throw py::value_error(tersor_last_error());
+}
+
+}  // namespace
+
+void define_float(py::module_& module) {
+  module.def(
+      "float_linear",
+      [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, Address codes, int element, Address scales,
+         int scale_kind, int64_t scale_rows, int64_t group, float global, Address bias, Address y, int64_t n,
+         int64_t ldy, int threads) {
+        const tersor::FloatLinearArgs arguments{
+            reinterpret_cast<const void*>(x), x_dtype, m, k, ldx, reinterpret_cast<const uint8_t*>(codes), element,
+            reinterpret_cast<const void*>(scales), scale_kind, scale_rows, group, global,
+            reinterpret_cast<const void*>(bias), reinterpret_cast<void*>(y), n, ldy, threads};
+        run([&] { return tersor_float_linear(&arguments); });
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("codes"),
+      py::arg("element"), py::arg("scales"), py::arg("scale_kind"), py::arg("scale_rows"), py::arg("group"),
+      py::arg("global_scale"), py::arg("bias"), py::arg("y"), py::arg("n"), py::arg("ldy"), py::arg("threads"),
+      "y[m, n] = x[m, k] @ (values * scales)^T + bias; see cpp/cpu/float_linear.h");
+  module.def(
+      "float_dequantize",
+      [](int64_t n, int64_t k, Address codes, int element, Address scales, int scale_kind, int64_t scale_rows,
+         int64_t group, float global, Address out, int threads) {
+        tersor::FloatLinearArgs arguments{};
+        arguments.k = k;
+        arguments.n = n;
+        arguments.codes = reinterpret_cast<const uint8_t*>(codes);
+        arguments.element = element;
+        arguments.scales = reinterpret_cast<const void*>(scales);
+        arguments.scale_kind = scale_kind;
+        arguments.scale_rows = scale_rows;
+        arguments.group = group;
+        arguments.global = global;
+        arguments.threads = threads;
+        run([&] { return tersor_float_dequantize(&arguments, reinterpret_cast<float*>(out)); });
+      },
+      py::arg("n"), py::arg("k"), py::arg("codes"), py::arg("element"), py::arg("scales"), py::arg("scale_kind"),
+      py::arg("scale_rows"), py::arg("group"), py::arg("global_scale"), py::arg("out"), py::arg("threads"),
+      "values * scales as float32 [n, k]");
+}

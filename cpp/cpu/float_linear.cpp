@@ -1,0 +1,212 @@
+// Weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are, compiled once per instruction set.
+//
+// Weights lie as checkpoints have them, row by row. A few rows at a time are decoded to fp32, scales and all, for a
+// chunk of k that stays in L1, and every token is multiplied with them there: kRows x kTokens sums in registers, lanes
+// along k. Each sum takes its terms in an order of its own, so a row of x gives the same result in every batch.
+//
+// Decoding without a table: the seven low bits of e4m3 are those of a half-precision number that is 2^8 times smaller,
+// and e2m1 has eight magnitudes whose half-precision numbers differ in the high byte only: one byte shuffle.
+#include <cmath>
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/status.h"
+#include "cpu/float_linear.h"
+#include "cpu/int_layout.h"
+#include "cpu/simd_int8.h"
+
+namespace tersor::TERSOR_ISA {
+namespace {
+
+constexpr int64_t kChunk = 1024;
+constexpr int kRows = 3, kTokens = 2;
+constexpr int64_t kWorkPerThread = 1 << 17;  // products below which another thread costs more
+
+#if defined(__AVX2__)
+TERSOR_INLINE f32 halves(__m128i low, __m128i high) {
+#if defined(TERSOR_EMULATED)
+  alignas(64) float values[16];
+  _mm256_storeu_ps(values, _mm256_cvtph_ps(low));
+  _mm256_storeu_ps(values + 8, _mm256_cvtph_ps(high));
+  return load(values);
+#elif defined(TERSOR_SIMD_BF16)
+  return {_mm512_cvtph_ps(_mm256_set_m128i(high, low))};
+#else
+  return {_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)};
+#endif
+}
+// Sixteen values of e4m3, 2^8 times smaller.
+TERSOR_INLINE f32 decode_e4m3(const uint8_t* p) {
+  const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(x, 8), _mm256_set1_epi16(static_cast<int16_t>(0x8000)));
+  const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7);
+  const __m256i half = _mm256_or_si256(sign, rest);
+  return halves(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+TERSOR_INLINE f32 decode_e2m1(const uint8_t* p) {
+  const __m128i table = _mm_setr_epi8(0, 0x38, 0x3c, 0x3e, 0x40, 0x42, 0x44, 0x46,  // 0 0.5 1 1.5 2 3 4 6
+                                      -128, -72, -68, -66, -64, -62, -60, -58);
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
+  const __m128i low = _mm_and_si128(x, mask), high = _mm_and_si128(_mm_srli_epi16(x, 4), mask);
+  const __m128i bytes = _mm_shuffle_epi8(table, _mm_unpacklo_epi8(low, high)), none = _mm_setzero_si128();
+  return halves(_mm_unpacklo_epi8(none, bytes), _mm_unpackhi_epi8(none, bytes));
+}
+#else
+TERSOR_INLINE f32 decode_e4m3(const uint8_t* p) {
+  float values[16];
+  for (int i = 0; i < 16; ++i) {
+    const uint16_t half = static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7);
+    values[i] = load_as_float(&half, TERSOR_FLOAT16, 0);
+  }
+  return load(values);
+}
+TERSOR_INLINE f32 decode_e2m1(const uint8_t* p) {
+  static const float table[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+  float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = table[p[i / 2] >> (4 * (i % 2)) & 15];
+  return load(values);
+}
+#endif
+
+struct Weights {
+  const FloatLinearArgs& args;
+  int64_t row_bytes, group, groups;  // a group's length is a multiple of 16
+
+  explicit Weights(const FloatLinearArgs& a)
+      : args(a), row_bytes(a.element == kE2m1 ? div_up(a.k, 2) : a.k),
+        group(a.group < a.k ? a.group : div_up(a.k, 16) * 16), groups(div_up(a.k, group)) {}
+
+  float scale(int64_t row, int64_t index) const {
+    const int64_t at = row / args.scale_rows * groups + index;
+    if (args.scale_kind < kScaleE8m0) return load_as_float(args.scales, args.scale_kind, at);
+    const uint8_t code = static_cast<const uint8_t*>(args.scales)[at];
+    if (args.scale_kind == kScaleE8m0) return bits_to_float(static_cast<uint32_t>(code) << 23);
+    const uint16_t half = static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7);
+    return load_as_float(&half, TERSOR_FLOAT16, 0) * 256.0f / args.global;
+  }
+
+  // Values [begin, end) of a row as floats, multiples of 16; beyond k zeros.
+  void decode(int64_t row, int64_t begin, int64_t end, float* out) const {
+    const f32 unit = splat(256.0f);
+    const bool nibbles = args.element == kE2m1;
+    const uint8_t* codes = args.codes + row * row_bytes;
+    for (int64_t at = begin; at < end;) {
+      const int64_t index = at / group;
+      const int64_t last = (index + 1) * group < end ? (index + 1) * group : end;
+      const f32 factor = splat(scale(row, index));
+      for (; at < last; at += 16) {
+        const uint8_t* p = codes + (nibbles ? at / 2 : at);
+        uint8_t padded[16] = {};
+        if (at + 16 > args.k) {
+          std::memcpy(padded, p, row_bytes - (p - codes));
+          if (nibbles && args.k % 2) padded[(args.k - at) / 2] &= 15;
+          p = padded;
+        }
+        const f32 value = nibbles ? decode_e2m1(p) : mul(decode_e4m3(p), unit);
+        store(out + (at - begin), mul(value, factor));
+      }
+    }
+  }
+};
+
+// sums[t, r] += the products of x rows and decoded rows over `count` values, a multiple of 16.
+template <int tokens, int rows>
+void dots(const float* x, int64_t ldx, const float* w, int64_t count, float* sums, int64_t stride) {
+  f32 acc[tokens][rows];
+#pragma GCC unroll 4
+  for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) acc[t][r] = zero();
+  }
+  for (int64_t i = 0; i < count; i += 16) {
+    f32 values[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) values[r] = load(w + r * kChunk + i);
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; ++t) {
+      const f32 token = load(x + t * ldx + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) acc[t][r] = fma(token, values[r], acc[t][r]);
+    }
+  }
+  for (int t = 0; t < tokens; ++t) {
+    for (int r = 0; r < rows; ++r) sums[t * stride + r] += reduce_add(acc[t][r]);
+  }
+}
+using Dots = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t);
+constexpr Dots kDots[2][3] = {{dots<1, 1>, dots<1, 2>, dots<1, 3>}, {dots<2, 1>, dots<2, 2>, dots<2, 3>}};
+
+}  // namespace
+
+int float_linear(const FloatLinearArgs& args) {
+  const Weights weights(args);
+  const int64_t padded = div_up(args.k, 16) * 16, strips = div_up(args.n, kRows);
+  const int64_t useful = 1 + args.n * args.k * args.m / kWorkPerThread;
+  int64_t threads = useful < args.threads ? useful : args.threads;
+  if (strips < threads) threads = strips;
+  Scratch scratch;
+  scratch.reserve<float>(args.m * padded);
+  const size_t buffer = kRows * kChunk + (args.m * kRows + 15) / 16 * 16;
+  scratch.reserve<float>(threads * buffer);
+  if (!scratch.allocate()) return fail(TERSOR_NO_MEMORY, "no memory for %lld tokens as floats", (long long)args.m);
+  float* const x = scratch.take<float>(args.m * padded);
+  float* const buffers = scratch.take<float>(threads * buffer);
+  const int readers = args.m * args.k < 65536 ? 1 : static_cast<int>(threads);
+  parallel_for(readers, [&](int index) {
+    const Range range = split(args.m, readers, index);
+    for (int64_t token = range.begin; token < range.end; ++token) {
+      const char* from = static_cast<const char*>(args.x) + token * args.ldx * dtype_size(args.x_dtype);
+      float* to = x + token * padded;
+      int64_t i = 0;
+      for (; i + 16 <= args.k; i += 16) store(to + i, load_as(from + i * dtype_size(args.x_dtype), args.x_dtype));
+      for (; i < padded; ++i) to[i] = i < args.k ? load_as_float(from, args.x_dtype, i) : 0;
+    }
+  });
+  parallel_for(static_cast<int>(threads), [&](int index) {
+    float* const decoded = buffers + index * buffer;
+    float* const sums = decoded + kRows * kChunk;
+    const Range range = split(strips, threads, index);
+    for (int64_t strip = range.begin; strip < range.end; ++strip) {
+      const int64_t row = strip * kRows;
+      const int rows = args.n - row < kRows ? static_cast<int>(args.n - row) : kRows;
+      std::memset(sums, 0, sizeof(float) * args.m * kRows);
+      for (int64_t begin = 0; begin < padded; begin += kChunk) {
+        const int64_t end = begin + kChunk < padded ? begin + kChunk : padded;
+        for (int r = 0; r < rows; ++r) weights.decode(row + r, begin, end, decoded + r * kChunk);
+        for (int64_t token = 0; token < args.m; token += kTokens) {
+          const int tokens = args.m - token < kTokens ? static_cast<int>(args.m - token) : kTokens;
+          kDots[tokens - 1][rows - 1](x + token * padded + begin, padded, decoded, end - begin, sums + token * kRows,
+                                      kRows);
+        }
+      }
+      for (int64_t token = 0; token < args.m; ++token) {
+        for (int r = 0; r < rows; ++r) {
+          const float bias = args.bias ? load_as_float(args.bias, args.x_dtype, row + r) : 0;
+          store_from_float(args.y, args.x_dtype, token * args.ldy + row + r, sums[token * kRows + r] + bias);
+        }
+      }
+    }
+  });
+  return TERSOR_OK;
+}
+
+int float_dequantize(const FloatLinearArgs& args, float* out) {
+  const Weights weights(args);
+  const int64_t useful = 1 + args.n * args.k / kWorkPerThread;
+  const int threads = useful < args.threads ? static_cast<int>(useful) : args.threads;
+  parallel_for(threads, [&](int index) {
+    const Range range = split(args.n, threads, index);
+    alignas(64) float chunk[kChunk];
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      for (int64_t begin = 0; begin < args.k; begin += kChunk) {
+        const int64_t end = begin + kChunk < args.k ? begin + kChunk : args.k;
+        const int64_t whole = div_up(end, 16) * 16;
+        weights.decode(row, begin, whole, chunk);
+        std::memcpy(out + row * args.k + begin, chunk, sizeof(float) * (end - begin));
+      }
+    }
+  });
+  return TERSOR_OK;
+}
+
+}  // namespace tersor::TERSOR_ISA

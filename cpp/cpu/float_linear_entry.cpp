@@ -1,0 +1,67 @@
+// tersor_float_linear: checks what can be checked from sizes, then hands over to the instruction set.
+#include "common/status.h"
+#include "cpu/float_linear.h"
+
+using namespace tersor;
+
+namespace {
+
+using Linear = int (*)(const FloatLinearArgs&);
+using Dequantize = int (*)(const FloatLinearArgs&, float*);
+
+struct Functions {
+  Linear linear;
+  Dequantize dequantize;
+};
+
+Functions functions() {
+  const IsaKernels* const isa = &current_isa();
+#if defined(TERSOR_HAVE_AVX512)
+  if (isa == &avx512::kernels) return {avx512::float_linear, avx512::float_dequantize};
+#endif
+#if defined(TERSOR_HAVE_AVX2)
+  if (isa == &avx2::kernels) return {avx2::float_linear, avx2::float_dequantize};
+#endif
+#if defined(TERSOR_HAVE_AVX512_EMULATED)
+  if (isa == &avx512_emulated::kernels) return {avx512_emulated::float_linear, avx512_emulated::float_dequantize};
+#endif
+  (void)isa;
+  return {generic::float_linear, generic::float_dequantize};
+}
+
+int check(const FloatLinearArgs& a) {
+  if (a.n < 0 || a.k < 1 || a.m < 0 || a.threads < 1) {
+    return fail(TERSOR_INVALID, "n, k, m, threads are %lld, %lld, %lld, %d; accepted: at least 0, 1, 0, 1",
+                (long long)a.n, (long long)a.k, (long long)a.m, a.threads);
+  }
+  if (a.x_dtype < 0 || a.x_dtype > 2 || a.element < 0 || a.element > 1 || a.scale_kind < 0 || a.scale_kind > 4) {
+    return fail(TERSOR_INVALID, "x's dtype, element, kind of scales are %d, %d, %d; accepted: up to 2, 1, 4", a.x_dtype,
+                a.element, a.scale_kind);
+  }
+  if (a.group < 16 || (a.group % 16 && a.group < a.k) || a.scale_rows < 1) {
+    return fail(TERSOR_INVALID, "group and rows of a scale are %lld and %lld; accepted: multiples of 16, at least 1",
+                (long long)a.group, (long long)a.scale_rows);
+  }
+  return TERSOR_OK;
+}
+
+}  // namespace
+
+extern "C" int tersor_float_linear(const FloatLinearArgs* arguments) {
+  const FloatLinearArgs& a = *arguments;
+  if (int status = check(a)) return status;
+  if (a.m > 1 && (a.ldx < a.k || a.ldy < a.n)) {
+    return fail(TERSOR_INVALID, "ldx and ldy are %lld and %lld; accepted: at least %lld and %lld", (long long)a.ldx,
+                (long long)a.ldy, (long long)a.k, (long long)a.n);
+  }
+  if (a.m == 0 || a.n == 0) return TERSOR_OK;
+  if (!a.x || !a.codes || !a.scales || !a.y) return fail(TERSOR_INVALID, "x, codes, scales or y is absent");
+  return functions().linear(a);
+}
+
+extern "C" int tersor_float_dequantize(const FloatLinearArgs* arguments, float* out) {
+  if (int status = check(*arguments)) return status;
+  if (arguments->n == 0) return TERSOR_OK;
+  if (!arguments->codes || !arguments->scales || !out) return fail(TERSOR_INVALID, "codes, scales or out is absent");
+  return functions().dequantize(*arguments, out);
+}

@@ -1,0 +1,98 @@
+"""`float_linear`: weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are, on the CPU.
+
+Up to `MAX_ROWS` rows the weights are decoded in registers and in cache; above, once to float32 for a dense product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _C, ops
+from .op_checks import CODE, FLOATS, as_rows, check_bias, fail
+
+_OP = "float_linear"
+MAX_ROWS = 48
+_E8M0, _E4M3 = 3, 4  # kinds of scales beside those of CODE
+
+
+def _check(codes, scales, global_scale, n, k, scale_rows, group):
+    """Everything the kernel takes on trust about one stored weight; ``(element, kind of scales, global scale)``."""
+    if codes.dtype is torch.float8_e4m3fn:
+        element, shape = 0, (n, k)
+    else:
+        element, shape = 1, (n, -(-k // 2))
+    if codes.dtype not in (torch.float8_e4m3fn, torch.uint8) or codes.shape != shape or not codes.is_contiguous() \
+            or not codes.is_cpu:
+        fail(_OP, "codes", f"{codes.dtype} {list(codes.shape)}",
+             f"contiguous float8_e4m3fn {[n, k]}, or uint8 {[n, -(-k // 2)]} of two e2m1 each, on cpu")
+    if scale_rows < 1 or group < 16 or group % 16 and group < k:
+        fail(_OP, "scale_rows, group", [scale_rows, group], "at least 1, and a multiple of 16 or the whole width")
+    groups = -(-n // scale_rows) * -(-k // group)
+    kind = {torch.uint8: _E8M0, torch.float8_e4m3fn: _E4M3}.get(scales.dtype, CODE.get(scales.dtype))
+    if kind is None or scales.numel() != groups or not scales.is_contiguous() or not scales.is_cpu:
+        fail(_OP, "scales", f"{scales.dtype} {list(scales.shape)}",
+             f"contiguous {FLOATS}, float8_e4m3fn or uint8 exponents, {groups} of them, on cpu")
+    if (kind == _E4M3) is not (global_scale is not None) or global_scale is not None and global_scale.numel() != 1:
+        fail(_OP, "global_scale", "absent" if global_scale is None else list(global_scale.shape),
+             "one number with float8 scales, none with others")
+    return element, kind, 1.0 if global_scale is None else float(global_scale)
+
+
+def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, n: int, k: int, scale_rows: int,
+               group: int) -> Tensor:
+    """The weight as float32 ``[n, k]``, exactly what the formats' `unpack` gives."""
+    element, kind, one = _check(codes, scales, global_scale, n, k, scale_rows, group)
+    out = torch.empty(n, k)
+    _C.float_dequantize(n, k, codes.data_ptr(), element, scales.data_ptr(), kind, scale_rows, group, one,
+                        out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _float_linear_cpu(x, codes, scales, global_scale, bias, out_features, scale_rows, group):
+    if x.dtype not in CODE or x.dim() < 1:
+        fail(_OP, "x", f"{x.dtype} {list(x.shape)}", f"{FLOATS} [..., in_features]")
+    k, n = x.shape[-1], out_features
+    element, kind, one = _check(codes, scales, global_scale, n, k, scale_rows, group)
+    check_bias(_OP, x, bias, n)
+    rows = as_rows(x)
+    m = rows.shape[0]
+    if m > MAX_ROWS:
+        y = F.linear(x.float(), dequantize(codes, scales, global_scale, n, k, scale_rows, group),
+                     None if bias is None else bias.float())
+        return y.to(x.dtype)
+    y = x.new_empty((*x.shape[:-1], n))
+    _C.float_linear(rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, codes.data_ptr(), element,
+                    scales.data_ptr(), kind, scale_rows, group, one, 0 if bias is None else bias.data_ptr(),
+                    y.data_ptr(), n, n, torch.get_num_threads())
+    return y
+
+
+def _float_linear_fake(x, codes, scales, global_scale, bias, out_features, scale_rows, group):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _float_linear_reference(x, codes, scales, global_scale, bias, out_features, scale_rows, group):
+    from .formats.bits import unpack_bits
+    from .formats.floating import from_codes, power_of_two
+
+    k = x.shape[-1]
+    if codes.dtype is torch.uint8:
+        values = from_codes(unpack_bits(codes, 4, k), "e2m1", torch.float64)
+    else:
+        values = codes.double()
+    wide = power_of_two(scales.int() - 127, torch.float64) if scales.dtype is torch.uint8 else scales.double()
+    if global_scale is not None:
+        wide = wide / global_scale.double()
+    wide = wide.view(-(-out_features // scale_rows), -(-k // group))
+    wide = wide.repeat_interleave(scale_rows, 0)[:out_features].repeat_interleave(group, 1)[:, :k]
+    return F.linear(x.double(), values * wide, None if bias is None else bias.double()).to(x.dtype)
+
+
+float_linear = ops.Op(
+    _OP,
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? global_scale, Tensor? bias, int out_features, int scale_rows, "
+    "int group) -> Tensor",
+    _float_linear_cpu, _float_linear_fake, _float_linear_reference,
+)

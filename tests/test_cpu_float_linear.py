@@ -1,0 +1,141 @@
+"""Products with FP8, MXFP4, MXFP8 and NVFP4 weights against their unpacked weights in float64, on every instruction
+set."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tersor import ops_float
+from tersor.formats import NVFP4, Float, Microscaling
+from tersor.layer import Linear
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+FORMATS = [Float("e4m3", "tensor"), Float("e4m3", "channel"), Float("e4m3", "block"), Microscaling("e2m1"),
+           Microscaling("e4m3"), NVFP4()]
+SHAPES = [(1, 1), (5, 33), (37, 99), (16, 130), (131, 257), (7, 2100)]
+
+
+def stored(fmt, n, k, seed=0):
+    torch.manual_seed(seed)
+    w = torch.randn(n, k) * torch.rand(n, 1) ** 4
+    w.view(-1)[::13] *= 20  # subnormal elements beside them
+    w.view(-1)[::29] = 0
+    params = fmt.fit(w, dtype=torch.bfloat16)
+    return fmt.pack(fmt.project(w, params), params)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_equals_the_unpacked_weight(fmt):
+    for index, (n, k) in enumerate(SHAPES):
+        tensors = stored(fmt, n, k, index)
+        codes, scales, one, rows, group = fmt._operands(tensors, (n, k))
+        w = fmt.unpack(tensors, (n, k), torch.float64)
+        decoded = ops_float.dequantize(codes, scales, one, n, k, rows, group)
+        assert torch.equal(decoded, fmt.unpack(tensors, (n, k))), "decoding is exact"
+        for m in (1, 2, 5, 16, ops_float.MAX_ROWS + 1):
+            x, bias = torch.randn(m, k), torch.randn(n)
+            y = fmt.linear(x, tensors, bias, (n, k))
+            bound = (x.double().abs() @ w.abs().T + bias.abs()) * 2**-24 * (k / 16 + 12)
+            assert ((y - F.linear(x.double(), w, bias.double())).abs() <= bound).all(), (n, k, m)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_every_code_has_its_value(fmt):
+    """Rows of all codes times the identity."""
+    count = 254 if fmt.element == "e4m3" else 16
+    if fmt.element == "e4m3":
+        codes = torch.tensor([c for c in range(256) if c & 127 != 127], dtype=torch.uint8)
+        packed, k = codes.view(torch.float8_e4m3fn)[None].expand(3, -1).contiguous(), count
+        values = packed[0].double()
+    else:
+        codes, k = torch.arange(16, dtype=torch.uint8), count
+        packed = (codes[::2] | codes[1::2] << 4)[None].expand(3, -1).contiguous()
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+    y = ops_float.float_linear(torch.eye(k)[:40], packed, torch.ones(3, 1), None, None, 3, 1, 256)
+    assert torch.equal(y[:, 1].double(), values[:40])
+    w = ops_float.dequantize(packed, torch.ones(3, 1), None, 3, k, 1, 256)
+    assert torch.equal(w[2].double(), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_half_precision_is_rounded_once(fmt, dtype):
+    n, k = 35, 200
+    tensors, w = stored(fmt, n, k), None
+    w = fmt.unpack(tensors, (n, k), torch.float64)
+    for m in (1, 7):
+        x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+        y, wanted = fmt.linear(x, tensors, bias, (n, k)), F.linear(x.double(), w, bias.double())
+        assert y.dtype == dtype
+        assert ((y.double() - wanted).abs() <= wanted.abs() * torch.finfo(dtype).eps / 1.9 + 1e-5).all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_rows_stand_alone_whatever_the_batch_and_threads(fmt):
+    n, k = 70, 1500
+    tensors = stored(fmt, n, k)
+    x = torch.randn(21, k)
+    alone = torch.cat([fmt.linear(row[None], tensors, None, (n, k)) for row in x])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for m in (2, 3, 21):
+                assert torch.equal(fmt.linear(x[:m], tensors, None, (n, k)), alone[:m])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_layers_inputs_of_any_stride_and_none():
+    torch.manual_seed(0)
+    fmt = NVFP4()
+    layer = Linear(96, 40, fmt, bias=True, dtype=torch.float32)
+    layer.load_tensors(stored(fmt, 40, 96))
+    assert layer.kernel.startswith("float_linear ")
+    wide = torch.randn(2, 5, 300)
+    for x in (wide[..., 7:103], wide[..., ::2][..., :96], wide[:, ::2, :96], wide[0, 0, :96], wide[:0, :, :96]):
+        y = layer(x)
+        assert y.shape == (*x.shape[:-1], 40) and torch.equal(y, layer(x.contiguous()))
+    x = torch.randn(3, 96, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(3, -1), atol=1e-5)
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    fmt = Microscaling("e2m1")
+    tensors, x = stored(fmt, 20, 100), torch.randn(5, 100)
+    clean = fmt.linear(x, tensors, None, (20, 100))
+    x[2, 5] = float("nan")
+    y = fmt.linear(x, tensors, None, (20, 100))
+    assert y[2].isnan().all() and torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+def arguments(**changes):
+    made = dict(x=torch.randn(2, 64), codes=torch.zeros(8, 64, dtype=torch.uint8).view(torch.float8_e4m3fn),
+                scales=torch.ones(8, 1), global_scale=None, bias=None, out_features=8, scale_rows=1, group=64)
+    return tuple((made | changes).values())
+
+
+BAD = {
+    "x dtype": (dict(x=torch.randn(2, 64).double()), "x"),
+    "x width": (dict(x=torch.randn(2, 65)), "codes"),
+    "codes dtype": (dict(codes=torch.zeros(8, 64)), "codes"),
+    "codes strided": (dict(codes=torch.zeros(64, 8, dtype=torch.uint8).view(torch.float8_e4m3fn).T), "contiguous"),
+    "out_features": (dict(out_features=9), "codes"),
+    "scales": (dict(scales=torch.ones(7, 1)), "scales"),
+    "scales dtype": (dict(scales=torch.ones(8, 1).double()), "scales"),
+    "global": (dict(global_scale=torch.ones(1)), "global_scale"),
+    "no global": (dict(scales=torch.ones(8, 1).to(torch.float8_e4m3fn)), "global_scale"),
+    "group": (dict(group=24), "group"),
+    "rows": (dict(scale_rows=0), "scale_rows"),
+    "bias": (dict(bias=torch.ones(7)), "bias"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case):
+    changes, message = BAD[case]
+    with pytest.raises(ValueError, match="found .* accepted") as error:
+        ops_float.float_linear(*arguments(**changes))
+    assert message in str(error.value)
