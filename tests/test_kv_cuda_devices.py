@@ -8,7 +8,9 @@ import contextlib
 
 import pytest
 import torch
+from test_kv_cuda_cache import KINDS, SMALL
 
+import tersor
 from tersor import ops_kv_cuda as ops
 from tersor.kv import devices
 from tersor.kv.eviction import WindowStore
@@ -137,6 +139,25 @@ def test_a_static_step():
         assert store.attend(step(tokens, mask=True, held=1024 - tokens)).shape == (2, tokens, 2 * HEADS, DIM)
     store.select([1, 0])
     assert store.seen == 405 and static_pages(store)[0].length().device == CUDA
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_models_step_waits_for_nothing(kind):
+    """Nor does what transformers does around the cache, so that a step can be captured."""
+    config, model, options = KINDS[kind]
+    with CUDA:
+        model = model(config(**SMALL, **options)).bfloat16().eval()
+        ids = torch.empty((2, 70), dtype=torch.long)
+    growing, static = tersor.Cache(model, "K4V4"), tersor.StaticCache(model, "K4V4", max_tokens=256, batch=2)
+    with torch.no_grad():
+        model(ids, past_key_values=growing)
+        for layer in static.layers:
+            layer.store.prompt(step(70).changed(keys=torch.empty((2, 1, 70, DIM), dtype=torch.bfloat16, device=CUDA),
+                                                values=torch.empty((2, 1, 70, DIM), dtype=torch.bfloat16, device=CUDA)))
+        for cache, steps in ((growing, 60), (static, 3)):  # over a page border; always the same
+            for _ in range(steps):
+                assert model(ids[:, :1], past_key_values=cache).logits.device == CUDA
+    assert growing.get_seq_length() == 130 and static.get_seq_length().device == CUDA
 
 
 def test_tensors_elsewhere_are_noticed():
