@@ -1,4 +1,4 @@
-"""Linear layers with rounded activations: tersor's W?A8, W?A6 and W?A4, their transforms, against torch and peers.
+"""Linear layers in low bits: tersor's W?A8, W?A6, W?A4, their transforms, and small floats, against torch and peers.
 
     python bench/lowbit.py                         # all shapes, about 15 minutes on 2 cores; nothing else should run
     python bench/lowbit.py --shapes 4096x4096 --m 1,64 --peers none --seconds 0.1
@@ -28,13 +28,13 @@ import common
 from contenders import Gone, gather
 from peers.base import Options
 from tersor import _C
-from tersor.formats.integer import Int
+from tersor.formats import Format, Int
 from tersor.ops_fused import BoundIntLinearFused, Producer
 from tersor.registry import resolve_format
 
 # K x N: Llama-3-8B's, then Qwen3-0.6B's
 SHAPES = "4096x4096,4096x14336,14336x4096,1024x2048,1024x3072,3072x1024"
-SPECS = "W8A8,W6A8,W6A6,W4A8,W4A4"
+SPECS = "W8A8,W6A8,W6A6,W4A8,W4A4,FP8A16,MXFP4A16,NVFP4A16"
 FUSED = ("W4A4", "W4A4[act_group=0]")  # what transforms are measured on
 DISTURBED = 0.6  # cores used by others, from which on a row is no measurement
 COPIES = 128 << 20  # bytes of all copies of a weight, at least two
@@ -88,11 +88,22 @@ def int_mm(k: int, n: int) -> Way:
     return Way(call, copies(n * k, codes.clone), torch.bfloat16, n * k)
 
 
-def layer(fmt: Int, k: int, n: int):
-    codes = torch.randint(0, 2**fmt.num_bits, (n, k), dtype=torch.uint8)
-    tensors = fmt.pack_codes(codes, torch.rand(n, fmt.groups(k)).to(torch.bfloat16) * 0.02 + 0.001, None)
+def layer(fmt: Format, k: int, n: int):
+    """Copies of a layer's multiplication ``(x, bias) -> y``, and bytes of one."""
+    if isinstance(fmt, Int):
+        codes = torch.randint(0, 2**fmt.num_bits, (n, k), dtype=torch.uint8)
+        tensors = fmt.pack_codes(codes, torch.rand(n, fmt.groups(k)).to(torch.bfloat16) * 0.02 + 0.001, None)
+    else:
+        w = torch.randn(n, k)
+        params = fmt.fit(w, dtype=torch.bfloat16)
+        tensors = fmt.pack(fmt.project(w, params), params)
+
+    def make():
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        return fmt.bind(own, (n, k)) or (lambda x, bias: fmt.linear(x, own, bias, (n, k)))
+
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    return copies(nbytes, lambda: fmt.bind({name: t.clone() for name, t in tensors.items()}, (n, k))), nbytes
+    return copies(nbytes, make), nbytes
 
 
 def ours(specs: list[str], k: int, n: int, transformed: int) -> dict[str, Way]:
