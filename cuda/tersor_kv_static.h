@@ -30,7 +30,8 @@ typedef struct tersor_cuda_kv_static {
 /* Counts `tokens` fresh tokens of each sequence, which kv_append writes next and kv_attention reads: pages that were
  * old enough before are read packed from now on, and pages that are now become jobs for kv_pack after attention (0, 0:
  * none). A sequence that would have more than max_tokens stays as it is and counts the step as one that did not fit.
- * With 0 tokens, the table follows a state that was lowered, by at most raw_pages * 64 - most - recent - 128 tokens. */
+ * With 0 tokens, the table follows a state that was lowered, as long as no page has taken the place of one that is raw
+ * then. */
 int tersor_cuda_kv_advance(const tersor_cuda_kv_static* cache, int64_t tokens, void* stream);
 
 #ifdef __cplusplus

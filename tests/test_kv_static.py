@@ -117,29 +117,48 @@ def test_long_steps_are_several(device):
 
 
 def test_taking_back(device):
+    """What comes back is what there was: pages are raw again, and packed again as before."""
     torch.manual_seed(3)
-    static, growing = pair((4, 4), recent=32, batch=1, heads=1)
-    for step in (100, 62, -20, 1, 30, -32, 7, 60, -1, 40):
+    made = dict(recent=32, batch=1, heads=1)
+    static, history = pair((4, 4), **made)[0], None
+    for step in (100, 62, -20, 1, 30, -32, 7, 60, -1, 40, 120, -90, -90, 5, -4):
         if step < 0:
             static.crop(-step)
-            growing_tokens = growing.tokens + step
-            # What grows would keep a packed page; one that never saw these tokens is what a static one goes back to.
-            again = pair((4, 4), recent=32, batch=1, heads=1)[1]
-            again.append(*(t[:, :, :growing_tokens] for t in history))
-            growing, history = again, [t[:, :, :growing_tokens] for t in history]
+            history = [t[:, :, :step] for t in history]
         else:
             fresh = tokens(step, 1, 1)
-            history = fresh if not growing.tokens else [torch.cat(two, 2) for two in zip(history, fresh)]
+            history = fresh if history is None else [torch.cat(two, 2) for two in zip(history, fresh)]
             static.append(*fresh)
-            growing.append(*fresh)
         static._advance(0)
+        growing = pair((4, 4), **made)[1]  # one that never saw what was taken back
+        growing.append(*history)
         check_held(static, growing, flipped=True)
-    with pytest.raises(ValueError, match="tokens to remove: found 120, accepted is at most"):
+    assert static.held() == 188 and static.top == 367
+    with pytest.raises(ValueError, match="tokens to remove: found 120, accepted is at most 92, or all"):
         static.crop(120)
+    static.crop(92)
+    growing = pair((4, 4), **made)[1]
+    growing.append(*(t[:, :, :96] for t in history))
+    check_held(static, growing, flipped=True)
+    with pytest.raises(ValueError, match="accepted is at most 0, or all"):
+        static.crop(1)
     static.crop(1000)
     assert static.held() == 0 and static.used.tolist() == [0]
     fresh, q = tokens(1, 1, 1), query(1, 1, 2)
-    assert torch.equal(static.attend(q, *fresh, 0.125), pair((4, 4), batch=1, heads=1)[1].attend(q, *fresh, 0.125))
+    assert torch.equal(static.attend(q, *fresh, 0.125), pair((4, 4), **made)[1].attend(q, *fresh, 0.125))
+
+
+def test_taking_back_behind_a_window(device):
+    torch.manual_seed(7)
+    static, history = pair((4, 4), batch=1, heads=1, window=30)[0], tokens(600, 1, 1)
+    static.append(*history)
+    static.crop(150)
+    growing = pair((4, 4), batch=1, heads=1)[1]
+    growing.append(*(t[:, :, :450] for t in history))
+    fresh, q = tokens(1, 1, 1), query(1, 1, 2)
+    assert torch.equal(static.attend(q, *fresh, 0.125, window=30), growing.attend(q, *fresh, 0.125, window=30))
+    with pytest.raises(ValueError, match="found 150, accepted is at most"):
+        static.crop(150)
 
 
 def test_beams_are_copied_in_place(device):
@@ -162,7 +181,7 @@ def test_beams_are_copied_in_place(device):
 def test_windows_use_a_ring_of_pages(device):
     torch.manual_seed(5)
     static, growing = pair((4, 4), max_tokens=2048, batch=1, heads=1, window=40)
-    assert static.packed.shape[1] == 6 and static.raw_pages == 5
+    assert static.packed.shape[1] == 5 and static.raw_pages == 4
     for count in (128, 128, 100, 1, 128, 128, 20, 1, 1):
         fresh, q = tokens(count, 1, 1), query(1, count, 2)
         ours = static.attend(q, *fresh, 0.125, window=40)

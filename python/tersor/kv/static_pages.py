@@ -20,7 +20,6 @@ from .layout import Layout
 from .store import Shape, Step, Store, make_layout
 
 MOST = 128  # tokens of a step; more are taken so many at a time
-CROP = 32  # tokens that can be taken back again, at least
 
 
 class StaticPages(CudaPages):
@@ -35,13 +34,14 @@ class StaticPages(CudaPages):
         room = -(-max_tokens // TOKENS)
         self.room, self.sinks = room, min(sink_pages, room) if layout.packs else 0
         self.after = max(1, room - self.sinks)
+        self.top = 0  # the most tokens there were: what the rings were written for
         super().__init__(layout, batch, recent, sink_pages, device, where)
 
     def _start(self, batch: int) -> None:
         self.batch = batch
-        after, pages = self.after, -(-(self.recent + MOST + CROP) // TOKENS) + 2
+        after, pages = self.after, -(-(self.recent + MOST) // TOKENS) + 2
         self.raw_pages = min(after, pages) if self.layout.packs else after
-        seen = -(-(self.window + MOST + CROP) // TOKENS) + 2 if self.window else after
+        seen = -(-(self.window + MOST) // TOKENS) + 2 if self.window else after
         heads, device, kind = self.layout.kv_heads, self.device, int(self.layout.packs)
 
         def region(count: int, kind: int) -> Tensor:
@@ -78,7 +78,7 @@ class StaticPages(CudaPages):
         if missed:
             raise RuntimeError(f"tersor.StaticCache: found {missed} steps past max_tokens = {self.max_tokens}, whose "
                                "tokens are not held; accepted is a cache that is large enough")
-        self.tokens = tokens
+        self.tokens, self.top = tokens, max(self.top, tokens)
         return tokens
 
     def counts(self) -> list[int]:
@@ -91,6 +91,7 @@ class StaticPages(CudaPages):
             ops._C.cuda_kv_advance(self.arguments, tokens, ops._stream(self.device))
         if not capturing(self.device):
             self.tokens += tokens
+            self.top = max(self.top, self.tokens)
 
     def _steps(self, tokens: int) -> list[slice]:
         if not capturing(self.device) and self.tokens + tokens > self.max_tokens:
@@ -145,16 +146,22 @@ class StaticPages(CudaPages):
         self.state.zero_()
         self.used.zero_()
         self.jobs.zero_()
-        self.tokens = 0
+        self.tokens = self.top = 0
 
     def crop(self, tokens: int) -> None:
-        """Forget the last ``tokens``, which are among the last `CROP`, or all there are. Waits for the device."""
+        """Forget the last ``tokens``, as long as the rings still have what is needed then, or all. Waits for the
+        device."""
         held = self.held()
         if tokens >= held:
             return self.clear()
-        most = TOKENS * (self.raw_pages - 2) - MOST - self.recent if self.raw_pages < self.after else held
+        # The first page that is not written over, of those that will be read raw, and of the packed ones in a window.
+        raw, packed = -(-self.top // TOKENS) - self.raw_pages, (self.top - self.recent) // TOKENS - self.packed.shape[1]
+        most = held - self.recent - TOKENS * raw if raw > self.sinks else held
+        if self.window and packed > self.sinks:
+            most = min(most, held - self.window - TOKENS * packed)
         if tokens > most:
-            fail("StaticCache", "tokens to remove", tokens, f"at most {most}, or all: older pages are packed for good")
+            fail("StaticCache", "tokens to remove", tokens,
+                 f"at most {max(most, 0)}, or all: older pages are written over")
         self.state[:, 0].sub_(tokens)
         self.tokens = held - tokens
         self._advance(0)
