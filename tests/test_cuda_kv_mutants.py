@@ -6,19 +6,24 @@ violation or by a wrong result; one that does not compile counts as a mistake he
 
 import pytest
 import torch
-from cuda_kv import KERNEL, PAGE_SOURCES, SOURCES, attend, cached, relative_error, truth
+from cuda_kv import (FORMAT_SOURCES, KERNEL, MASS_SOURCES, PAGE_SOURCES, SOURCES, attend, attention_mass, cached,
+                     cached_layout, relative_error, true_mass, truth)
 from emulation import build
 from test_cuda_kv import queries
+from test_cuda_kv_formats import FORMATS, UNEVEN, PageFormat, layout_of, rotary_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STREAM, RESULTS, CODES, ROWS, SCORES, VALUES, ATTENTION_H = (
     f"cuda/tile/kv_{part}.h" for part in ("stream", "results", "codes", "rows", "scores", "values", "attention"))
-APPEND, PACK = PAGE_SOURCES[:2]
+APPEND, PACK, PACK_FORMATS = PAGE_SOURCES[:3]
+PACK_H, CHOOSE = "cuda/tile/kv_pack.h", "cuda/tile/kv_choose.h"
 
 # 8 rows; pages of 4, 8 and 16 bits.
 INSTANCE = [(KERNEL, "kv_attention<TERSOR_HEAD_DIM, kv_most_rows(TERSOR_HEAD_DIM)>", "nullptr")] + [
     (file, f"        case {bits}: {call}; break;\n", "") for bits in (2, 3)
     for file, call in ((SCORES, f"score_keys<{bits}>(score, page)"), (VALUES, f"add_values<{bits}>(p, valid, page)"))]
+
+FORMAT_INSTANCE = INSTANCE[1:]
 
 FOUR, EIGHT, RAW = (64, 4, 4), (64, 8, 8), (64, 16, 16)
 
@@ -36,6 +41,49 @@ def check_attention(library):
         expected, total = truth(cache, q, **options)
         assert relative_error(out, expected) < 3e-4
         assert torch.allclose(lse.double(), total, atol=1e-4, rtol=0)
+
+
+def check_formats(library):
+    """Each part of a format, in one table; and keys that are turned."""
+    formats = (PageFormat(4, 3, key_levels=UNEVEN, value_levels=UNEVEN[::2], key_outliers=40, value_outliers=50),
+               PageFormat(8, 8, key_axis="token", key_levels="e4m3", value_levels="e4m3"),
+               PageFormat(4, 4, key_axis="token", value_axis="separable", value_outliers=9),
+               PageFormat(8, 4, key_outliers=30))
+    made = layout_of(*formats, dim=128, kv_heads=2, biased=True)
+    turned = layout_of(formats[0], formats[3], dim=128, rotary=rotary_of(96))
+    for cache in (cached_layout(made, [[(64, 1), (64, 2), (64, 3), (64, 4), (40, 1), (7, 0)]]),
+                  cached_layout(turned, [[(64, 1), (64, 2), (9, 0)]])):
+        q = queries(1, 2 * cache.kv_heads, 3, 128, torch.float16)
+        expected, total = truth(cache, q)
+        out, lse, _ = attend(library, cache, q, 2, seeds=range(3))
+        assert relative_error(out, expected) < 3e-4
+        assert torch.allclose(lse.double(), total, atol=2e-4, rtol=0)
+
+
+def check_mass(library):
+    cache = cached_layout(layout_of(FORMATS["outliers"], kv_heads=2, biased=True),
+                          [[(64, 1), (64, 0), (64, 1), (9, 0)], [(64, 1)] * 6])
+    q = queries(2, 4, 11, 64, torch.float16)
+    for splits, options in ((1, {}), (3, dict(window=150))):
+        total = truth(cache, q, **options)[1].float()
+        mass, _ = attention_mass(library, cache, q, total, 384, splits, seeds=range(3), **options)
+        assert float((mass - true_mass(cache, q, total, 384, **options)).abs().max()) < 2e-4
+
+
+def check_packing(library):
+    import test_cuda_kv_formats as formats
+
+    before, formats.page_library = formats.page_library, lambda: library
+    try:
+        for name in ("outliers", "outliers nuq", "nuq 3, 2", "e4m3", "token", "token e4m3"):
+            formats.test_pack_equals_the_reference(name)
+        formats.test_pack_of_separable_values("outliers separable")
+        formats.test_pack_of_turned_keys("nuq 4")
+        formats.test_append_of_biases()
+        formats.test_append_of_turned_keys()
+        formats.test_pack_of_what_is_not_finite()
+    finally:
+        formats.page_library = before
 
 
 def check_pages(library):
@@ -75,7 +123,8 @@ ATTENTION = {
     "pages over one another in the list": (STREAM, "list_entry(listed_ + before)", "list_entry(listed_)"),
     "a list that is too short": (STREAM, "index % kKvListed", "index % 8"),
     "units without parameters": (STREAM, "extra_ = value_bits_ < 16 ? kKvValueParameters : 0", "extra_ = 0"),
-    "the first head's pages": (STREAM, "int64_t(head_) *", "int64_t(0) *"),
+    "the first head's pages": (STREAM, "int64_t(head_) * kv_page_bytes(kDim, key_bits, page.value_bits);",
+                              "int64_t(0);"),
     "pages of a window's end left out": (STREAM, "page.position + page.tokens > from", "page.position >= from"),
     "the next unit's slot": (STREAM, "return ring_ + slot_ * kSlotBytes;",
                              "return ring_ + (slot_ + 1) % kSlots * kSlotBytes;"),
@@ -118,20 +167,125 @@ PAGES = {
     "append: the first lane's page": (APPEND, "(lanes & (0u - lanes)) - 1) : 0", "0u) : 0"),
     "append: half a page": (APPEND, "slot = position - page.position", "slot = (position - page.position) & 31"),
     "append: values as they come": (APPEND, "v[i / 2] >> (16 * (i % 2))", "v[i / 2]"),
-    "append: the first head": (APPEND, "int64_t(head) * kv_page_bytes(a.dim, 16, 16)", "0"),
-    "pack: ranges of half the lanes": (PACK, "mask <= 16", "mask <= 8"),
-    "pack: a minimum above the least": (PACK, "if (f16(minimum) > least) minimum = f16_below(minimum);", ""),
-    "pack: a scale too small": (PACK, "if (double(f16(scale)) < step) scale = f16_above(scale);", ""),
-    "pack: unsigned 8 bits": (PACK, "words[i] ^= 0x80808080", "words[i] ^= 0"),
-    "pack: halves down": (PACK, "if (over + over >= scale)", "if (over + over > scale)"),
-    "pack: infinity counts": (PACK, "range.finite = range.finite && finite;\n", "\n"),
+    "append: the first head": (APPEND, "int64_t(head) * kv_page_bytes(a.dim, 16, 16, {}, a.biased)", "0"),
+    "pack: ranges of half the lanes": (PACK_H, "int last = 16", "int last = 8"),
+    "pack: a minimum above the least": (PACK_H, "if (f16(minimum) > least) minimum = f16_below(minimum);", ""),
+    "pack: a scale too small": (PACK_H, "if (double(f16(scale)) < step) scale = f16_above(scale);", ""),
+    "pack: unsigned 8 bits": (PACK_H, "words[i] ^= 0x80808080", "words[i] ^= 0"),
+    "pack: halves down": (PACK_H, "if (over + over >= scale)", "if (over + over > scale)"),
+    "pack: infinity counts": (PACK_H, "range.finite = range.finite && finite;\n", "\n"),
     "pack: groups of the first page": (PACK, "raw + group * kv_value_group_bytes(a.dim, 16)", "raw"),
+}  # fmt: skip
+
+
+PACK_OF_FORMATS = {
+    "no barrier before codes": (PACK_FORMATS,
+        "    ptx::barrier();\n    if (a.key_bits == 16) {",
+        "    if (a.key_bits == 16) {"),
+    "no barrier before outliers": (PACK_FORMATS,
+        "    ptx::barrier();\n    if (warp == 0 && f.key_outliers > 0) choose_keys",
+                                   "    if (warp == 0 && f.key_outliers > 0) choose_keys"),
+    "ranges with outliers": (PACK_FORMATS, "if (!taken(i)) range = with;", "range = with;"),
+    "outliers of half a list": (PACK_FORMATS, "before += ptx::shuffle(sum, 31);", ""),
+    "entries that are left": (PACK_FORMATS, "uint32_t(kKvTokens * a.dim - 1)", "uint32_t(0)"),
+    "differences without factors": (PACK_FORMATS,
+        "coder().value(value_code(token, channel), p) * double(factor_of(channel))",
+                                    "coder().value(value_code(token, channel), p)"),
+    "biases of the next token": (APPEND,
+        "kv_key_bytes(a.dim, 16)) + slot, bias",
+        "kv_key_bytes(a.dim, 16)) + (slot ^ 1), bias"),
+    "raw keys as they come": (APPEND, "a.rotary.halves ? a.rotary.pairs : 0", "0"),
+    "keys turned on": (PACK_FORMATS, "(channel % 2 == 0 ? y : -y)", "(channel % 2 == 0 ? -y : y)"),
+    "no sync of gains": (CHOOSE,
+        "    for (int n = 0; n < count; ++n) {\n      ptx::sync_warp();",
+        "    for (int n = 0; n < count; ++n) {"),
+    "no sync of what is taken": (CHOOSE, "      ptx::sync_warp();\n      look_at(of);", "      look_at(of);"),
+    "gains of spans": (CHOOSE, "(span - after) * (span + after)", "(span - after)"),
+    "the smallest alone": (CHOOSE, "symmetric || without_high <= without_low", "symmetric"),
+    "a level too low at a border": (PACK_H,
+        "units >= static_cast<float>(border);",
+        "units > static_cast<float>(border) + 0.01f;"),
+    "E4M3 cut off": (PACK_H, "(m + 0x7ffff + (m >> 20 & 1)) >> 20", "m >> 20"),
+    "E4M3 of numbers below 2^-6": (PACK_H, "magnitude * 512.0f", "magnitude * 256.0f"),
+}  # fmt: skip
+
+FORMAT_MUTANTS = {
+    "the first format": (SCORES, "return a.formats[page.format];", "return a.formats[1];"),
+    "no tails": (STREAM, "key_tail_ = kv_key_tail_bytes(f.key_outliers, biased_)", "key_tail_ = 0"),
+    "the scale of all levels": (CODES, "return {top / 254, top / 2};", "return {top / 255, top / 2};"),
+    "levels from 0": (CODES, "return {top / 254, top / 2};", "return {top / 254, 0};"),
+    "upper levels": (CODES, "ptx::prmt(0, 0xffffffff, upper)", "0u"),
+    "thirds of levels": (CODES, "thirds << 5 & 0x00400040", "thirds << 4 & 0x00400040"),
+    "signs of E4M3": (CODES,
+        "kPair % 2 ? word : word << 8) & 0x80008000",
+        "kPair % 2 ? word : word << 8) & 0x00008000"),
+    "E4M3 of half the size": (CODES, "0x7b807b80", "0x7b007b00"),
+    "scales of tokens of other lanes": (SCORES, "scratch() + 32 * t + 4 * j", "scratch() + 4 * j"),
+    "no sync of tokens' scales": (SCORES, "KvUnits units) const {\n    ptx::sync_warp();", "KvUnits units) const {"),
+    "minima of tokens": (SCORES, "+ lowest[column] * whole[row];", ";"),
+    "biases in units of log e": (SCORES, "bias[i % 2] * kLog2E", "bias[i % 2]"),
+    "biases of the outliers": (SCORES, "biases += kv_outlier_bytes(kKvTokens / 2, outliers);", ""),
+    "outliers of the first token": (SCORES, "second ? 0.0f : add;", "add;"),
+    "outliers of keys not turned": (SCORES, "turn = turn_of(index / kDim, channel / 2)", "turn = turn"),
+    "sines of outliers": (SCORES, ": -query_at(row, channel - 1)", ": query_at(row, channel - 1)"),
+    "keys turned back": (SCORES,
+        "x * cosine - y * sine, y * cosine + x * sine",
+        "x * cosine + y * sine, y * cosine - x * sine"),
+    "remainders of turned keys": (SCORES, "BFloat16::mma(sum[kTile], q.first, rest);", ""),
+    "queries as they come": (ROWS, "kFormats && a.rotary.halves ? a.rotary.pairs : 0", "0"),
+    "one group's minima for all": (VALUES, "f.value_whole || other == group", "other == group"),
+    "minima without factors": (VALUES,
+        "two[i % 2] * (page_out[n][i] + constant)",
+        "two[i % 2] * page_out[n][i] + constant"),
+    "minima of one lane": (VALUES, "whole[row] = sum[row] + ptx::shuffle_xor(sum[row], 2);", "whole[row] = sum[row];"),
+    "outliers of the first channel": (VALUES, "index % 2 != 0 ? 0.0f : add;", "add;"),
+    "no sync of weights": (VALUES,
+        "(g % 4 * 8)), two);\n      }\n      ptx::sync_warp();", "(g % 4 * 8)), two);\n      }"),
+    "entries of tokens that nobody sees": (VALUES, "weight == 0 ? 0.0f : weight", "weight"),
+}  # fmt: skip
+
+MASS = "cuda/kernels/kv_mass.cu"
+MASS_MUTANTS = {
+    "rows that do not exist": (MASS, "if (index >= this->row_count()) return infinity();", "if (index < 0) return 0;"),
+    "the last tile alone": (MASS, "(this->tile > 0 ? ptx::load_global(mass + token) : 0.0f)", "0.0f"),
+    "half the rows": (MASS, "lanes <= 16", "lanes <= 8"),
+    "no barrier between tiles": (MASS, "    ptx::barrier();  // nobody reads", "    // nobody reads"),
+    "no barrier after the queries": (MASS, "    rows.template load_queries<true>(rows.query);\n    ptx::barrier();",
+                                     "    rows.template load_queries<true>(rows.query);"),
+    "a log-sum-exp of base e": (MASS, "total * kLog2E;", "total;"),
+    "the first head's mass": (MASS, "a.kv_heads + blockIdx.y) * m.tokens", "a.kv_heads) * m.tokens"),
+    "copies left under way": (MASS, "    ptx::cp_async_wait<0>();\n", ""),
+    "values in the stream": (STREAM, "value_bits_ = kValues ? page.value_bits : 0;", "value_bits_ = page.value_bits;"),
 }  # fmt: skip
 
 
 def test_the_unchanged_kernels_pass():
     check_attention(build(SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=INSTANCE))
     check_pages(build(PAGE_SOURCES))
+    check_packing(build(PAGE_SOURCES))
+    check_formats(build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": 128}, edits=FORMAT_INSTANCE))
+    check_mass(build(MASS_SOURCES, {"TERSOR_HEAD_DIM": 64}))
+
+
+@pytest.mark.parametrize("name", PACK_OF_FORMATS)
+def test_mutant_of_packing_is_killed(name):
+    mutant = build(PAGE_SOURCES, edits=[PACK_OF_FORMATS[name]])
+    with pytest.raises(AssertionError):
+        check_packing(mutant)
+
+
+@pytest.mark.parametrize("name", FORMAT_MUTANTS)
+def test_mutant_of_formats_is_killed(name):
+    mutant = build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": 128}, edits=[*FORMAT_INSTANCE, FORMAT_MUTANTS[name]])
+    with pytest.raises(AssertionError):
+        check_formats(mutant)
+
+
+@pytest.mark.parametrize("name", MASS_MUTANTS)
+def test_mutant_of_mass_is_killed(name):
+    mutant = build(MASS_SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=[MASS_MUTANTS[name]])
+    with pytest.raises(AssertionError):
+        check_mass(mutant)
 
 
 @pytest.mark.parametrize("name", ATTENTION)

@@ -25,7 +25,9 @@ struct Problem {
   int64_t places;  // (sequence, head of keys, row tile)
 };
 
-int describe(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t queries, Problem* p) {
+// Tiles of 8 rows where the kernel has no others (`eight`: that of formats).
+int describe(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t queries, bool eight,
+             Problem* p) {
   if (int status = check_kv_shape(batch, kv_heads, head_dim)) return status;
   if (heads < 1 || heads % kv_heads != 0 || heads > 65535) {
     return fail(TERSOR_INVALID, "heads is %lld; accepted: a multiple of kv_heads = %lld to 65535", (long long)heads,
@@ -36,7 +38,7 @@ int describe(int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim, i
     return fail(TERSOR_INVALID, "queries is %lld; accepted: 0 to 2^24", (long long)queries);
   }
   const int64_t rows = queries * (heads / kv_heads);
-  p->rows = rows <= 8 ? 8 : kv_most_rows(static_cast<int>(head_dim));
+  p->rows = rows <= 8 || eight ? 8 : kv_most_rows(static_cast<int>(head_dim));
   const int64_t tiles = (rows + p->rows - 1) / p->rows;
   if (tiles * kv_heads > 65535) {
     return fail(TERSOR_INVALID, "queries is %lld; accepted on CUDA: so many that %d rows each make at most %lld blocks",
@@ -70,7 +72,7 @@ extern "C" int tersor_cuda_kv_attention_plan(int64_t batch, int64_t heads, int64
                                              int64_t queries, int64_t pages, int multiprocessors,
                                              int64_t shared_memory_per_multiprocessor, int64_t* splits) {
   Problem p;
-  if (int status = describe(batch, heads, kv_heads, head_dim, queries, &p)) return status;
+  if (int status = describe(batch, heads, kv_heads, head_dim, queries, false, &p)) return status;
   if (multiprocessors < 1 || pages < 0) {
     return fail(TERSOR_INVALID, "multiprocessors, pages are %d, %lld; accepted: from 1 and from 0", multiprocessors,
                 (long long)pages);
@@ -91,13 +93,15 @@ extern "C" int tersor_cuda_kv_attention_workspace(int64_t batch, int64_t heads, 
                                                   int64_t queries, int64_t splits, int64_t* partial_bytes,
                                                   int64_t* counter_bytes) {
   Problem p;
-  if (int status = describe(batch, heads, kv_heads, head_dim, queries, &p)) return status;
+  if (int status = describe(batch, heads, kv_heads, head_dim, queries, false, &p)) return status;
   if (splits < 1 || splits > 65535) {
     return fail(TERSOR_INVALID, "splits is %lld; accepted: 1 to 65535", (long long)splits);
   }
   *partial_bytes = *counter_bytes = 0;  // one split writes its results itself
   if (splits == 1) return TERSOR_OK;
   *partial_bytes = p.places * splits * kv_partial_floats(static_cast<int>(head_dim), p.rows) * 4;
+  // For tiles of 8 rows, whichever the launch takes: with those its partial sums are no more.
+  if (int status = describe(batch, heads, kv_heads, head_dim, queries, true, &p)) return status;
   *counter_bytes = p.places * 4;
   return TERSOR_OK;
 }
@@ -165,7 +169,8 @@ extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const
   const tersor_cuda_kv_cache& c = *cache;
   const tersor_cuda_kv_query& q = *query;
   Problem p;
-  if (int status = describe(c.batch, q.heads, c.kv_heads, c.head_dim, q.queries, &p)) return status;
+  const bool formats = c.formats > 0 || c.biased || c.rotary_dim > 0;
+  if (int status = describe(c.batch, q.heads, c.kv_heads, c.head_dim, q.queries, formats, &p)) return status;
   if (c.batch == 0 || q.queries == 0) return TERSOR_OK;
   KvAttentionArguments a{};
   if (int status = read_query(c, q, scale, softcap, &a)) return status;
@@ -174,7 +179,6 @@ extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const
     return fail(TERSOR_INVALID,
                 "partials and counters: accepted is the workspace, 16-byte aligned, for splits above 1");
   }
-  const bool formats = c.formats > 0 || c.biased || c.rotary_dim > 0;
   KvAttentionChooser* chooser = (formats ? kv_format_choosers : kv_attention_choosers)[c.head_dim];
   KvAttentionKernel* kernel = chooser ? chooser(p.rows) : nullptr;
   if (!kernel) return fail(TERSOR_INVALID, "head_dim %lld: not in this build", (long long)c.head_dim);
@@ -191,7 +195,7 @@ extern "C" int tersor_cuda_kv_mass(const tersor_cuda_kv_cache* cache, const ters
   const tersor_cuda_kv_cache& c = *cache;
   const tersor_cuda_kv_query& q = *query;
   Problem p;
-  if (int status = describe(c.batch, q.heads, c.kv_heads, c.head_dim, q.queries, &p)) return status;
+  if (int status = describe(c.batch, q.heads, c.kv_heads, c.head_dim, q.queries, true, &p)) return status;
   if (c.batch == 0 || q.queries == 0 || tokens == 0) return TERSOR_OK;
   KvMassArguments m{};
   if (int status = read_query(c, q, scale, softcap, &m.query)) return status;

@@ -5,7 +5,7 @@
 //     2  outliers are chosen: those of keys by the first warp, those of values by the second, a number at a time
 //        (tile/kv_choose.h), into a bit for each number in shared memory
 //     3  scales of what is left, a warp for each vector (what shares one), then codes, a warp for each record
-//     4  entries of outliers, whose differences need both: a lane for two tokens, or two channels
+//     4  entries of outliers, whose differences need scales: a lane for two tokens, or two channels
 //
 //   Simple rather than fast: numbers are read from L1 one at a time, with one piece of code for all codings.
 //
@@ -346,8 +346,6 @@ struct KvPackFormats {
     } else {
       for (int record = warp; record < records; record += kKvPackWarps) store_value_record(record);
     }
-    if (f.key_outliers == 0 && f.value_outliers == 0) return;
-    ptx::barrier();
     if (warp == 0 && f.key_outliers > 0) {
       store_entries(key_tail, kKvTokens / 2, a.dim, f.key_outliers,
                     [&](int token, int channel) { return key_is_taken(token, channel); },

@@ -25,15 +25,16 @@
 namespace tersor {
 namespace {
 
-template <int kDim, int kRows>
+constexpr int kRows = 8;
+
+template <int kDim>
 __global__ void __launch_bounds__(kKvThreads, kv_blocks_per_multiprocessor(kDim, kRows, true))
     kv_attention_formats(const KvAttentionArguments a) {
   kv_attend<kDim, kRows, true>(a);
 }
 
 KvAttentionKernel* choose_kernel(int rows) {
-  return rows == 8 ? kv_attention_formats<TERSOR_HEAD_DIM, 8>
-                   : kv_attention_formats<TERSOR_HEAD_DIM, kv_most_rows(TERSOR_HEAD_DIM)>;
+  return rows == kRows ? kv_attention_formats<TERSOR_HEAD_DIM> : nullptr;
 }
 const bool entered = (kv_format_choosers[TERSOR_HEAD_DIM] = choose_kernel, true);
 
