@@ -26,9 +26,12 @@
 // SPLITS. Each sequence's pages are cut into `splits` equal ranges, one block each. The last block to finish adds all
 // partial results in the order of the splits: results are the same to the bit in every launch of equal splits.
 //
-// SHARED MEMORY, bytes: 4 warps x (slots x unit + 64) + query; 64, 80, 96, 128, 256 channels:
-//     kRows 8   4 slots, 80 and 96: 3    38144  41472  43264  39168  41216
-//     kRows 16                           39168  42752  44800  41216  45312
+// The parts are tile/kv_scores.h, tile/kv_values.h and, around them, tile/kv_attention.h, which pages of formats
+// (sm80_kv_attention_formats.cu) and attention mass (kv_mass.cu) share.
+//
+// SHARED MEMORY, bytes: 4 warps x (slots x unit + 512) + query + limits; 64, 80, 96, 128, 256 channels:
+//     kRows 8   4 slots, 80 and 96: 3    40016  43344  45136  41040  43088
+//     kRows 16                           41104  44688  46736  43152
 // REGISTERS: what the gate asserts, no spills:
 // gate: defines TERSOR_HEAD_DIM=64,80,96,128,256
 // gate: registers 168 where <64, 8>
@@ -37,7 +40,8 @@
 //
 // LIMITS. Keys and values have one head dimension; values share scales over 64 channels (80, 96). Every 16 rows read
 // the pages again, from L2 where blocks run together: made for decoding and for short prompts over long history. A
-// split counts pages, also those outside a window. A NaN that a causal mask hides from a query but not from its row
+// split counts pages, also those outside a window. A mask is read a byte at a time, and never where none is given: with
+// one no page counts as seen whole. A NaN that a causal mask hides from a query but not from its row
 // tile reaches it through 0 times NaN.
 #include "kernels/sm80_kv_attention.h"
 

@@ -1,23 +1,29 @@
-// The attention of sm80_kv_attention.cu over pages of which some are in a format (KvFormat of tile/kv_layout.h), or all
-// have a bias: what every page is asked for as it comes, in a kernel of its own, so that plain pages never are.
+// The attention of sm80_kv_attention.cu over caches with formats (KvFormat of tile/kv_layout.h), biases, or keys from
+// before their rotary embedding: a kernel of its own, so that plain pages are never asked what they are. A page's entry
+// names its format; plain and raw pages stand between them and take the plain kernel's path.
 //
 //   A warp's units of a page: keys; a tail with outliers of keys and biases; one with outliers of values; values.
 //
-//   levels         codes become signed bytes by prmt, a record at a time, then bf16 as 8 bits do
-//   E4M3           two masks and a product by 2^120 make bf16 of two
-//   scales of tokens (keys)    multiply the scores; the query then is as it is, in bf16 and its remainder
-//   factors of channels (values)   multiply a record's sums over a page, which go to 8 registers first
-//   outliers       a lane adds those of its own tokens to its scores, those of its own channels to its sums, for which
-//                  the probabilities of 8 rows lie in 2 KB of shared memory for each warp
-//   biases         are added to logits, before what is hidden
+//   levels           codes become signed bytes by prmt, a record at a time, and those bf16 as 8 bits do
+//   E4M3             two masks and a product by 2^120 make bf16 of two
+//   scales of tokens (keys)       multiply the scores; the query is multiplied as it is, in bf16 with its remainder
+//   factors of channels (values)  multiply a record's sums over a page, which are in 8 registers first
+//   outliers         a lane adds those of its own tokens to its scores, and those of its own channels to its sums, for
+//                    which the probabilities of 8 rows lie in shared memory
+//   biases           are added to logits, before what is hidden
+//   turned keys      a pair of channels is a pair of codes: codes to fp32, scaled, turned by the cosine and sine of
+//                    slot and pair (L1), and multiplied as two bf16; about 16 instructions a pair instead of 3
 //
-// SHARED MEMORY, bytes: 4 warps x (slots x unit + 64 + 2048) + query; 64, 80, 96, 128, 256 channels:
+// SHARED MEMORY, bytes: 4 warps x (3 x unit + 512 + 2048) + query + limits; 64, 80, 96, 128, 256 channels:
+//     40528  40016  40272  41552  43600
 // gate: defines TERSOR_HEAD_DIM=64,80,96,128,256
 // gate: registers 255
 // gate: wants HMMA.16816.F32 HMMA.16816.F32.BF16 LDGSTS.E.BYPASS LDS.128 MUFU.EX2 PRMT
 //
-// LIMITS. Those of sm80_kv_attention.cu. Outliers of a page and head are one unit: up to some 500 for keys and for
-// values (kv_most_key_outliers). Values share scales over 64 channels or over all.
+// LIMITS. Those of sm80_kv_attention.cu, but tiles of 8 rows alone, to halve the code: more rows read the pages again.
+// Outliers of a page and head are one unit: up to some 500 for keys and for values (kv_most_key_outliers). Keys have
+// scales of channels, or of tokens over all channels and then are not turned; values share scales over 64 channels or
+// over all. There is no low-rank residual.
 #include "kernels/sm80_kv_attention.h"
 
 #include "tile/kv_attention.h"
