@@ -27,11 +27,12 @@ sys.path.insert(0, str(common.BENCH.parent / "tests"))
 from outliers import MODEL, text_tokens, with_outliers  # noqa: E402
 
 LENGTH = 256
-SPECS = """rtn:W4A16 rtn:W6A16 rtn:W8A8 rtn:W6A8 rtn:W6A6[act_group=128] flexq:W6A6[act_group=128] rtn:W4A8
+SPECS = """rtn:W8A8 rtn:W6A8 rtn:W6A6[act_group=128] flexq:W6A6[act_group=128] rtn:W4A8
 rtn:W4A4[act_group=0] smoothquant:W4A4[act_group=0] quarot:W4A4[act_group=0] quarot:W4A4[act_group=0,act_clip=0.9]
-quarot+gptq:W4A4[act_group=0,act_clip=0.9] flatquant[steps=0]:W4A4[act_group=0] flatquant:W4A4[act_group=0]
-flatquant+gptq:W4A4[act_group=0] rtn:W4A4 quarot:W4A4 flatquant[steps=0]:W4A4 rtn:W4Ax comet:W4Ax
-comet[ratio=3,share=0.5]:W4Ax rtn:W4AFP8 rtn:NVFP4 rtn:MXFP4""".split()
+quarot+gptq:W4A4[act_group=0,act_clip=0.9] flatquant[steps=0]:W4A4[act_group=0]
+flatquant[steps=0]+gptq:W4A4[act_group=0] flatquant:W4A4[act_group=0]
+rtn:W4A4 smoothquant:W4A4 quarot:W4A4 flatquant[steps=0]:W4A4 rtn:W4Ax comet:W4Ax comet[ratio=3,share=0.5]:W4Ax
+rtn:W4AFP8 fireq:W4AFP8 rtn:NVFP4 rtn:MXFP4""".split()
 
 
 def perplexity(model, ids) -> float:
@@ -80,8 +81,8 @@ def main(argv=None) -> int:
                      "of_weights": found / weights[key] - 1 if key else None,
                      "kernels": sorted({row.kernel for row in report.rows})})
         print(line(rows[-1]), flush=True)
-    table = "\n".join(["| spec | perplexity | over 16 bits | over the same weights, 16-bit inputs |", "|---|---|---|---|",
-                       f"| 16 bits | {whole:.2f} | | |", *map(line, rows)])
+    table = "\n".join(["| spec | perplexity | over 16 bits | over the same weights, 16-bit inputs |",
+                       "|---|---|---|---|", f"| 16 bits | {whole:.2f} | | |", *map(line, rows)])
     settings = {"model": f"{MODEL.name}{'' if args.plain else ' with outliers'}", "tokens": args.tokens,
                 "calibration": args.calibration, "threads": args.threads}
     common.write_json(args.out, common.header("lowbit_quality", settings) | {

@@ -1,8 +1,9 @@
 """The reference model with outliers, as large language models have them: the same function, hard to quantize.
 
 Its residual stream is turned to the principal axes of what flows through it, so that a few channels hold most of the
-energy; some rows of the up projections are made larger and the down projections' columns smaller, and some channels of
-each value head likewise. Scaling the norms' gains alone would vanish where they are folded.
+energy; some rows of the up projections are made larger and the down projections' columns smaller, and some channels
+of each value head likewise. The norms' gains have a few large channels as well, which alone would test nothing: they
+vanish where gains are folded.
 """
 
 from pathlib import Path
@@ -27,8 +28,11 @@ def with_outliers(dtype=torch.float32, factor=40.0, channels=4, path=MODEL):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
     ids = text_tokens(2048, 100_000).view(8, 256)
     moments = []
-    hooks = [layer.register_forward_pre_hook(lambda module, args, kwargs: moments.append(
-        (args[0] if args else kwargs["hidden_states"]).flatten(0, 1)), with_kwargs=True) for layer in model.model.layers]
+
+    def see(module, args, kwargs):
+        moments.append((args[0] if args else kwargs["hidden_states"]).flatten(0, 1))
+
+    hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in model.model.layers]
     model(ids)
     for hook in hooks:
         hook.remove()
@@ -39,6 +43,13 @@ def with_outliers(dtype=torch.float32, factor=40.0, channels=4, path=MODEL):
     config = model.config
     group = config.num_attention_heads // config.num_key_value_heads
     for layer in model.model.layers:
+        large = torch.randperm(config.hidden_size, generator=generator)[:channels]
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in ((layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                              (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))):
+            norm.weight[large] *= factor / 2
+            for reader in readers:
+                reader.weight[:, large] /= factor / 2
         rows = torch.randperm(config.intermediate_size, generator=generator)[:channels]
         layer.mlp.up_proj.weight[rows] *= factor
         layer.mlp.down_proj.weight[:, rows] /= factor

@@ -171,7 +171,19 @@ def test_the_outlier_model_computes_the_same_and_is_hard_to_quantize(outlier_mod
     assert losses[0] < 3 and losses[1] > 10
 
 
-def test_flexq_gives_eight_bits_where_six_cost_most(outlier_model, monkeypatch):
+def test_methods_order_as_they_should(outlier_model):
+    ids, data = text_tokens(512).view(2, 256), text_tokens(512, 60_000).view(2, 256)
+    found = []
+    for method in ("flatquant[steps=0]", "quarot", "smoothquant", "rtn"):
+        model = copy.deepcopy(outlier_model)
+        tersor.compress(model, f"{method}:W4A4[act_group=0]", data)
+        found.append(perplexity(model, ids) / perplexity(outlier_model, ids))
+    flatquant, quarot, smoothquant, rtn = found
+    assert flatquant < 0.98 * quarot and 5 * quarot < smoothquant and 2 * smoothquant < rtn
+    assert flatquant < 1.25
+
+
+def test_flexq_gives_eight_bits_where_six_cost_most(outlier_model):
     ids, data = text_tokens(512).view(2, 256), text_tokens(512, 60_000).view(2, 256)
     whole, found = perplexity(outlier_model, ids), {}
     for spec in ("rtn:W6A6[act_group=128]", "flexq:W6A6[act_group=128]"):
@@ -181,7 +193,7 @@ def test_flexq_gives_eight_bits_where_six_cost_most(outlier_model, monkeypatch):
     eight = {row.name.split(".")[-1] for row in report.rows if "A8" in row.format}
     assert {"o_proj", "down_proj"} <= eight
     assert all("six bits cost" in row.note for row in report.rows if "A6" in row.format)
-    assert found["fle"] < 0.03 and found["fle"] < 0.4 * found["rtn"]
+    assert found["fle"] < 0.04 and found["fle"] < 0.4 * found["rtn"]
     with pytest.raises(ValueError, match="accepted are integer formats with 4 or 6"):
         tersor.compress(llama(), "flexq:W6A8", tokens(2))
 
