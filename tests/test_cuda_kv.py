@@ -302,12 +302,17 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 import test_cuda_kv as kv
+import test_cuda_kv_formats as formats
 from emulation import Emulated
 native = Emulated(Path({library!r}))
-kv.page_library = lambda: native
+kv.page_library = formats.page_library = lambda: native
 for dim, fresh in ((80, 7), (128, 70)):
     kv.test_append(dim, fresh)
     kv.test_pack_equals_the_reference_to_the_bit(dim)
+for name in ("outliers nuq", "token e4m3"):
+    formats.test_pack_equals_the_reference(name)
+formats.test_pack_of_separable_values("outliers separable")
+formats.test_append_of_biases()
 print("clean", flush=True)
 """
 
