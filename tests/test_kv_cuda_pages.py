@@ -10,6 +10,7 @@ from tersor.kv.cuda_pages import SLAB_PAGES, CudaPages
 from tersor.kv.formats import PageFormat, normal_levels
 from tersor.kv.layout import Layout, reference_attention
 from tersor.kv.pages import Pages
+from tersor.kv.rotary import Rotary
 
 DIM, HEADS, DTYPE = 64, 2, torch.bfloat16
 
@@ -287,11 +288,16 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+FREQUENCIES = tuple(1000.0**-(i / 24) for i in range(24))
+ROTARY = {"halves": Rotary(FREQUENCIES), "interleaved": Rotary(FREQUENCIES, True)}
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *ROTARY])
 def test_formats(device, name):
     """Packed as the CPU packs them, and read."""
     torch.manual_seed(8)
-    made = Layout(1, DIM, DIM, DTYPE, 64, (FORMATS[name],))
+    rotary = ROTARY.get(name)
+    made = Layout(1, DIM, DIM, DTYPE, 64, (FORMATS[rotary and "outliers" or name],), rotary)
     ours, theirs = CudaPages(made, 2, 20, 1, "cpu"), Pages(made, 2, 20, 1)
     for count in (150, 1, 60, 1):
         fresh = tokens(count, heads=1)

@@ -14,6 +14,7 @@ from tersor.kv import cuda_layout
 from tersor.kv.cuda_pages import CudaPages
 from tersor.kv.formats import PageFormat
 from tersor.kv.layout import Layout
+from tersor.kv.rotary import Rotary
 from tersor.kv.static_pages import MOST, StaticPages
 
 
@@ -79,7 +80,8 @@ def test_a_step_is_replayed_without_the_host(device):
 
 def test_formats_beside_plain_integers(device):
     torch.manual_seed(6)
-    made = Layout(1, DIM, DIM, torch.bfloat16, 64, (PageFormat(4, 4, key_axis="token", value_axis="separable"),))
+    rotary = Rotary(tuple(100.0**-(i / 16) for i in range(16)))
+    made = Layout(1, DIM, DIM, torch.bfloat16, 64, (PageFormat(4, 4, key_outliers=9, value_axis="separable"),), rotary)
     static, growing = StaticPages(made, 1, 1024, 16, 1, 0, "cpu"), CudaPages(made, 1, 16, 1, "cpu")
     fresh = tokens(150, 1, 1)
     static.append(*fresh)

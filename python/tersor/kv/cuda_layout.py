@@ -273,7 +273,7 @@ def decode_page(layout: Layout, pages: Tensor, kind: int, dtype: torch.dtype = t
     if order is not None:
         keys = torch.empty_like(keys).index_copy_(-1, order.to(keys.device), keys)
     if layout.rotary is not None and page.key_bits < 16:
-        keys = layout.rotary.turn(keys.cpu(), torch.arange(TOKENS)).to(keys.device)
+        keys = layout.rotary.turn(keys, torch.arange(TOKENS))
     if page.value_bits == 16:
         values = _unraw(at["values"], dim, True, layout.dtype, torch.float64)
     else:

@@ -108,7 +108,7 @@ class CudaPages:
         self.entries = [cuda_layout.entry_kind(layout, kind) << 40 for kind in kinds]
         self.bits = [(16, 16), *((page.key_bits, page.value_bits) for page in layout.formats)]
         # What launches are told: nothing where all is plain.
-        plain = not layout.biased and not cuda_layout.format_numbers(layout)
+        plain = not layout.biased and layout.rotary is None and not cuda_layout.format_numbers(layout)
         self.described = {} if plain else {"layout": layout}
         self.pages: list[CudaPage] = []
         self.first = 0  # position of the first token held
@@ -253,10 +253,7 @@ class CudaPages:
         ops.kv_pack_jobs(jobs, layout.kv_heads, layout.key_dim, *self.bits[kind], layout.dtype, **described)
 
     def _launch_append(self, table: Tensor, used: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> None:
-        if self.layout.biased:
-            ops.kv_append(table, used, keys, values, bias=bias, **self.described)
-        else:
-            ops.kv_append(table, used, keys, values)
+        ops.kv_append(table, used, keys, values, bias=bias, **self.described)
 
     def append(self, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
         """Take fresh tokens ``[batch, kv_heads, tokens, dim]``; pages that fill up are packed where they are due.

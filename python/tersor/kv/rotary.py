@@ -33,7 +33,7 @@ class Rotary:
         """``x [..., tokens, dim]`` turned by its ``positions [..., tokens]``, or back, in float32 or x's wider dtype."""
         wide = torch.promote_types(x.dtype, torch.float32)
         angles = positions.unsqueeze(-1).to(torch.float64) * torch.tensor(self.inv_freq, dtype=torch.float64)
-        cos, sin = angles.cos().to(wide), angles.sin().to(wide) * (-1 if back else 1)
+        cos, sin = (t.to(x.device, wide) for t in (angles.cos(), angles.sin() * (-1 if back else 1)))
         part = x[..., :self.dim].to(wide)
         if self.interleaved:
             a, b = part[..., 0::2], part[..., 1::2]
