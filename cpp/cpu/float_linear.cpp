@@ -76,13 +76,22 @@ struct Weights {
       : args(a), row_bytes(a.element == kE2m1 ? div_up(a.k, 2) : a.k),
         group(a.group < a.k ? a.group : div_up(a.k, 16) * 16), groups(div_up(a.k, group)) {}
 
-  float scale(int64_t row, int64_t index) const {
-    const int64_t at = row / args.scale_rows * groups + index;
-    if (args.scale_kind < kScaleE8m0) return load_as_float(args.scales, args.scale_kind, at);
-    const uint8_t code = static_cast<const uint8_t*>(args.scales)[at];
-    if (args.scale_kind == kScaleE8m0) return bits_to_float(static_cast<uint32_t>(code) << 23);
-    const uint16_t half = static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7);
-    return load_as_float(&half, TERSOR_FLOAT16, 0) * 256.0f / args.global;
+  // The scales of groups [first, first + count) of a row, and up to 15 numbers more.
+  void factors(int64_t row, int64_t first, int64_t count, float* out) const {
+    const int64_t at = row / args.scale_rows * groups + first;
+    const uint8_t* codes = static_cast<const uint8_t*>(args.scales) + at;  // of the kinds of a byte
+    for (int64_t i = 0; i < count; ++i) {
+      if (args.scale_kind < kScaleE8m0) {
+        out[i] = load_as_float(args.scales, args.scale_kind, at + i);
+      } else if (args.scale_kind == kScaleE8m0) {
+        out[i] = bits_to_float(static_cast<uint32_t>(codes[i]) << 23);
+      } else if (i % 16 == 0) {
+        uint8_t padded[16] = {};
+        if (i + 16 > count) std::memcpy(padded, codes + i, count - i);
+        const f32 scale = mul(decode_e4m3(i + 16 > count ? padded : codes + i), splat(256.0f));
+        store(out + i, div(scale, splat(args.global)));
+      }
+    }
   }
 
   // Values [begin, end) of a row as floats, multiples of 16; beyond k zeros.
@@ -90,10 +99,13 @@ struct Weights {
     const f32 unit = splat(256.0f);
     const bool nibbles = args.element == kE2m1;
     const uint8_t* codes = args.codes + row * row_bytes;
+    float scales[kChunk / 16 + 16];
+    const int64_t first = begin / group;
+    factors(row, first, div_up(end, group) - first, scales);
     for (int64_t at = begin; at < end;) {
       const int64_t index = at / group;
       const int64_t last = (index + 1) * group < end ? (index + 1) * group : end;
-      const f32 factor = splat(scale(row, index));
+      const f32 factor = splat(scales[index - first]);
       for (; at < last; at += 16) {
         const uint8_t* p = codes + (nibbles ? at / 2 : at);
         uint8_t padded[16] = {};
