@@ -82,15 +82,15 @@ def attend(cache, q, *fresh, **options):
 def test_the_same_pages_as_on_the_cpu(device, bits, recent, sink_pages):
     """What is packed when, and the numbers."""
     torch.manual_seed(0)
-    ours = pages(*bits, recent=recent, sink_pages=sink_pages)
-    theirs = Pages(layout(*bits), 2, recent, sink_pages)
+    ours = pages(*bits, recent=recent, sink_pages=sink_pages, heads=1)
+    theirs = Pages(layout(*bits, heads=1), 2, recent, sink_pages)
     for count in (150, 1, 40, 5, 70, 1):
-        fresh = tokens(count)
+        fresh = tokens(count, heads=1)
         if count > 1:
             ours.append(*fresh)
             theirs.append(*fresh)
         else:
-            q = query()
+            q = query(heads=2)
             attend(ours, q, *fresh)
             theirs.attend(q, *fresh, 0.125)
         check_same(ours, theirs)
@@ -124,27 +124,27 @@ def test_launches_of_a_step(device):
 
 def test_crop_and_what_comes_after(device):
     torch.manual_seed(2)
-    ours, theirs = pages(4, 4, recent=32), Pages(layout(), 2, 32)
+    ours, theirs = pages(4, 4, recent=32, heads=1), Pages(layout(heads=1), 2, 32)
     for step in (200, -1, 3, -70, 1, -30, 90, -66, 70):
         if step < 0:
             ours.crop(-step)
             theirs.crop(-step)
         else:
-            fresh = tokens(step)
+            fresh = tokens(step, heads=1)
             ours.append(*fresh)
             theirs.append(*fresh)
         check_table(ours)
         check_same(ours, theirs)
-    attend(ours, query(), *tokens(1))
+    attend(ours, query(heads=2), *tokens(1, heads=1))
     ours.crop(10**6)
     assert not ours.tokens and not ours.pages and ours.used.tolist() == [0, 0]
-    attend(ours, query(), *tokens(1))
+    attend(ours, query(heads=2), *tokens(1, heads=1))
 
 
 def test_beams_share_pages_and_copy_only_what_is_written(device):
     torch.manual_seed(3)
-    ours, theirs = pages(4, 4, batch=3, recent=10), Pages(layout(), 3, 10)
-    fresh = tokens(150, 3)
+    ours, theirs = pages(4, 4, batch=3, recent=10, heads=1), Pages(layout(heads=1), 3, 10)
+    fresh = tokens(120, 3, 1)
     ours.append(*fresh)
     theirs.append(*fresh)
     packed = ours.pages[0].memory.data_ptr()
@@ -154,8 +154,8 @@ def test_beams_share_pages_and_copy_only_what_is_written(device):
         check_table(ours)
         if len(set(sequences)) > 2:
             assert ours.pages[0].memory.data_ptr() == packed, "packed pages are shared"
-        for _ in range(20):
-            fresh, q = tokens(1, len(sequences)), query(len(sequences))
+        for _ in range(6):
+            fresh, q = tokens(1, len(sequences), 1), query(len(sequences), heads=2)
             attend(ours, q, *fresh)
             theirs.attend(q, *fresh, 0.125)
         check_same(ours, theirs)
@@ -164,17 +164,17 @@ def test_beams_share_pages_and_copy_only_what_is_written(device):
 
 def test_windows_free_slabs(device):
     torch.manual_seed(4)
-    cache = pages(4, 4, batch=1)
-    cache.append(*tokens(64 * 3, 1))
+    cache = pages(4, 4, batch=1, heads=1)
+    cache.append(*tokens(64 * 3, 1, 1))
     sizes = []
-    for _ in range(12):
-        cache.append(*tokens(64, 1))
+    for _ in range(10):
+        cache.append(*tokens(64, 1, 1))
         cache.drop_before(cache.first + cache.tokens - 100)
         check_table(cache)
         sizes.append(cache.nbytes)
         assert cache.counts() == [64, 64]
-    attend(cache, query(1), *tokens(1, 1), window=100)
-    page = HEADS * cuda_layout.page_bytes(DIM, 4, 4)
+    attend(cache, query(1, heads=2), *tokens(1, 1, 1), window=100)
+    page = cuda_layout.page_bytes(DIM, 4, 4)
     assert max(sizes) <= 16 * 16 + 4 + 2 * SLAB_PAGES * page
     cache.crop(10**6)
     assert cache.nbytes <= 16 * 16 + 4 + SLAB_PAGES * page
@@ -214,8 +214,8 @@ def test_tables_grow(device):
 
 def test_offload_and_prefetch(device):
     torch.manual_seed(7)
-    ours, kept = pages(4, 4, recent=16), pages(4, 4, recent=16)
-    fresh = tokens(200)
+    ours, kept = pages(4, 4, recent=16, heads=1), pages(4, 4, recent=16, heads=1)
+    fresh = tokens(150, heads=1)
     ours.append(*fresh)
     kept.append(*fresh)
     on_device = ours.nbytes
@@ -226,12 +226,12 @@ def test_offload_and_prefetch(device):
         if step % 2:
             ours.prefetch()
             check_table(ours)
-        fresh, q = tokens(1), query()
+        fresh, q = tokens(1, heads=1), query(heads=2)
         assert torch.equal(ours.attend(q, *fresh, 0.125), kept.attend(q, *fresh, 0.125))
         ours.offload()
         assert all(page.slab.host is hosts[id(page.slab)] for page in ours.pages if page.packed), "packed pages go once"
-    for count in (60, 64, 64):
-        fresh = tokens(count)
+    for count in (60, 64, 10):
+        fresh = tokens(count, heads=1)
         ours.append(*fresh)
         kept.append(*fresh)
         ours.offload()

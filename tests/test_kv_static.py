@@ -58,7 +58,7 @@ def test_steps_equal_those_of_growing_pages(device, bits, recent, sink_pages):
 
 
 def test_a_step_is_replayed_without_the_host(device):
-    """The launches of one step, with the arguments that they had then, over three page borders."""
+    """The launches of one step, with the arguments that they had then, over page borders."""
     torch.manual_seed(1)
     static, growing = pair((4, 4), recent=16, batch=2, heads=1)
     fresh = tokens(50, heads=1)
@@ -69,13 +69,13 @@ def test_a_step_is_replayed_without_the_host(device):
         out = static.attend(q, keys, values, 0.125)
     assert torch.equal(out, growing.attend(q, keys, values, 0.125))
     assert graph.names == ["advance", "append", "attention", "pack"]
-    for _ in range(150):
+    for _ in range(90):
         for held, new in zip((keys, values, q), (*tokens(1, heads=1), query(heads=2))):
             held.copy_(new)
         graph.replay()
         assert torch.equal(out, growing.attend(q, keys, values, 0.125))
-    assert static.tokens == 51 and static.held() == growing.tokens == 201 == static.tokens
-    assert sum(kinds(static)) == 2 and device.splits == 2
+    assert static.tokens == 51 and static.held() == growing.tokens == 141 == static.tokens
+    assert sum(kinds(static)) == 1 and device.splits == 2
 
 
 def test_formats_beside_plain_integers(device):
@@ -123,7 +123,7 @@ def test_taking_back(device):
     torch.manual_seed(3)
     made = dict(recent=32, batch=1, heads=1)
     static, history = pair((4, 4), **made)[0], None
-    for step in (100, 62, -20, 1, 30, -32, 7, 60, -1, 40, 120, -90, -90, 5, -4):
+    for number, step in enumerate((100, 62, -20, 1, 30, -32, 7, 60, -1, 40, 120, -90, -90, 5, -4)):
         if step < 0:
             static.crop(-step)
             history = [t[:, :, :step] for t in history]
@@ -131,6 +131,8 @@ def test_taking_back(device):
             fresh = tokens(step, 1, 1)
             history = fresh if history is None else [torch.cat(two, 2) for two in zip(history, fresh)]
             static.append(*fresh)
+        if number % 3 != 2:
+            continue
         static._advance(0)
         growing = pair((4, 4), **made)[1]  # one that never saw what was taken back
         growing.append(*history)
@@ -152,11 +154,11 @@ def test_taking_back(device):
 
 def test_taking_back_behind_a_window(device):
     torch.manual_seed(7)
-    static, history = pair((4, 4), batch=1, heads=1, window=30)[0], tokens(600, 1, 1)
+    static, history = pair((4, 4), batch=1, heads=1, window=30)[0], tokens(430, 1, 1)
     static.append(*history)
     static.crop(150)
     growing = pair((4, 4), batch=1, heads=1)[1]
-    growing.append(*(t[:, :, :450] for t in history))
+    growing.append(*(t[:, :, :280] for t in history))
     fresh, q = tokens(1, 1, 1), query(1, 1, 2)
     assert torch.equal(static.attend(q, *fresh, 0.125, window=30), growing.attend(q, *fresh, 0.125, window=30))
     with pytest.raises(ValueError, match="found 150, accepted is at most"):
@@ -184,11 +186,11 @@ def test_windows_use_a_ring_of_pages(device):
     torch.manual_seed(5)
     static, growing = pair((4, 4), max_tokens=2048, batch=1, heads=1, window=40)
     assert static.packed.shape[1] == 5 and static.raw_pages == 4
-    for count in (128, 128, 100, 1, 128, 128, 20, 1, 1):
+    for count in (128, 100, 1, 128, 90, 1, 1):
         fresh, q = tokens(count, 1, 1), query(1, count, 2)
         ours = static.attend(q, *fresh, 0.125, window=40)
         assert torch.equal(ours, growing.attend(q, *fresh, 0.125, window=40))
-    assert static.held() == 635
+    assert static.held() == 449
 
 
 def test_a_full_cache_says_so(device):
