@@ -44,6 +44,7 @@ PRODUCERS = {
     "hadamard 36": (36, lambda k: Producer(hadamard=0, signs=signs(k))),
     "hadamard 20 x 2, thrice": (120, lambda k: Producer(hadamard=40)),
     "hadamard 172 x 16": (2752, lambda k: Producer(hadamard=0)),
+    "hadamard 172 x 8": (1376, lambda k: Producer(hadamard=0, signs=signs(k))),
     "kronecker": (16 * 32, lambda k: Producer(**kron(16, 32))),
     "kronecker of odd sizes": (7 * 19, lambda k: Producer(**kron(7, 19))),
     "kronecker 1 x k": (50, lambda k: Producer(**kron(1, 50))),

@@ -19,6 +19,7 @@ from .op_checks import CODE, as_rows, check_activations, check_bias, check_input
 from .transforms import definitions
 
 _OP = "int_linear_fused"
+_MOST_DENSE = 1024  # order of a Hadamard matrix that is multiplied as a whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +99,14 @@ class Producer:
 def _hadamard_matrices(size: int) -> dict:
     m = definitions.hadamard_base(size)
     power = size // m
+    base = {"left": definitions.hadamard_matrix(m).float().contiguous()} if m > 1 else {}
     if power >= 16:
-        base = definitions.hadamard_matrix(m).float().contiguous() if m > 1 else None
-        return {"rows": m, "columns": power, "butterflies": True, "hadamard_scale": 1 / math.sqrt(size),
-                **({} if base is None else {"left": base})}
-    dense = (definitions.hadamard_matrix(size) / math.sqrt(size)).T.float()
-    return {"rows": 1, "columns": size, "right": F.pad(dense, (0, -size % 16)).contiguous()}
+        return {"rows": m, "columns": power, "butterflies": True, "hadamard_scale": 1 / math.sqrt(size), **base}
+    # Too narrow for vectors: one dense matrix, or two where that would be a large one.
+    rows = 1 if size <= _MOST_DENSE else m
+    dense = (definitions.hadamard_matrix(size // rows) / math.sqrt(size)).T.float()
+    return {"rows": rows, "columns": size // rows, "right": F.pad(dense, (0, -(size // rows) % 16)).contiguous(),
+            **(base if rows > 1 else {})}
 
 
 def _given(value: object) -> str:
