@@ -168,6 +168,21 @@ def test_eviction(device, monkeypatch, spec):
         assert distance(ours[seen], theirs[seen]) < (CLOSE if "streaming" in spec else 0.1)
 
 
+def test_contexts_come_from_a_gpu_and_go_to_one(device, monkeypatch, tmp_path):
+    model, ids = make(), prompt(1, 41)
+    cache = tersor.Cache(model, "K16V16")
+    run(model, cache, ids[:, :40], (40,))
+    tersor.kv.save_context(cache, tmp_path / "context", model, level="high")
+
+    def read():
+        again = tersor.kv.load_context(tmp_path / "context", model, "K16V16")
+        return run(model, again, ids[:, 40:], (1,)), again
+
+    (ours, again), (theirs, _) = read(), on_cpu(monkeypatch, read)
+    assert "CUDA" in again.report().rows[0].kernel and again.get_seq_length() == 41
+    assert distance(ours, theirs) < CLOSE
+
+
 def test_layers_wait_in_the_hosts_memory(device):
     """`offload` between `update` and attention, as transformers calls it, waits until the tokens are stored."""
     model, ids = make(), prompt(1, 74)

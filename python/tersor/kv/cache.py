@@ -90,7 +90,7 @@ class Cache(DynamicCache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        on_host = indices.cpu()  # waits for a GPU once, not in each layer
+        on_host = indices.cpu() if isinstance(indices, Tensor) else indices  # waits for a GPU once, not in each layer
         for layer in self.layers:
             if isinstance(layer, PackedLayer):
                 layer.batch_select_indices(on_host)

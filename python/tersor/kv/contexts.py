@@ -206,7 +206,7 @@ def read_cache(cache, row: int = 0) -> tuple[Parts, torch.dtype]:
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, PackedLayer) and layer.store is not None:
             layer.flush()
-            keys, values = layer.store.decode(torch.float32)
+            keys, values = (t.cpu() for t in layer.store.decode(torch.float32))
             seen, kind = layer.store.seen, layer.dtype
         elif type(layer) is DynamicLayer and layer.is_initialized:
             keys, values = layer.keys.detach().cpu(), layer.values.detach().cpu()
@@ -274,10 +274,10 @@ def new_cache(model: nn.Module, spec: str | None):
     return DynamicCache(config=model.config) if spec is None else Cache(model, spec)
 
 
-def append(cache, parts: Parts) -> None:
-    """Put decoded tokens at the end of a cache of one sequence."""
+def append(cache, parts: Parts, device: torch.device | None = None) -> None:
+    """Put decoded tokens at the end of a cache of one sequence, on ``device`` (None: where they are)."""
     for layer, (keys, values) in zip(cache.layers, parts):
-        layer.update(keys.unsqueeze(0), values.unsqueeze(0))
+        layer.update(keys.unsqueeze(0).to(device), values.unsqueeze(0).to(device))
         if isinstance(layer, PackedLayer):
             layer.flush()
 
@@ -296,7 +296,7 @@ def quantized(cache, model: nn.Module, level: str | Level = "medium", spec: str 
     geometry, level, out = geometry_of(parts, dtype, model), find_level(level), new_cache(model, spec)
     for index, start, chunk in _chunks(parts, chunk_tokens):
         data = encode_chunk(chunk, geometry, level, index, start)
-        append(out, decode_chunk(data, geometry, index, start, chunk[0][0].shape[1]))
+        append(out, decode_chunk(data, geometry, index, start, chunk[0][0].shape[1]), model.device)
     return out
 
 
@@ -384,5 +384,5 @@ def load_context(path: str | os.PathLike, model: nn.Module, spec: str | None = N
     with open(path, "rb") as file:
         for chunk, entry in enumerate(manifest.entries[0]):
             file.seek(base + entry.offset)
-            append(cache, manifest.decode(file.read(entry.size), 0, chunk, model.dtype))
+            append(cache, manifest.decode(file.read(entry.size), 0, chunk, model.dtype), model.device)
     return cache

@@ -352,7 +352,7 @@ def _load(loaded: Loaded, first: int, connection: _Connection, model: nn.Module,
                 size = len(data)
                 pace.saw_bytes(size, seconds)
                 ready = pick(chunk + 1) if chunk + 1 < manifest.chunks else None
-                append(loaded.cache, manifest.decode(data, level, chunk, model.dtype))
+                append(loaded.cache, manifest.decode(data, level, chunk, model.dtype), model.device)
         except (ContextError, _Broken) as error:
             start = manifest.span(chunk)[0]
             raise StreamError(f"{error} (the cache holds the first {start} of {manifest.tokens} tokens)", loaded.cache,
