@@ -339,3 +339,17 @@ def test_biases_several_formats_and_mass(device):
     assert "mass" in device.calls
     with pytest.raises(ValueError, match="bias: found torch.float64"):
         ours.append(*tokens(1), torch.zeros(2, 2, 1).double())
+
+
+def test_graphs_are_for_static_caches(device, monkeypatch):
+    """What a replay would not do again is refused while a graph is captured."""
+    cache = pages(heads=1)
+    cache.append(*tokens(63, heads=1))
+    device.calls.clear()
+    with monkeypatch.context() as other:
+        other.setattr("tersor.kv.cuda_pages.capturing", lambda device: True)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="a CUDA graph being captured.*accepted is tersor.StaticCache"):
+                cache.attend(query(heads=2), *tokens(1, heads=1), 0.125)
+    assert not device.calls and cache.tokens == 63
+    attend(cache, query(heads=2), *tokens(1, heads=1))

@@ -78,6 +78,18 @@ def test_a_step_is_replayed_without_the_host(device):
     assert sum(kinds(static)) == 1 and device.splits == 2
 
 
+def test_what_is_captured_counts_where_it_runs(device, monkeypatch):
+    """While a graph is captured nothing runs, so the host counts nothing, and waits for nothing."""
+    static, _ = pair((4, 4), max_tokens=66, batch=1, heads=1)
+    static.append(*tokens(64, 1, 1))
+    with monkeypatch.context() as other, device.capture() as graph:
+        other.setattr("tersor.kv.static_pages.capturing", lambda device: True)
+        static.attend(query(1, 1, 2), *tokens(1, 1, 1), 0.125)  # run here all the same
+    assert static.tokens == 64
+    graph.replay()
+    assert static.tokens == 64 and static.held() == static.tokens == static.top == 66
+
+
 def test_formats_beside_plain_integers(device):
     torch.manual_seed(6)
     rotary = Rotary(tuple(100.0**-(i / 16) for i in range(16)))

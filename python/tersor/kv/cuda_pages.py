@@ -149,9 +149,6 @@ class CudaPages:
     def _publish(self, first: int, last: int | None = None) -> None:
         """Entries of pages ``first`` to before ``last``, and the number of pages, to the device."""
         count = len(self.pages)
-        if capturing(self.device):
-            raise RuntimeError("tersor.Cache: found a CUDA graph being captured at a step that changes the page table, "
-                               "which a replay would not do again; accepted is tersor.StaticCache")
         if count > self.table.shape[1]:
             room = max(count, 2 * self.table.shape[1])
             self.table, first, last = self.table.new_zeros((self.batch, room, 2)), 0, None
@@ -166,11 +163,7 @@ class CudaPages:
 
     def _count(self, index: int, more: int) -> None:
         """``more`` tokens in page ``index``, which the table has: one launch."""
-        page = self.pages[index]
-        page.tokens += more
-        if capturing(self.device):
-            raise RuntimeError("tersor.Cache: found a CUDA graph being captured, whose replays would not count their "
-                               "tokens here; accepted is tersor.StaticCache")
+        self.pages[index].tokens += more
         self.table.view(torch.int16)[:, index, 6].add_(more)
 
     # -- growing ----------------------------------------------------------------------------------------------------
@@ -196,6 +189,9 @@ class CudaPages:
 
     def _make_room(self, tokens: int) -> None:
         """Raw pages for ``tokens`` more, counted in the table as if they were written."""
+        if capturing(self.device):
+            raise RuntimeError("tersor.Cache: found a CUDA graph being captured, whose replays would not count their "
+                               "tokens here; accepted is tersor.StaticCache")
         end, changed = self.first + self.tokens, len(self.pages)
         self.tokens += tokens
         if self.pages and not self.pages[-1].packed and self.pages[-1].tokens < TOKENS:
