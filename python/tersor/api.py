@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .formats.base import reference_kernel
+from .gate import fuse_gates
 from .integrations import attach
 from .layer import Embedding, Linear
 from .norm import fuse_norms
@@ -73,6 +74,7 @@ def compress(model: nn.Module, recipe: Recipe, calibration: Calibration | None =
         compress_weights(model, plan, report, progress)
     link_siblings(model)
     fuse_norms(model)
+    fuse_gates(model)
     attach(model)
     if original is not None:
         from .evaluate import compare

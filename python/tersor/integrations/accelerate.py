@@ -17,6 +17,7 @@ from ..io.layout import IntLayout, Site, check_specs, runnable_group
 from ..io.plan import Slot
 from ..io.write import packed_elsewhere
 from ..layer import Embedding, Linear
+from ..gate import fuse_gates
 from ..norm import fuse_norms
 from ..patch import link_siblings, replace
 from ..report import Report, Row
@@ -62,6 +63,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     _adopt(model, report)
     link_siblings(model)
     fuse_norms(model)
+    fuse_gates(model)
     return report
 
 

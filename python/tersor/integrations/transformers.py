@@ -14,6 +14,7 @@ from ..io import plan as planning
 from ..io import write
 from ..io.errors import CheckpointError, Unsupported
 from ..io.shards import open_files
+from ..gate import fuse_gates
 from ..norm import fuse_norms
 from ..patch import link_siblings
 
@@ -81,6 +82,7 @@ class TersorQuantizer(HfQuantizer):
         planning.finish(model)
         link_siblings(model)
         fuse_norms(model)
+        fuse_gates(model)
         return model
 
     def get_state_dict_and_metadata(self, model):
