@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.base import TensorSpec, reference_kernel
+from ..gate import fuse_gates
 from ..io.awq import AWQLayout
 from ..io.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from ..io.compressed_tensors import CompressedTensors
@@ -17,7 +18,6 @@ from ..io.layout import IntLayout, Site, check_specs, runnable_group
 from ..io.plan import Slot
 from ..io.write import packed_elsewhere
 from ..layer import Embedding, Linear
-from ..gate import fuse_gates
 from ..norm import fuse_norms
 from ..patch import link_siblings, replace
 from ..report import Report, Row

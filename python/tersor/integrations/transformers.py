@@ -10,11 +10,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..gate import fuse_gates
 from ..io import plan as planning
 from ..io import write
 from ..io.errors import CheckpointError, Unsupported
 from ..io.shards import open_files
-from ..gate import fuse_gates
 from ..norm import fuse_norms
 from ..patch import link_siblings
 
