@@ -173,6 +173,18 @@ def cached_layout(made_of, sequences, scale=1.0, seed=0):
     return _fill(made, sequences, encoded, scale, seed)
 
 
+def _spoil_entries(made_of, kind, data, tokens):
+    """Outliers of tokens from `tokens` on become NaN: nobody may see them."""
+    for part, lines in (("key_outliers", 32), ("value_outliers", made_of.key_dim // 2)):
+        first, length = layout.parts(made_of, kind)[part]
+        if length:
+            start = first + -(-2 * (lines + 1) // 16) * 16
+            entries = data[:, start : first + length].clone().view(torch.int16).unflatten(-1, (-1, 2))
+            past = (entries[..., 0].int() & 0xFFFF) // made_of.key_dim >= tokens
+            entries[..., 1][past] = 0x7E00
+            data[:, start : first + length] = entries.flatten(-2).view(torch.uint8)
+
+
 def _fill(made, sequences, encoded, scale, seed):
     random = torch.Generator().manual_seed(seed)
     dim, kv_heads, dtype = made.dim, made.kv_heads, made.dtype
@@ -197,6 +209,8 @@ def _fill(made, sequences, encoded, scale, seed):
                     data[:, :half] = raw[:, :half]
                 if kind[1] == 16:
                     data[:, -half:] = raw[:, half:]
+            if made.layout is not None and tokens < 64:
+                _spoil_entries(made.layout, page[1], data, tokens)
             name = f"page {b}.{p}"
             made.pages[name] = torch.empty(data.numel() + 256, dtype=torch.uint8)
             at = made.pages[name].data_ptr() % 16
