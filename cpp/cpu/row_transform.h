@@ -5,8 +5,9 @@
 //   x --norm or gate, index, signs--> [outer][rows][columns] --left--> --right or butterflies--> rounding
 //
 // Products: strips of kPanelRows rows x 16 columns of sums in registers, one operand broadcast. Columns are padded to
-// 16 in the buffers. Butterflies: the lowest four stages as a product with a Hadamard matrix of 16 (within a vector
-// there is nothing to add across lanes), the others two at a time.
+// 16 in the buffers. Of what is broadcast, rows are 2 more than a multiple of 16 apart: else all lie in one bank of the
+// cache, which costs a third (measured on Zen 3). Butterflies: the lowest four stages as a product with a Hadamard
+// matrix of 16 (within a vector there is nothing to add across lanes), the others two at a time.
 #pragma once
 
 #include <cmath>
@@ -18,6 +19,8 @@ namespace tersor::TERSOR_ISA {
 namespace {
 
 constexpr int64_t kQuantizeSerial = 1 << 15;  // values that one thread rounds alone
+constexpr int64_t kSkew = 2;                  // numbers by which a row begins in another bank than the one above it
+constexpr int64_t kMostSkewed = 256;          // order of a left matrix that each thread copies to skew it
 
 // e^x, to about 2^-22 of it; 0 and infinity out of range.
 TERSOR_INLINE f32 exponential(f32 x) {
@@ -48,6 +51,12 @@ void product_strip(const float* a, int64_t lda, const float* b, int64_t ldb, int
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) sum[r] = fma(splat(a[r * lda + i]), column, sum[r]);
   }
+  if (count == 16) {
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) store(c + r * ldc, sum[r]);
+    return;
+  }
+#pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) store_as(c + r * ldc, TERSOR_FLOAT32, sum[r], count);
 }
 using ProductStrip = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, int);
@@ -89,14 +98,22 @@ class RowTransform {
   // Floats of each of the two buffers.
   int64_t floats() const {
     if (!any()) return 0;
-    const int64_t padded = matrices_ ? args_.k / in_.columns * stride_ : 0, whole = div_up(args_.k, kBlockK) * kBlockK;
+    const int64_t padded = matrices_ ? args_.k / in_.columns * (stride_ + kSkew) : 0;
+    const int64_t whole = div_up(args_.k, kBlockK) * kBlockK;
     return (padded > whole ? padded : whole) + 16;
+  }
+  // Floats of the left matrix in a thread's memory, and its copy there.
+  int64_t left_floats() const { return in_.left && in_.rows <= kMostSkewed ? in_.rows * left_stride() : 0; }
+  void copy_left(float* to) const {
+    for (int64_t i = 0; left_floats() && i < in_.rows; ++i) {
+      std::memcpy(to + i * left_stride(), in_.left + i * in_.rows, sizeof(float) * in_.rows);
+    }
   }
   // About how many operations a value takes.
   int64_t work() const { return 2 + (in_.left ? in_.rows / 8 : 0) + (in_.right ? in_.columns / 8 : 0); }
 
-  // The transformed row, k floats in one of the buffers.
-  const float* row(int64_t token, float* a, float* b) const {
+  // The transformed row, k floats in one of the buffers; `left` is what copy_left wrote.
+  const float* row(int64_t token, float* a, float* b, const float* left) const {
     read(token, a);
     if (in_.index) {
       for (int64_t i = 0; i < args_.k; ++i) b[i] = a[in_.index[i]];
@@ -107,23 +124,26 @@ class RowTransform {
     }
     if (!matrices_) return a;
     const int64_t columns = in_.columns, lines = args_.k / columns, outer = lines / in_.rows;
-    if (stride_ != columns) {  // from here on each line is padded with zeros
-      for (int64_t line = 0; line < lines; ++line) {
-        std::memcpy(b + line * stride_, a + line * columns, sizeof(float) * columns);
-        std::memset(b + line * stride_ + columns, 0, sizeof(float) * (stride_ - columns));
-      }
+    // What a product broadcasts from: rows that begin in different banks of the cache.
+    const int64_t wide = in_.right ? stride_ + kSkew : stride_;
+    if (!in_.left && wide != columns) {
+      spread(a, b, lines, wide);
+      std::swap(a, b);
+    } else if (stride_ != columns) {
+      spread(a, b, lines, stride_);
       std::swap(a, b);
     }
     if (in_.left) {
+      const int64_t ld = left_floats() ? left_stride() : in_.rows;
       for (int64_t i = 0; i < outer; ++i) {
-        const int64_t at = i * in_.rows * stride_;
-        product(in_.left, in_.rows, a + at, stride_, in_.rows, in_.rows, stride_, b + at, stride_);
+        product(left_floats() ? left : in_.left, ld, a + i * in_.rows * stride_, stride_, in_.rows, in_.rows, stride_,
+                b + i * in_.rows * wide, wide);
       }
       std::swap(a, b);
     }
     if (in_.butterflies) return butterflies(a, b);
     if (in_.right) {
-      product(a, stride_, in_.right, stride_, lines, columns, columns, b, columns);
+      product(a, wide, in_.right, stride_, lines, columns, columns, b, columns);
       return b;
     }
     for (int64_t line = 1; stride_ != columns && line < lines; ++line) {
@@ -133,6 +153,15 @@ class RowTransform {
   }
 
  private:
+  int64_t left_stride() const { return div_up(in_.rows, 16) * 16 + kSkew; }
+  // Lines of `columns` numbers, one after another, to lines of a stride, with zeros between.
+  void spread(const float* from, float* to, int64_t lines, int64_t stride) const {
+    const int64_t columns = in_.columns;
+    for (int64_t line = 0; line < lines; ++line) {
+      std::memcpy(to + line * stride, from + line * columns, sizeof(float) * columns);
+      std::memset(to + line * stride + columns, 0, sizeof(float) * (stride - columns));
+    }
+  }
   f32 load_part(const float* x, int64_t at) const {
     if (at + 16 <= args_.k) return load(x + at);
     float padded[16] = {};
@@ -229,7 +258,9 @@ class RowQuantizer {
     return by_row_ && args_.m < most ? static_cast<int>(args_.m) : most;
   }
   size_t bytes() const {
-    return by_row_ ? align(sizeof(float) * 2 * transform_.floats()) + align(sizeof(Quantum) * scales_.groups()) : 0;
+    if (!by_row_) return 0;
+    return align(sizeof(float) * 2 * transform_.floats()) + align(sizeof(float) * transform_.left_floats()) +
+           align(sizeof(Quantum) * scales_.groups());
   }
 
   template <class Rows>
@@ -246,15 +277,18 @@ class RowQuantizer {
         }
         return;
       }
-      float* const a = reinterpret_cast<float*>(memory + index * bytes());
-      Quantum* const quanta = reinterpret_cast<Quantum*>(memory + index * bytes() +
-                                                         align(sizeof(float) * 2 * transform_.floats()));
+      char* const mine = memory + index * bytes();
+      float* const a = reinterpret_cast<float*>(mine);
+      float* const left = reinterpret_cast<float*>(mine + align(sizeof(float) * 2 * transform_.floats()));
+      Quantum* const quanta = reinterpret_cast<Quantum*>(reinterpret_cast<char*>(left) +
+                                                         align(sizeof(float) * transform_.left_floats()));
+      transform_.copy_left(left);
       const Range range = split(args_.m, count, index);
       for (int64_t token = range.begin; token < range.end; ++token) {
         const char* row = values + token * step;
         int dtype = args_.x_dtype;
         if (transform_.any()) {
-          row = reinterpret_cast<const char*>(transform_.row(token, a, a + transform_.floats()));
+          row = reinterpret_cast<const char*>(transform_.row(token, a, a + transform_.floats(), left));
           dtype = TERSOR_FLOAT32;
         }
         if (!scales_.by_block()) scales_.find(row, dtype, quanta);
