@@ -111,6 +111,14 @@ def test_steps_masks_windows_and_sinks(device):
     assert device.calls.count("attention") == 4
 
 
+@pytest.mark.parametrize("dim", [80, 128])
+def test_other_head_dimensions(device, dim):
+    torch.manual_seed(10)
+    cache = pages(4, 8, batch=1, heads=1, dim=dim, dtype=torch.float16)
+    cache.append(*tokens(70, 1, 1, dim, torch.float16))
+    attend(cache, query(1, 1, 3, dim, torch.float16), *tokens(1, 1, 1, dim, torch.float16))
+
+
 def test_launches_of_a_step(device):
     """A step appends and attends; every 64th one packs. Nothing else is launched by us, and no page is copied."""
     cache = pages(4, 4, batch=1)
@@ -204,7 +212,7 @@ def test_growing_prompts_go_through_little_memory(device, monkeypatch):
 def test_tables_grow(device):
     torch.manual_seed(6)
     cache = pages(2, 2, batch=1, heads=1)
-    cache.table = cache.table[:, :2].contiguous()  # little room
+    cache._use(cache.table[:, :2].contiguous())  # little room
     for count in (64, 30, 64 * 2, 1, 64 * 2):
         cache.append(*tokens(count, 1, 1))
         check_table(cache)

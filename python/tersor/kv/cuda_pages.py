@@ -119,7 +119,7 @@ class CudaPages:
 
     def _start(self, batch: int) -> None:
         self.batch = batch
-        self.table = torch.zeros((batch, 16, 2), dtype=torch.int64, device=self.device)
+        self._use(torch.zeros((batch, 16, 2), dtype=torch.int64, device=self.device))
         self.used = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self.spare: list[tuple[Slab, int]] = []  # packed pages that have memory already
 
@@ -146,12 +146,16 @@ class CudaPages:
     def _word(self, page: CudaPage) -> int:
         return page.position | page.tokens << 32 | self.entries[page.kind]
 
+    def _use(self, table: Tensor) -> None:
+        self.table, self.filled = table, table.view(torch.int16)[..., 6]  # the tokens of each entry (and its format: 0)
+
     def _publish(self, first: int, last: int | None = None) -> None:
         """Entries of pages ``first`` to before ``last``, and the number of pages, to the device."""
         count = len(self.pages)
         if count > self.table.shape[1]:
             room = max(count, 2 * self.table.shape[1])
-            self.table, first, last = self.table.new_zeros((self.batch, room, 2)), 0, None
+            self._use(self.table.new_zeros((self.batch, room, 2)))
+            first, last = 0, None
         entries = []
         for page in self.pages[first:last]:
             word = self._word(page)
@@ -164,7 +168,7 @@ class CudaPages:
     def _count(self, index: int, more: int) -> None:
         """``more`` tokens in page ``index``, which the table has: one launch."""
         self.pages[index].tokens += more
-        self.table.view(torch.int16)[:, index, 6].add_(more)
+        self.filled[:, index].add_(more)
 
     # -- growing ----------------------------------------------------------------------------------------------------
 
@@ -411,7 +415,7 @@ class CudaPages:
             moved |= self._gather(page)
         if moved:
             return self._publish(0)
-        self.table = old.index_select(0, staged(sequences, torch.int64, self.device))
+        self._use(old.index_select(0, staged(sequences, torch.int64, self.device)))
         self.used.fill_(len(self.pages))
 
     def _gather(self, page: CudaPage) -> bool:
