@@ -12,12 +12,12 @@ extern "C" {
 /* Sequence b of `batch` has its first sink_pages pages, raw for good, at sinks; a ring of raw_pages at raw and, where
  * key_bits or value_bits is below 16, one of packed_pages at packed: page p after the sinks is raw at place
  * (p - sink_pages) % raw_pages, packed at (p - sink_pages) % packed_pages. Regions are [batch, pages, raw_bytes or
- * packed_bytes]. table and pages are those of a tersor_cuda_kv_cache with table_pages entries a sequence; format is that
- * of packed entries.
+ * packed_bytes]. table and pages are those of a tersor_cuda_kv_cache with table_pages entries a sequence; format is
+ * that of packed entries.
  *
  * state [batch, 2]: tokens of each sequence, and how many steps did not fit. A full page is packed once `recent` tokens
- * follow it. A step has at most `most` tokens, a sequence max_tokens. jobs [batch, job_pages, 2] are for kv_pack; job_pages
- * is at least most / 64, rounded up. */
+ * follow it. A step has at most `most` tokens, a sequence max_tokens. jobs [batch, job_pages, 2] are for kv_pack;
+ * job_pages is at least most / 64, rounded up. */
 typedef struct tersor_cuda_kv_static {
   void* table;
   int32_t *pages, *state;

@@ -154,7 +154,7 @@ def test_hadamard_and_methods(device, monkeypatch):
 @pytest.mark.parametrize("spec", ["streaming[sinks=4,window=70]:K8V8", "h2o[budget=100,slack=16]:K8V8",
                                   "ems[budget=100,window=32]:K4V4"])
 def test_eviction(device, monkeypatch, spec):
-    """What is kept is chosen by numbers in 16 bits, which differ: so the same tokens are held, and alike ones chosen."""
+    """What is kept is chosen by numbers in 16 bits, which differ: so many tokens are held, and alike ones chosen."""
     model, ids, steps = make(), prompt(2, 170), (130, 1, 20, 1, 16, 1, 1)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0

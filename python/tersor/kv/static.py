@@ -69,9 +69,10 @@ class StaticCache(Cache):
         graph.replay()                                 # as often as there is room
 
     `get_seq_length` is a tensor on the device, as that of transformers' own static cache. Keys and values are those of
-    `Cache` with the same spec. Methods that hold tokens in pages of one kind work inside it. `crop` takes back up to some 190
-    tokens, beams are reordered by copies in place, and nothing is ever freed. Replays past ``max_tokens`` change
-    nothing but a counter: `report` then raises RuntimeError. ValueError as for `Cache`, and for ``max_tokens`` below 1.
+    `Cache` with the same spec. Methods that hold tokens in pages of one kind work inside it. `crop` takes back up to
+    some 190 tokens, beams are reordered by copies in place, and nothing is ever freed. Replays past ``max_tokens``
+    change nothing but a counter: `report` then raises RuntimeError. ValueError as for `Cache`, and for ``max_tokens``
+    below 1.
     """
 
     def __init__(self, model, spec: str | CachePlan, *, max_tokens: int, batch: int = 0, **options):
