@@ -33,7 +33,7 @@ def test_equals_the_unpacked_weight(fmt):
         w = fmt.unpack(tensors, (n, k), torch.float64)
         decoded = ops_float.dequantize(codes, scales, one, n, k, rows, group)
         assert torch.equal(decoded, fmt.unpack(tensors, (n, k))), "decoding is exact"
-        for m in (1, 2, 5, 16, ops_float.MAX_ROWS + 1):
+        for m in (1, 2, 5, 16, 300):
             x, bias = torch.randn(m, k), torch.randn(n)
             y = fmt.linear(x, tensors, bias, (n, k))
             bound = (x.double().abs() @ w.abs().T + bias.abs()) * 2**-24 * (k / 16 + 12)

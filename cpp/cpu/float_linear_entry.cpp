@@ -1,10 +1,13 @@
 // tersor_float_linear: checks what can be checked from sizes, then hands over to the instruction set.
+#include "common/float16.h"
 #include "common/status.h"
 #include "cpu/float_linear.h"
 
 using namespace tersor;
 
 namespace {
+
+constexpr int64_t kTokensAtOnce = 256;  // their floats of a chunk are a megabyte
 
 using Linear = int (*)(const FloatLinearArgs&);
 using Dequantize = int (*)(const FloatLinearArgs&, float*);
@@ -56,7 +59,15 @@ extern "C" int tersor_float_linear(const FloatLinearArgs* arguments) {
   }
   if (a.m == 0 || a.n == 0) return TERSOR_OK;
   if (!a.x || !a.codes || !a.scales || !a.y) return fail(TERSOR_INVALID, "x, codes, scales or y is absent");
-  return functions().linear(a);
+  const Linear linear = functions().linear;
+  for (int64_t row = 0; row < a.m; row += kTokensAtOnce) {
+    FloatLinearArgs part = a;
+    part.m = a.m - row < kTokensAtOnce ? a.m - row : kTokensAtOnce;
+    part.x = static_cast<const char*>(a.x) + row * a.ldx * dtype_size(a.x_dtype);
+    part.y = static_cast<char*>(a.y) + row * a.ldy * dtype_size(a.x_dtype);
+    if (int status = linear(part)) return status;
+  }
+  return TERSOR_OK;
 }
 
 extern "C" int tersor_float_dequantize(const FloatLinearArgs* arguments, float* out) {

@@ -1,7 +1,4 @@
-"""`float_linear`: weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are, on the CPU.
-
-Up to `MAX_ROWS` rows the weights are decoded in registers and in cache; above, once to float32 for a dense product.
-"""
+"""`float_linear`: weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are, on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from . import _C, ops
 from .op_checks import CODE, FLOATS, as_rows, check_bias, fail
 
 _OP = "float_linear"
-MAX_ROWS = 48
 _E8M0, _E4M3 = 3, 4  # kinds of scales beside those of CODE
 
 
@@ -58,10 +54,6 @@ def _float_linear_cpu(x, codes, scales, global_scale, bias, out_features, scale_
     check_bias(_OP, x, bias, n)
     rows = as_rows(x)
     m = rows.shape[0]
-    if m > MAX_ROWS:
-        y = F.linear(x.float(), dequantize(codes, scales, global_scale, n, k, scale_rows, group),
-                     None if bias is None else bias.float())
-        return y.to(x.dtype)
     y = x.new_empty((*x.shape[:-1], n))
     _C.float_linear(rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, codes.data_ptr(), element,
                     scales.data_ptr(), kind, scale_rows, group, one, 0 if bias is None else bias.data_ptr(),

@@ -131,9 +131,7 @@ class _Scaled(Format):
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         if self.element == "e2m3":
             return "reference: no kernel for e2m3"
-        name = ops_float.float_linear.kernel(torch.device(device))
-        return name if name.startswith("reference") else \
-            f"{name}; over {ops_float.MAX_ROWS} rows decoded to float32 for a dense product"
+        return ops_float.float_linear.kernel(torch.device(device))
 
     def _searched(self, w: Tensor, candidates, importance: Tensor | None, size: int) -> Tensor:
         """Of scales ``[out, groups]`` the ones with the least (weighted) squared error per group."""
