@@ -1,8 +1,8 @@
 // Weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are, compiled once per instruction set.
 //
 // Weights lie as checkpoints have them, row by row. A few rows at a time are decoded to fp32, scales and all, for a
-// chunk of k that stays in L1, and every token is multiplied with them there: kRows x kTokens sums in registers, lanes
-// along k. Each sum takes its terms in an order of its own, so a row of x gives the same result in every batch.
+// chunk of k that stays in L1, and every token is multiplied with them there: 2 rows x 2 tokens of sums in registers,
+// lanes along k. Each sum takes its terms in an order of its own, so a row of x gives the same result in every batch.
 //
 // Decoding without a table: the seven low bits of e4m3 are those of a half-precision number that is 2^8 times smaller,
 // and e2m1 has eight magnitudes whose half-precision numbers differ in the high byte only: one byte shuffle.
@@ -18,8 +18,10 @@
 namespace tersor::TERSOR_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1024;
-constexpr int kRows = 3, kTokens = 2;
+constexpr int64_t kChunk = 512;
+constexpr int64_t kLine = kChunk + 8;  // between rows of a chunk: in step, all would lie in one bank of the cache
+constexpr int kRows = 8;  // decoded at a time: a chunk of them fits the first-level cache
+constexpr int kPart = 2;  // rows and tokens whose sums are in registers
 constexpr int64_t kWorkPerThread = 1 << 17;  // products below which another thread costs more
 
 #if defined(__AVX2__)
@@ -80,12 +82,12 @@ struct Weights {
   void factors(int64_t row, int64_t first, int64_t count, float* out) const {
     const int64_t at = row / args.scale_rows * groups + first;
     const uint8_t* codes = static_cast<const uint8_t*>(args.scales) + at;  // of the kinds of a byte
-    for (int64_t i = 0; i < count; ++i) {
-      if (args.scale_kind < kScaleE8m0) {
-        out[i] = load_as_float(args.scales, args.scale_kind, at + i);
-      } else if (args.scale_kind == kScaleE8m0) {
-        out[i] = bits_to_float(static_cast<uint32_t>(codes[i]) << 23);
-      } else if (i % 16 == 0) {
+    if (args.scale_kind < kScaleE8m0) {
+      for (int64_t i = 0; i < count; ++i) out[i] = load_as_float(args.scales, args.scale_kind, at + i);
+    } else if (args.scale_kind == kScaleE8m0) {
+      for (int64_t i = 0; i < count; ++i) out[i] = bits_to_float(static_cast<uint32_t>(codes[i]) << 23);
+    } else {
+      for (int64_t i = 0; i < count; i += 16) {
         uint8_t padded[16] = {};
         if (i + 16 > count) std::memcpy(padded, codes + i, count - i);
         const f32 scale = mul(decode_e4m3(i + 16 > count ? padded : codes + i), splat(256.0f));
@@ -96,105 +98,132 @@ struct Weights {
 
   // Values [begin, end) of a row as floats, multiples of 16; beyond k zeros.
   void decode(int64_t row, int64_t begin, int64_t end, float* out) const {
-    const f32 unit = splat(256.0f);
-    const bool nibbles = args.element == kE2m1;
+    return args.element == kE2m1 ? decode_as<true>(row, begin, end, out) : decode_as<false>(row, begin, end, out);
+  }
+
+ private:
+  template <bool nibbles>
+  void decode_as(int64_t row, int64_t begin, int64_t end, float* out) const {
     const uint8_t* codes = args.codes + row * row_bytes;
     float scales[kChunk / 16 + 16];
     const int64_t first = begin / group;
     factors(row, first, div_up(end, group) - first, scales);
-    for (int64_t at = begin; at < end;) {
-      const int64_t index = at / group;
-      const int64_t last = (index + 1) * group < end ? (index + 1) * group : end;
-      const f32 factor = splat(scales[index - first]);
+    const int64_t whole = end < args.k / 16 * 16 ? end : args.k / 16 * 16;
+    int64_t at = begin, last = first * group;
+    for (const float* scale = scales; at < whole; ++scale) {
+      last = last + group < whole ? last + group : whole;
+      const f32 factor = splat(*scale);
       for (; at < last; at += 16) {
-        const uint8_t* p = codes + (nibbles ? at / 2 : at);
-        uint8_t padded[16] = {};
-        if (at + 16 > args.k) {
-          std::memcpy(padded, p, row_bytes - (p - codes));
-          if (nibbles && args.k % 2) padded[(args.k - at) / 2] &= 15;
-          p = padded;
-        }
-        const f32 value = nibbles ? decode_e2m1(p) : mul(decode_e4m3(p), unit);
-        store(out + (at - begin), mul(value, factor));
+        store(out + (at - begin), mul(values<nibbles>(codes + (nibbles ? at / 2 : at)), factor));
       }
+    }
+    if (at < end) {
+      uint8_t padded[16] = {};
+      const int64_t from = nibbles ? at / 2 : at;
+      std::memcpy(padded, codes + from, row_bytes - from);
+      if (nibbles && args.k % 2) padded[(args.k - at) / 2] &= 15;
+      store(out + (at - begin), mul(values<nibbles>(padded), splat(scales[at / group - first])));
+    }
+  }
+
+  template <bool nibbles>
+  static inline f32 values(const uint8_t* p) {
+    if constexpr (nibbles) {
+      return decode_e2m1(p);
+    } else {
+      return mul(decode_e4m3(p), splat(256.0f));
     }
   }
 };
 
-// sums[t, r] += the products of x rows and decoded rows over `count` values, a multiple of 16.
+// sums[t, r] += the products of x rows and decoded rows over `count` values, a multiple of 16; vectors, added across
+// lanes at the end.
 template <int tokens, int rows>
-void dots(const float* x, int64_t ldx, const float* w, int64_t count, float* sums, int64_t stride) {
+void dots(const float* x, const float* w, int64_t count, float* sums) {
   f32 acc[tokens][rows];
 #pragma GCC unroll 4
   for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) acc[t][r] = zero();
+    for (int r = 0; r < rows; ++r) acc[t][r] = load(sums + 16 * (t * kRows + r));
   }
   for (int64_t i = 0; i < count; i += 16) {
     f32 values[rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) values[r] = load(w + r * kChunk + i);
+    for (int r = 0; r < rows; ++r) values[r] = load(w + r * kLine + i);
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; ++t) {
-      const f32 token = load(x + t * ldx + i);
+      const f32 token = load(x + t * kLine + i);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) acc[t][r] = fma(token, values[r], acc[t][r]);
     }
   }
+#pragma GCC unroll 4
   for (int t = 0; t < tokens; ++t) {
-    for (int r = 0; r < rows; ++r) sums[t * stride + r] += reduce_add(acc[t][r]);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) store(sums + 16 * (t * kRows + r), acc[t][r]);
   }
 }
-using Dots = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t);
-constexpr Dots kDots[2][3] = {{dots<1, 1>, dots<1, 2>, dots<1, 3>}, {dots<2, 1>, dots<2, 2>, dots<2, 3>}};
+using Dots = void (*)(const float*, const float*, int64_t, float*);
+constexpr Dots kDots[kPart][kPart] = {{dots<1, 1>, dots<1, 2>}, {dots<2, 1>, dots<2, 2>}};
 
 }  // namespace
 
 int float_linear(const FloatLinearArgs& args) {
   const Weights weights(args);
-  const int64_t padded = div_up(args.k, 16) * 16, strips = div_up(args.n, kRows);
+  const int64_t padded = div_up(args.k, 16) * 16, chunks = div_up(padded, kChunk), strips = div_up(args.n, kRows);
   const int64_t useful = 1 + args.n * args.k * args.m / kWorkPerThread;
   int64_t threads = useful < args.threads ? useful : args.threads;
   if (strips < threads) threads = strips;
   Scratch scratch;
-  scratch.reserve<float>(args.m * padded);
-  const size_t buffer = kRows * kChunk + (args.m * kRows + 15) / 16 * 16;
+  scratch.reserve<float>(chunks * args.m * kLine);
+  const size_t buffer = kRows * kLine + 16 * kRows * args.m;
   scratch.reserve<float>(threads * buffer);
   if (!scratch.allocate()) return fail(TERSOR_NO_MEMORY, "no memory for %lld tokens as floats", (long long)args.m);
-  float* const x = scratch.take<float>(args.m * padded);
+  // As floats, all tokens' parts of a chunk next to each other: what is read again and again fills few places of the
+  // second-level cache otherwise.
+  float* const x = scratch.take<float>(chunks * args.m * kLine);
   float* const buffers = scratch.take<float>(threads * buffer);
   const int readers = args.m * args.k < 65536 ? 1 : static_cast<int>(threads);
   parallel_for(readers, [&](int index) {
-    const Range range = split(args.m, readers, index);
-    for (int64_t token = range.begin; token < range.end; ++token) {
-      const char* from = static_cast<const char*>(args.x) + token * args.ldx * dtype_size(args.x_dtype);
-      float* to = x + token * padded;
-      int64_t i = 0;
-      for (; i + 16 <= args.k; i += 16) store(to + i, load_as(from + i * dtype_size(args.x_dtype), args.x_dtype));
-      for (; i < padded; ++i) to[i] = i < args.k ? load_as_float(from, args.x_dtype, i) : 0;
+    const Range range = split(args.m * chunks, readers, index);
+    for (int64_t item = range.begin; item < range.end; ++item) {
+      const char* from = static_cast<const char*>(args.x) + item % args.m * args.ldx * dtype_size(args.x_dtype);
+      const int64_t begin = item / args.m * kChunk, end = begin + kChunk < padded ? begin + kChunk : padded;
+      float* to = x + item * kLine;
+      for (int64_t i = begin; i < end; i += 16, to += 16) {
+        if (i + 16 <= args.k) {
+          store(to, load_as(from + i * dtype_size(args.x_dtype), args.x_dtype));
+        } else {
+          for (int l = 0; l < 16; ++l) to[l] = i + l < args.k ? load_as_float(from, args.x_dtype, i + l) : 0;
+        }
+      }
     }
   });
   parallel_for(static_cast<int>(threads), [&](int index) {
     float* const decoded = buffers + index * buffer;
-    float* const sums = decoded + kRows * kChunk;
+    float* const sums = decoded + kRows * kLine;
     const Range range = split(strips, threads, index);
     for (int64_t strip = range.begin; strip < range.end; ++strip) {
       const int64_t row = strip * kRows;
       const int rows = args.n - row < kRows ? static_cast<int>(args.n - row) : kRows;
-      std::memset(sums, 0, sizeof(float) * args.m * kRows);
-      for (int64_t begin = 0; begin < padded; begin += kChunk) {
-        const int64_t end = begin + kChunk < padded ? begin + kChunk : padded;
-        for (int r = 0; r < rows; ++r) weights.decode(row + r, begin, end, decoded + r * kChunk);
-        for (int64_t token = 0; token < args.m; token += kTokens) {
-          const int tokens = args.m - token < kTokens ? static_cast<int>(args.m - token) : kTokens;
-          kDots[tokens - 1][rows - 1](x + token * padded + begin, padded, decoded, end - begin, sums + token * kRows,
-                                      kRows);
+      std::memset(sums, 0, sizeof(float) * 16 * kRows * args.m);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t begin = chunk * kChunk, end = begin + kChunk < padded ? begin + kChunk : padded;
+        for (int r = 0; r < rows; ++r) weights.decode(row + r, begin, end, decoded + r * kLine);
+        for (int64_t token = 0; token < args.m; token += kPart) {
+          const int tokens = args.m - token < kPart ? static_cast<int>(args.m - token) : kPart;
+          for (int r = 0; r < rows; r += kPart) {
+            kDots[tokens - 1][rows - r < kPart ? rows - r - 1 : kPart - 1](
+                x + (chunk * args.m + token) * kLine, decoded + r * kLine, end - begin,
+                sums + 16 * (token * kRows + r));
+          }
         }
       }
       for (int64_t token = 0; token < args.m; ++token) {
         for (int r = 0; r < rows; ++r) {
           const float bias = args.bias ? load_as_float(args.bias, args.x_dtype, row + r) : 0;
-          store_from_float(args.y, args.x_dtype, token * args.ldy + row + r, sums[token * kRows + r] + bias);
+          const float sum = reduce_add(load(sums + 16 * (token * kRows + r)));
+          store_from_float(args.y, args.x_dtype, token * args.ldy + row + r, sum + bias);
         }
       }
     }
