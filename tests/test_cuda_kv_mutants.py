@@ -122,7 +122,7 @@ ATTENTION = {
     # the stream
     "pages over one another in the list": (STREAM, "list_entry(listed_ + before)", "list_entry(listed_)"),
     "a list that is too short": (STREAM, "index % kKvListed", "index % 8"),
-    "units without parameters": (STREAM, "extra_ = value_bits_ < 16 ? kKvValueParameters : 0", "extra_ = 0"),
+    "units without parameters": (STREAM, "extra_ = bits < 16 ? kKvValueParameters : 0", "extra_ = 0"),
     "the first head's pages": (STREAM, "int64_t(head_) * kv_page_bytes(kDim, key_bits, page.value_bits);",
                               "int64_t(0);"),
     "pages of a window's end left out": (STREAM, "page.position + page.tokens > from", "page.position >= from"),
@@ -211,7 +211,7 @@ PACK_OF_FORMATS = {
 
 FORMAT_MUTANTS = {
     "the first format": (SCORES, "return a.formats[page.format];", "return a.formats[1];"),
-    "no tails": (STREAM, "key_tail_ = kv_key_tail_bytes(f.key_outliers, biased_)", "key_tail_ = 0"),
+    "no tails": (STREAM, "tails_ = kv_key_tail_bytes(f.key_outliers, biased_)", "tails_ = 0"),
     "the scale of all levels": (CODES, "return {top / 254, top / 2};", "return {top / 255, top / 2};"),
     "levels from 0": (CODES, "return {top / 254, top / 2};", "return {top / 254, 0};"),
     "upper levels": (CODES, "ptx::prmt(0, 0xffffffff, upper)", "0u"),
@@ -233,7 +233,7 @@ FORMAT_MUTANTS = {
         "x * cosine + y * sine, y * cosine - x * sine"),
     "remainders of turned keys": (SCORES, "BFloat16::mma(sum[kTile], q.first, rest);", ""),
     "queries as they come": (ROWS, "kFormats && a.rotary.halves ? a.rotary.pairs : 0", "0"),
-    "one group's minima for all": (VALUES, "f.value_whole || other == group", "other == group"),
+    "one group's weights for all": (VALUES, "if (f.value_whole && group > 0) return;", "if (group > 0) return;"),
     "minima without factors": (VALUES,
         "two[i % 2] * (page_out[n][i] + constant)",
         "two[i % 2] * page_out[n][i] + constant"),
@@ -255,7 +255,7 @@ MASS_MUTANTS = {
     "a log-sum-exp of base e": (MASS, "total * kLog2E;", "total;"),
     "the first head's mass": (MASS, "a.kv_heads + blockIdx.y) * m.tokens", "a.kv_heads) * m.tokens"),
     "copies left under way": (MASS, "    ptx::cp_async_wait<0>();\n", ""),
-    "values in the stream": (STREAM, "value_bits_ = kValues ? page.value_bits : 0;", "value_bits_ = page.value_bits;"),
+    "values in the stream": (STREAM, "values_ = kValues ? page.value_bits |", "values_ = true ? page.value_bits |"),
 }  # fmt: skip
 
 

@@ -52,6 +52,10 @@ inline int read_kv_rotary(const tersor_cuda_kv_cache& c, KvRotary* rotary) {
     return fail(TERSOR_INVALID, "rotary_dim is %lld; accepted on CUDA: multiples of 16 to head_dim = %lld",
                 (long long)c.rotary_dim, (long long)c.head_dim);
   }
+  if (c.rotary_dim > 0 && !kv_turns_keys(static_cast<int>(c.head_dim))) {
+    return fail(TERSOR_INVALID, "rotary_dim is %lld; accepted on CUDA: 0 where head_dim is %lld",
+                (long long)c.rotary_dim, (long long)c.head_dim);
+  }
   if (c.rotary_dim > 0 && (!c.rotary || !kv_aligned(c.rotary, 16))) {
     return fail(TERSOR_INVALID, "rotary: accepted is a 16-byte aligned address");
   }

@@ -23,7 +23,7 @@
 // LIMITS. Those of sm80_kv_attention.cu, but tiles of 8 rows alone, to halve the code: more rows read the pages again.
 // Outliers of a page and head are one unit: up to some 500 for keys and for values (kv_most_key_outliers). Keys have
 // scales of channels, or of tokens over all channels and then are not turned; values share scales over 64 channels or
-// over all. There is no low-rank residual.
+// over all. Keys of 256 channels are not turned: no registers are left. There is no low-rank residual.
 #include "kernels/sm80_kv_attention.h"
 
 #include "tile/kv_attention.h"

@@ -58,6 +58,7 @@ struct KvAttention : KvValues<kDim, kRows, kFormats> {
     for (int n = 0; n < 2 * kRecords; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[n][i] *= factor[kPaired ? 0 : i / 2];
+    if (kFormats) return;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
 #pragma unroll
@@ -91,7 +92,7 @@ struct KvAttention : KvValues<kDim, kRows, kFormats> {
       total[row] += ptx::shuffle_xor(total[row], 1);
       total[row] += ptx::shuffle_xor(total[row], 2);
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
+      for (int group = 0; group < kGroups && !kFormats; ++group) {
         minima[group][row] += ptx::shuffle_xor(minima[group][row], 1);
         minima[group][row] += ptx::shuffle_xor(minima[group][row], 2);
       }
@@ -121,7 +122,7 @@ struct KvAttention : KvValues<kDim, kRows, kFormats> {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const float sum = kPaired ? out[n][i] + out[n][i + 2] : out[n][2 * row + i];
-              two[i] += (sum + minima[n / 2 / kGroupRecords][row]) * factor[row];
+              two[i] += (kFormats ? sum : sum + minima[n / 2 / kGroupRecords][row]) * factor[row];
             }
             ptx::store_shared(at, two);
           }

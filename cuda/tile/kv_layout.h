@@ -75,6 +75,8 @@ struct KvRotary {
   int pairs;           // 0: keys are as they come
   int halves;
 };
+// With 256 channels there are not enough registers.
+__host__ __device__ constexpr bool kv_turns_keys(int dim) { return dim < 256; }
 
 constexpr bool kv_bits_exist(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8 || bits == 16; }
 constexpr bool kv_dim_exists(int dim) { return dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256; }

@@ -39,6 +39,7 @@ struct KvScores : KvRows<kDim, kRows> {
   static constexpr bool kPaired = kRows == 8;   // rows 8 to 15 of a product are remainders of rows 0 to 7
   static constexpr int kSlots = kv_slots(kDim, kRows, kFormats);
   static constexpr int kStreamBytes = kv_stream_bytes(kDim, kSlots, kFormats);
+  static constexpr bool kTurns = kFormats && kv_turns_keys(kDim);
   static_assert(kRows == 8 || kRows == 16, "a fragment has 16 rows");
 
   // A fragment A, with the remainders in it (kPaired) or beside it.
@@ -265,7 +266,7 @@ struct KvScores : KvRows<kDim, kRows> {
         const float difference = ptx::unpack_f16x2(entry)[1];
         const bool second = index / kDim % 2 != 0;
         ptx::Vec<float, 2> turn = {{1, 0}};
-        if (channel < 2 * a.rotary.pairs) turn = turn_of(index / kDim, channel / 2);
+        if (kTurns && channel < 2 * a.rotary.pairs) turn = turn_of(index / kDim, channel / 2);
 #pragma unroll
         for (int row = 0; row < kOwn; ++row) {
           const float other = channel % 2 == 0 ? query_at(row, channel + 1) : -query_at(row, channel - 1);
@@ -372,8 +373,8 @@ struct KvScores : KvRows<kDim, kRows> {
   // Logits in units of log 2, -infinity where a row does not see a token; for what is returned see `mask`.
   TERSOR_DEVICE uint32_t logits(float (&score)[8][2 * kOwn], const KvPage& page) {
     const int coding = kFormats && page.key_bits < 16 ? format(page).key_coding : int(kKvUniform);
-    if (kFormats && a.rotary.pairs > 0 && page.key_bits < 16) {
-      if constexpr (kFormats) score_turned_keys(score, page);
+    if (kTurns && a.rotary.pairs > 0 && page.key_bits < 16) {
+      if constexpr (kTurns) score_turned_keys(score, page);
     } else if (kFormats && coding == kKvLevels) {
       score_keys<kFormats ? kKvBytes : 16>(score, page);
     } else if (kFormats && coding == kKvE4M3) {

@@ -97,19 +97,20 @@ class KvStream {
   // A part is `runs_` runs of bytes (the keys, a tail, or the groups of values), each taken as units.
   TERSOR_DEVICE void begin_run(int from, int to) {
     if (runs_ == 0) {
-      if (kFormats && (key_tail_ != 0 || value_tail_ != 0)) {
+      if (kFormats && tails_ != 0) {
+        const int of_keys = tails_ & 0xffff;
         runs_ = 1;
-        run_bytes_ = step_ = key_tail_ != 0 ? key_tail_ : value_tail_;
+        run_bytes_ = step_ = of_keys != 0 ? of_keys : tails_ >> 16;
         extra_ = 0;
-        (key_tail_ != 0 ? key_tail_ : value_tail_) = 0;
-      } else if (value_bits_ != 0) {
-        const bool whole = kFormats && value_whole_;
+        tails_ = of_keys != 0 ? tails_ - of_keys : 0;
+      } else if (values_ != 0) {
+        const int bits = kFormats ? values_ & 0xff : values_;
+        const bool whole = kFormats && (values_ & kWhole) != 0, separable = kFormats && (values_ & kSeparable) != 0;
         runs_ = kv_value_groups(kDim, whole);
-        run_bytes_ = kv_value_group_bytes(kDim, value_bits_, whole, kFormats && separable_);
-        step_ = kv_unit_records(kDim, value_bits_, kFormats) *
-                kv_value_record_bytes(value_bits_, kFormats && separable_);
-        extra_ = value_bits_ < 16 ? kKvValueParameters : 0;
-        value_bits_ = 0;
+        run_bytes_ = kv_value_group_bytes(kDim, bits, whole, separable);
+        step_ = kv_unit_records(kDim, bits, kFormats) * kv_value_record_bytes(bits, separable);
+        extra_ = bits < 16 ? kKvValueParameters : 0;
+        values_ = 0;
       } else {
         if (fetched_ == listed_) list_pages(from, to);
         if (fetched_ == listed_) return;
@@ -131,17 +132,16 @@ class KvStream {
       run_bytes_ = kv_key_bytes(kDim, key_bits, f.key_token);
       step_ = kv_unit_records(kDim, key_bits, true) * kv_key_record_bytes(key_bits, f.key_token);
       if (f.key_token && key_bits < 16) extra_ = kKvValueParameters;
-      key_tail_ = kv_key_tail_bytes(f.key_outliers, biased_);
-      value_tail_ = kValues ? kv_value_tail_bytes(kDim, f.value_outliers) : 0;
-      value_whole_ = f.value_whole;
-      separable_ = f.separable;
+      tails_ = kv_key_tail_bytes(f.key_outliers, biased_);
+      if (kValues) tails_ |= kv_value_tail_bytes(kDim, f.value_outliers) << 16;
+      values_ = kValues ? page.value_bits | (f.value_whole ? kWhole : 0) | (f.separable ? kSeparable : 0) : 0;
     } else {
       source_ += int64_t(head_) * kv_page_bytes(kDim, key_bits, page.value_bits);
       run_bytes_ = kv_key_bytes(kDim, key_bits);
       step_ = kv_unit_records(kDim, key_bits) * kv_key_record_bytes(key_bits);
     }
     runs_ = 1;
-    value_bits_ = kValues ? page.value_bits : 0;
+    if (!kFormats) values_ = kValues ? page.value_bits : 0;
   }
 
   // Starts the copies of the next unit; commits a group also where there is none left, since waits count groups.
@@ -168,9 +168,11 @@ class KvStream {
   const bool biased_;
   int scan_, end_, listed_ = 0, fetched_ = 0;
   const char* source_ = nullptr;
-  int left_ = 0, step_ = 0, extra_ = 0, run_bytes_ = 0, runs_ = 0, value_bits_ = 0;
-  int key_tail_ = 0, value_tail_ = 0;
-  bool value_whole_ = false, separable_ = false;
+  int left_ = 0, step_ = 0, extra_ = 0, run_bytes_ = 0, runs_ = 0;
+  // Of the page, as long as they have not begun: bytes of the tails of keys and, 16 bits up, of values; and the values'
+  // bits, with what else is to be known of them.
+  static constexpr int kWhole = 0x100, kSeparable = 0x200;
+  int tails_ = 0, values_ = 0;
   int slot_ = 0;
 };
 

@@ -25,7 +25,7 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
   static_assert(kRecords == kGroups * kGroupRecords, "groups are whole");
 
   float out[2 * kRecords][4];
-  float minima[kGroups][kOwn];  // p times minima, this lane's tokens
+  float minima[kGroups][kOwn];  // p times minima, this lane's tokens; not with formats, whose sums have them
 
   using Scores::Scores;
 
@@ -106,7 +106,7 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
     const int bits = kCode == kKvBytes ? page.value_bits : kv_code_words(kCode);
     const KvUnits units = kv_units<kCode>(bits);
     Operand weights[4];
-    float whole[kOwn] = {};  // p times minima of the page, of formats
+    float whole[kOwn] = {};  // of formats: p times minima, of a group of the page
     if constexpr (kCode == 16) a.is_bfloat16 ? plain_weights<BFloat16>(weights, p) : plain_weights<Float16>(weights, p);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
@@ -143,8 +143,7 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
       }
   }
 
-  // The weights of a group of a format, and what its minima come to: added to the sums of all groups that share them,
-  // or, where channels have factors, kept for their page.
+  // The weights of a group of a format (the first one's, where all share them), and what its minima come to in the page.
   template <int kCode>
   TERSOR_DEVICE void begin_group(Operand (&weights)[4], float (&whole)[kOwn], const float (&p)[8][2 * kOwn],
                                  shared_t& record, uint32_t valid, KvUnits units, const KvFormat& f, int group) {
@@ -154,15 +153,8 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
     record += kKvValueParameters;
 #pragma unroll
     for (int row = 0; row < kOwn; ++row) {
-      if (f.separable) {
-        sum[row] += ptx::shuffle_xor(sum[row], 1);
-        whole[row] = sum[row] + ptx::shuffle_xor(sum[row], 2);
-      } else {
-#pragma unroll
-        for (int other = 0; other < kGroups; ++other) {
-          if (f.value_whole || other == group) minima[other][row] += sum[row];
-        }
-      }
+      sum[row] += ptx::shuffle_xor(sum[row], 1);
+      whole[row] = sum[row] + ptx::shuffle_xor(sum[row], 2);
     }
   }
 

@@ -123,6 +123,8 @@ def check(op: str, layout: Layout) -> Layout:
     dim = layout.key_dim
     if layout.page_tokens != TOKENS:
         fail(op, "page_tokens", layout.page_tokens, f"{TOKENS} on CUDA")
+    if layout.rotary is not None and dim == 256:
+        fail(op, "rotary", "keys stored before rotary embedding, of 256 channels", "head dimensions to 128 on CUDA")
     if layout.rotary is not None and layout.rotary.dim % 16:
         fail(op, "rotary", f"{layout.rotary.dim} channels that are turned", "a multiple of 16 on CUDA")
     if len(layout.formats) > 7:
