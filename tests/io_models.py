@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tersor import Int
 from tersor.experts import Experts
+from tersor.gate import fuse_gates
 from tersor.norm import fuse_norms
 from tersor.patch import LayerSpec, link_siblings, patch
 from tersor.registry import resolve
@@ -71,6 +72,7 @@ def randomize(model, spec, names=None, pre=()):
             layer.load_tensors(_tensors(format, *layer.shape, dtype, i))
     link_siblings(model)
     fuse_norms(model)  # as compress and load do: sums in another order are other last bits
+    fuse_gates(model)
     return model
 
 
