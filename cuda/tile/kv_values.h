@@ -143,7 +143,7 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
       }
   }
 
-  // The weights of a group of a format (the first one's, where all share them), and what its minima come to in the page.
+  // The weights of a group of a format (the first one's, where all share them), and what minima come to in the page.
   template <int kCode>
   TERSOR_DEVICE void begin_group(Operand (&weights)[4], float (&whole)[kOwn], const float (&p)[8][2 * kOwn],
                                  shared_t& record, uint32_t valid, KvUnits units, const KvFormat& f, int group) {
