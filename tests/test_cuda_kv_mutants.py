@@ -131,7 +131,7 @@ ATTENTION = {
     "pages left over by the splits": (ATTENTION_H, "(pages + a.splits - 1) / a.splits", "pages / a.splits"),
     # masks
     "no mask of positions": (SCORES, "if (position < from[row] || position > to[row]) score", "if (false) score"),
-    "no mask of bytes": (SCORES, "if (ptx::load_global_constant(bytes + at) == 0)", "if (false)"),
+    "no mask of bytes": (SCORES, "if (ptx::load_global(bytes + at) == 0)", "if (false)"),
     "a mask of the first head": (SCORES, "this->query_head(index) * a.mask_strides[1]", "0"),
     "a mask from position 0": (SCORES, "(position - a.mask_first) *", "position *"),
     "positions before a mask": (ROWS, "a.mask != nullptr && a.mask_first > first ? a.mask_first : first", "first"),

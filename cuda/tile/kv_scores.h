@@ -456,7 +456,7 @@ struct KvScores : KvRows<kDim, kRows> {
           const int position = first + 8 * j + 2 * t + column;
           if (position < from[row] || position > to[row]) continue;
           const int64_t at = (position - a.mask_first) * a.mask_strides[3];
-          if (ptx::load_global_constant(bytes + at) == 0) score[j][2 * row + column] = -infinity();
+          if (ptx::load_global(bytes + at) == 0) score[j][2 * row + column] = -infinity();
         }
     }
   }
