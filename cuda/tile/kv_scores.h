@@ -437,13 +437,12 @@ struct KvScores : KvRows<kDim, kRows> {
           if (position < from[row] || position > to[row]) score[j][2 * row + column] = -infinity();
         }
       }
-    if (a.mask != nullptr) hide(score, page.position, from, to);
+    if (a.mask != nullptr) hide(score, page.position);
     return valid;
   }
 
   // By the mask, whose bytes are read where the row sees at all.
-  TERSOR_DEVICE void hide(float (&score)[8][2 * kOwn], int first, const int (&from)[kOwn],
-                          const int (&to)[kOwn]) const {
+  TERSOR_DEVICE void hide(float (&score)[8][2 * kOwn], int first) const {
 #pragma unroll
     for (int row = 0; row < kOwn; ++row) {
       const int index = this->index_of(g + 8 * row);
@@ -454,7 +453,7 @@ struct KvScores : KvRows<kDim, kRows> {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
           const int position = first + 8 * j + 2 * t + column;
-          if (position < from[row] || position > to[row]) continue;
+          if (score[j][2 * row + column] == -infinity()) continue;
           const int64_t at = (position - a.mask_first) * a.mask_strides[3];
           if (ptx::load_global(bytes + at) == 0) score[j][2 * row + column] = -infinity();
         }
