@@ -48,7 +48,7 @@ def check_formats(library, dim=64):
     formats = (PageFormat(4, 3, key_levels=UNEVEN, value_levels=UNEVEN[::2], key_outliers=40, value_outliers=50),
                PageFormat(8, 8, key_axis="token", key_levels="e4m3", value_levels="e4m3"),
                PageFormat(4, 4, key_axis="token", value_axis="separable", value_outliers=9),
-               PageFormat(8, 4, key_outliers=30))
+               PageFormat(8, 4, key_outliers=30, value_group=64))
     made = layout_of(*formats, dim=dim, kv_heads=2, biased=True)
     turned = layout_of(formats[0], formats[3], dim=dim, rotary=rotary_of(48))
     for cache in (cached_layout(made, [[(64, 1), (64, 2), (64, 3), (64, 4), (40, 1), (7, 0)]]),
