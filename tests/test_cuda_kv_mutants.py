@@ -254,7 +254,6 @@ MASS_MUTANTS = {
                                      "    rows.template load_queries<true>(rows.query);"),
     "a log-sum-exp of base e": (MASS, "total * kLog2E;", "total;"),
     "the first head's mass": (MASS, "a.kv_heads + blockIdx.y) * m.tokens", "a.kv_heads) * m.tokens"),
-    "copies left under way": (MASS, "    ptx::cp_async_wait<0>();\n", ""),
     "values in the stream": (STREAM, "values_ = kValues ? page.value_bits |", "values_ = true ? page.value_bits |"),
 }  # fmt: skip
 
