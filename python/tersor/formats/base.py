@@ -142,6 +142,43 @@ class Format:
         return self.text()
 
 
+@dataclass(frozen=True)
+class Around(Format):
+    """A format that stores its weights as ``inner`` does, and differs in what becomes of the input."""
+
+    inner: Format
+
+    @property
+    def block(self) -> int:
+        return self.inner.block
+
+    @property
+    def group_columns(self) -> int:
+        return self.inner.group_columns
+
+    def fit(self, w: Tensor, *, search: bool = False, importance: Tensor | None = None,
+            dtype: torch.dtype | None = None) -> Params:
+        return self.inner.fit(w, search=search, importance=importance, dtype=dtype)
+
+    def refit(self, params: Params, w: Tensor, lo: int, *, search: bool = False) -> None:
+        self.inner.refit(params, w, lo, search=search)
+
+    def project(self, w: Tensor, params: Params, lo: int = 0, *, importance: Tensor | None = None) -> Tensor:
+        return self.inner.project(w, params, lo, importance=importance)
+
+    def pack(self, w_hat: Tensor, params: Params) -> Tensors:
+        return self.inner.pack(w_hat, params)
+
+    def unpack(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.inner.unpack(tensors, shape, dtype)
+
+    def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
+        return self.inner.spec(shape, dtype)
+
+    def check(self, shape: Shape) -> None:
+        self.inner.check(shape)
+
+
 def prefixed(tensors: Mapping[str, Tensor] | Mapping[str, TensorSpec], prefix: str) -> dict:
     """The same tensors with ``prefix.`` before each name, for formats made of formats."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import register_format
-from .base import Format, Params, Shape, Tensors, TensorSpec
+from .base import Around, Shape
 from .floating import ELEMENTS, NVFP4, Microscaling, power_of_two, power_of_two_scale, round_to
 
 _KINDS = ("fp8", "mxfp4", "mxfp8", "nvfp4")
@@ -19,7 +19,7 @@ _GROUP = 128  # channels that share a scale with scale=group
 
 
 @dataclass(frozen=True)
-class Inputs(Format):
+class Inputs(Around):
     """Weights in ``inner``; the input is rounded to ``kind`` at each call.
 
     ``fp8`` is E4M3 with a scale per ``token``, per ``tensor`` or per ``group`` of 128 channels; ``mxfp4``, ``mxfp8``
@@ -27,7 +27,6 @@ class Inputs(Format):
     format would fix it by calibration (FP8 per tensor, the global scale of NVFP4).
     """
 
-    inner: Format
     kind: str = "fp8"
     scale: str = "token"
 
@@ -38,30 +37,6 @@ class Inputs(Format):
             raise ValueError(f"option 'scale': found {self.scale!r}, accepted are {', '.join(_SCALES)} (fp8 only)")
         if isinstance(self.inner, Inputs) or getattr(self.inner, "activation", 16) != 16:
             raise ValueError(f"found inputs quantized twice: {self.inner}; accepted is a format with 16-bit inputs")
-
-    @property
-    def block(self) -> int:
-        return self.inner.block
-
-    @property
-    def group_columns(self) -> int:
-        return self.inner.group_columns
-
-    def fit(self, w: Tensor, *, search: bool = False, importance: Tensor | None = None,
-            dtype: torch.dtype | None = None) -> Params:
-        return self.inner.fit(w, search=search, importance=importance, dtype=dtype)
-
-    def refit(self, params: Params, w: Tensor, lo: int, *, search: bool = False) -> None:
-        self.inner.refit(params, w, lo, search=search)
-
-    def project(self, w: Tensor, params: Params, lo: int = 0, *, importance: Tensor | None = None) -> Tensor:
-        return self.inner.project(w, params, lo, importance=importance)
-
-    def pack(self, w_hat: Tensor, params: Params) -> Tensors:
-        return self.inner.pack(w_hat, params)
-
-    def unpack(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.inner.unpack(tensors, shape, dtype)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         wide = x if x.dtype is torch.float64 else x.float()
@@ -82,14 +57,8 @@ class Inputs(Format):
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
         return self.inner.linear(self.quantize_input(x), tensors, bias, shape)
 
-    def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
-        return self.inner.spec(shape, dtype)
-
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         return f"reference: no kernel for {self.kind} activations"
-
-    def check(self, shape: Shape) -> None:
-        self.inner.check(shape)
 
     def text(self) -> str:
         from .presets import PRESETS

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from .. import ops
 from ..registry import register_format
-from .base import Format, Params, Shape, Tensors, TensorSpec
+from .base import Around, Params, Shape, Tensors, TensorSpec
 from .integer import Int, quantize_activations
 
 BLOCK = 128  # channels that have one number of bits
 
 
 @dataclass(frozen=True)
-class MixedInputs(Format):
+class MixedInputs(Around):
     """Weights as ``inner`` (an `Int` with four-bit inputs in groups of 32, 64 or 128) stores them; each 128 channels of
     the input are rounded to 4 or 8 bits, as ``block_bits`` uint8 ``[ceil(in / 128)]`` says: ``params["block_bits"]``,
     or 4 throughout (COMET, arXiv 2410.12168)."""
@@ -31,20 +31,6 @@ class MixedInputs(Format):
         if self.inner.act_group not in (32, 64, BLOCK) or not self.inner.act_sym or self.inner.act_scale != "dynamic":
             raise ValueError(f"found {self.inner}, accepted are dynamic symmetric inputs in groups of 32, 64 or 128")
 
-    @property
-    def group_columns(self) -> int:
-        return self.inner.group_columns
-
-    def fit(self, w: Tensor, *, search: bool = False, importance: Tensor | None = None,
-            dtype: torch.dtype | None = None) -> Params:
-        return self.inner.fit(w, search=search, importance=importance, dtype=dtype)
-
-    def refit(self, params: Params, w: Tensor, lo: int, *, search: bool = False) -> None:
-        self.inner.refit(params, w, lo, search=search)
-
-    def project(self, w: Tensor, params: Params, lo: int = 0, *, importance: Tensor | None = None) -> Tensor:
-        return self.inner.project(w, params, lo, importance=importance)
-
     def pack(self, w_hat: Tensor, params: Params) -> Tensors:
         count = -(-w_hat.shape[1] // BLOCK)
         bits = params.get("block_bits")
@@ -52,9 +38,6 @@ class MixedInputs(Format):
         if bits.shape != (count,) or not bool(((bits == 4) | (bits == 8)).all()):
             raise ValueError(f"{self}: found block_bits {bits.tolist()}, accepted are {count} of 4 or 8")
         return {**self.inner.pack(w_hat, params), "block_bits": bits.to(w_hat.device, torch.uint8, copy=True)}
-
-    def unpack(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.inner.unpack(tensors, shape, dtype)
 
     def quantize_input(self, x: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         bits = None if tensors is None else tensors["block_bits"]
@@ -87,9 +70,6 @@ class MixedInputs(Format):
         if torch.device(device).type == "cuda":
             return "reference: no CUDA kernel for mixed inputs, torch rounds them for int_linear cuda"
         return ops.int_linear.kernel(torch.device(device))
-
-    def check(self, shape: Shape) -> None:
-        self.inner.check(shape)
 
     def text(self) -> str:
         return self.inner.text().replace(f"W{self.inner.num_bits}A4", f"W{self.inner.num_bits}Ax", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ CACHE_METHODS: dict[str, type["CacheMethod"]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class CacheMethod:
+class CacheMethod(ABC):
     """Subclasses are frozen dataclasses whose fields are the options of the spec; each is one file and one paper.
 
     ``calibrated``: needs tensors of each layer, which `learn` makes, from data unless not ``data``; ``rotary``: works
@@ -39,15 +40,15 @@ class CacheMethod:
 
     def learn(self, model: nn.Module, batches: list[Tensor], settings: Settings, progress) -> dict[int, dict[str, Tensor]]:
         """Tensors of each layer, from token ids ``[sequences, length]`` of each batch. Only where ``calibrated``."""
-        raise NotImplementedError(f"{self.name}: learns nothing")  # the interface
+        raise TypeError(f"{self.name} learns nothing")
 
     def describe(self, tensors: dict[int, dict[str, Tensor]]) -> str:
         """In words, what `learn` found that its user should know."""
         return ""
 
+    @abstractmethod
     def wrap(self, shape: Shape, tensors: dict[str, Tensor], inner: Inner) -> Store:
         """The store of a layer; ``inner(shape)`` makes the one inside."""
-        raise NotImplementedError  # the interface
 
 
 def register_cache_method(name: str):
