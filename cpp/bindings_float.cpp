@@ -3,7 +3,7 @@
 
 #include <new>
 
-#include "cpu/float_linear.h"
+#include "cpu/float_round.h"
 
 namespace py = pybind11;
 
@@ -25,6 +25,17 @@ void run(const Call& call) {
 }  // namespace
 
 void define_float(py::module_& module) {
+  module.def(
+      "float_round",
+      [](Address x, Address y, int dtype, int64_t rows, int64_t k, int64_t ldx, int element, int scale, int64_t group,
+         int threads) {
+        const tersor::FloatRoundArgs arguments{reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), dtype,
+                                               rows, k, ldx, element, scale, group, threads};
+        run([&] { return tersor_float_round(&arguments); });
+      },
+      py::arg("x"), py::arg("y"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("ldx"), py::arg("element"),
+      py::arg("scale"), py::arg("group"), py::arg("threads"),
+      "y = element(x / scale) * scale in groups of channels; see cpp/cpu/float_round.h");
   module.def(
       "float_linear",
       [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, Address codes, int element, Address scales,

@@ -29,6 +29,8 @@ def samples():
     yield "int_linear", (x.float(), q, s, z, None, 33, 4, 32, 4, 32, 1.0, True, torch.rand(4) + 0.1)
     yield "int_linear_multi", (x.float(), [q, q2], [s, s2], [z, z2], [], [33, 17], 4, 32, 4, 0)
     yield "int_linear_multi", (x, [q, q2], [s, s2], [z, z2], [], [33, 17], 4, 32, 16)
+    yield "float_round", (x, "e4m3", "largest", 0)
+    yield "float_round", (x.float(), "e2m1", "e4m3", 16)
     ends = torch.tensor([1, 1, 3], dtype=torch.int32)
     stacked = [torch.stack([tensor] * 3) for tensor in (q, s, z)]
     rows, biases = torch.randn(4, 97).bfloat16(), torch.randn(3, 33).bfloat16()

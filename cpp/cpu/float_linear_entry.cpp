@@ -1,7 +1,9 @@
-// tersor_float_linear: checks what can be checked from sizes, then hands over to the instruction set.
+// tersor_float_linear and tersor_float_round: checks what can be checked from sizes, then hands
+// over to the instruction set.
 #include "common/float16.h"
 #include "common/status.h"
 #include "cpu/float_linear.h"
+#include "cpu/float_round.h"
 
 using namespace tersor;
 
@@ -11,25 +13,29 @@ constexpr int64_t kTokensAtOnce = 256;  // their floats of a chunk are a megabyt
 
 using Linear = int (*)(const FloatLinearArgs&);
 using Dequantize = int (*)(const FloatLinearArgs&, float*);
+using Round = int (*)(const FloatRoundArgs&);
 
 struct Functions {
   Linear linear;
   Dequantize dequantize;
+  Round round;
 };
 
 Functions functions() {
   const IsaKernels* const isa = &current_isa();
 #if defined(TERSOR_HAVE_AVX512)
-  if (isa == &avx512::kernels) return {avx512::float_linear, avx512::float_dequantize};
+  if (isa == &avx512::kernels) return {avx512::float_linear, avx512::float_dequantize, avx512::float_round};
 #endif
 #if defined(TERSOR_HAVE_AVX2)
-  if (isa == &avx2::kernels) return {avx2::float_linear, avx2::float_dequantize};
+  if (isa == &avx2::kernels) return {avx2::float_linear, avx2::float_dequantize, avx2::float_round};
 #endif
 #if defined(TERSOR_HAVE_AVX512_EMULATED)
-  if (isa == &avx512_emulated::kernels) return {avx512_emulated::float_linear, avx512_emulated::float_dequantize};
+  if (isa == &avx512_emulated::kernels) {
+    return {avx512_emulated::float_linear, avx512_emulated::float_dequantize, avx512_emulated::float_round};
+  }
 #endif
   (void)isa;
-  return {generic::float_linear, generic::float_dequantize};
+  return {generic::float_linear, generic::float_dequantize, generic::float_round};
 }
 
 int check(const FloatLinearArgs& a) {
@@ -75,4 +81,22 @@ extern "C" int tersor_float_dequantize(const FloatLinearArgs* arguments, float* 
   if (arguments->n == 0) return TERSOR_OK;
   if (!arguments->codes || !arguments->scales || !out) return fail(TERSOR_INVALID, "codes, scales or out is absent");
   return functions().dequantize(*arguments, out);
+}
+
+extern "C" int tersor_float_round(const FloatRoundArgs* arguments) {
+  const FloatRoundArgs& a = *arguments;
+  if (a.rows < 0 || a.k < 0 || a.threads < 1 || (a.rows > 1 && a.ldx < a.k)) {
+    return fail(TERSOR_INVALID, "rows, k, ldx, threads are %lld, %lld, %lld, %d; accepted: at least 0, 0, k, 1",
+                (long long)a.rows, (long long)a.k, (long long)a.ldx, a.threads);
+  }
+  if (a.dtype < 0 || a.dtype > 2 || a.element < 0 || a.element > 1 || a.scale < 0 || a.scale > 3) {
+    return fail(TERSOR_INVALID, "dtype, element, kind of scale are %d, %d, %d; accepted: up to 2, 1, 3", a.dtype,
+                a.element, a.scale);
+  }
+  if (a.group < 16 || (a.group % 16 && a.group < a.k)) {
+    return fail(TERSOR_INVALID, "group is %lld; accepted: a multiple of 16, or k and more", (long long)a.group);
+  }
+  if (a.rows == 0 || a.k == 0) return TERSOR_OK;
+  if (!a.x || !a.y) return fail(TERSOR_INVALID, "x or y is absent");
+  return functions().round(a);
 }

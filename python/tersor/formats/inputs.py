@@ -1,4 +1,4 @@
-"""Inputs(inner): a format whose multiplication quantizes its input to a small float on the fly, at reference level."""
+"""Inputs(inner): a format whose multiplication rounds its input to a small float on the fly."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops_round
 from ..registry import register_format
-from .base import Around, Shape
-from .floating import ELEMENTS, NVFP4, Microscaling, power_of_two, power_of_two_scale, round_to
+from .base import Around, Shape, reference_kernel
+from .floating import NVFP4, Microscaling
 
 _KINDS = ("fp8", "mxfp4", "mxfp8", "nvfp4")
 _SCALES = ("token", "tensor", "group")
-_GROUP = 128  # channels that share a scale with scale=group
+# By kind, of fp8 by scale: the element, what a group is divided by, and its channels.
+_ROUNDING = {
+    "token": ("e4m3", "largest", 0),
+    "tensor": ("e4m3", "whole", 0),
+    "group": ("e4m3", "largest", 128),
+    "mxfp4": ("e2m1", "power", Microscaling.group),
+    "mxfp8": ("e4m3", "power", Microscaling.group),
+    "nvfp4": ("e2m1", "e4m3", NVFP4.group),
+}
 
 
 @dataclass(frozen=True)
@@ -39,26 +47,18 @@ class Inputs(Around):
             raise ValueError(f"found inputs quantized twice: {self.inner}; accepted is a format with 16-bit inputs")
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype is torch.float64 else x.float()
-        if self.kind == "fp8":
-            return _fp8(wide, self.scale).to(x.dtype)
-        size = NVFP4.group if self.kind == "nvfp4" else Microscaling.group
-        groups = F.pad(wide, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
-        top = groups.abs().amax(-1, keepdim=True)
-        element = "e4m3" if self.kind == "mxfp8" else "e2m1"
-        if self.kind == "nvfp4":
-            one = ELEMENTS["e4m3"][3] * ELEMENTS["e2m1"][3] / top.amax().clamp_min(torch.finfo(torch.float32).tiny)
-            one = one.nan_to_num(posinf=1.0)
-            scale = round_to(top / ELEMENTS["e2m1"][3] * one, "e4m3").clamp_min(2.0**-9) / one
-        else:
-            scale = power_of_two(power_of_two_scale(top, element), wide.dtype)
-        return (round_to(groups / scale, element) * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+        """The rounded input, in x's dtype. A group of channels with NaN or Inf becomes NaN."""
+        return ops_round.float_round(x, *_ROUNDING[self.kind if self.kind != "fp8" else self.scale])
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
         return self.inner.linear(self.quantize_input(x), tensors, bias, shape)
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
-        return f"reference: no kernel for {self.kind} activations"
+        device = torch.device(device)
+        inner, rounding = self.inner.kernel(shape, device), ops_round.float_round.kernel(device)
+        if reference_kernel(inner) or reference_kernel(rounding):
+            return f"reference: no kernel for {self.kind} activations"
+        return f"{rounding} + {inner}"
 
     def text(self) -> str:
         from .presets import PRESETS
@@ -68,18 +68,6 @@ class Inputs(Around):
                 return name
         scale = "" if self.scale == "token" else f"[scale={self.scale}]"
         return f"A{self.kind.upper()}{scale}/{self.inner.text()}"
-
-
-def _fp8(x: Tensor, scale: str) -> Tensor:
-    """Nearest E4M3 values under a scale per token, tensor or group of channels, multiplied back."""
-    if scale == "group":
-        groups = F.pad(x, (0, -x.shape[-1] % _GROUP)).unflatten(-1, (-1, _GROUP))
-        return _fp8(groups, "token").flatten(-2)[..., : x.shape[-1]]
-    if not x.numel():
-        return x
-    top = x.abs().amax(-1, keepdim=True) if scale == "token" else x.abs().amax()
-    step = (top / ELEMENTS["e4m3"][3]).clamp_min(torch.finfo(torch.float32).smallest_normal)
-    return round_to(x / step, "e4m3") * step
 
 
 @register_format(r"A(FP8|MXFP4|MXFP8|NVFP4)", "AFP8/W4A16", "quantizes the input of the format nested in it")
