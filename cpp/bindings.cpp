@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "tersor.h"
 
 namespace py = pybind11;
@@ -513,6 +514,13 @@ PYBIND11_MODULE(_C, module) {
       "use one of isas(); ValueError for any other name");
   module.def("threading", [] { return std::string(tersor_threading()); },
              "\"openmp\": the runtime already in the process; \"pool\": our own threads");
+  module.def(
+      "huge_pages",
+      [](uintptr_t data, size_t bytes) {
+        py::gil_scoped_release release;
+        return tersor::huge_pages(reinterpret_cast<void*>(data), bytes);
+      },
+      py::arg("data"), py::arg("bytes"), "asks the system for large pages; the bytes that it may have put in such");
   module.def(
       "machine_floors",
       [](int threads, double seconds) {

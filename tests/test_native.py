@@ -149,3 +149,12 @@ def test_empty_sizes_return_at_once():
     for m, n in ((0, 16), (3, 0)):
         _C.int_linear(0, 0, m, 64, 64, 0, 0, 0, 0, 0, 0, n, n, 4, 32, 16, 1)
     _C.int_linear_multi(0, 0, 3, 64, 64, [], 0, 4, 32, 16, 1)
+
+
+def test_huge_pages_leave_memory_as_it_is():
+    values = torch.arange(5 << 18)  # 10 MB
+    wanted = values.clone()
+    found = _C.huge_pages(values.data_ptr(), values.nbytes)
+    assert found % (1 << 21) == 0 and found <= values.nbytes
+    assert torch.equal(values, wanted)
+    assert _C.huge_pages(values.data_ptr(), 100) == 0

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/status.h"
 #include "cpu/isa.h"
@@ -47,6 +48,7 @@ extern "C" int tersor_machine_floors(int threads, double seconds, tersor_floors*
   const size_t bytes = size_t(512) << 20;  // far past any last-level cache
   char* data = static_cast<char*>(std::aligned_alloc(4096, bytes));
   if (!data) return fail(TERSOR_NO_MEMORY, "no memory for the %zu bytes that are read to measure bandwidth", bytes);
+  huge_pages(data, bytes);
   parallel_for(threads, [&](int index) {
     const Range part = split(static_cast<long>(bytes >> 12), threads, index);
     std::memset(data + (part.begin << 12), index + 1, (part.end - part.begin) << 12);

@@ -109,6 +109,9 @@ def _int_linear_cpu(x, qweight, scales, zero_points, bias, out_features, bits, g
     return y
 
 
+_WORTH_HUGE_PAGES = 4 << 20  # bytes of a weight
+
+
 class BoundIntLinear:
     """`int_linear` on one weight that was checked once: what a layer calls again and again on plain tensors.
 
@@ -138,6 +141,8 @@ class BoundIntLinear:
         if n and k and not (self.pointers[0] and self.pointers[1] and (zero_points is None or self.pointers[2])
                             and (self.input_scale is None or self.input_pointer)):
             fail("int_linear", "qweight, scales, zero_points and input_scale", "freed storage", "tensors with storage")
+        if qweight.nbytes >= _WORTH_HUGE_PAGES:
+            _C.huge_pages(self.pointers[0], qweight.nbytes)
 
     def addresses(self) -> tuple[int, int, int]:
         """Of the tensors as they are now; checked anew where they moved."""
