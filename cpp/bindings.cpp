@@ -350,6 +350,7 @@ constexpr bool has_cuda_build = false;
 constexpr bool has_cuda_build = true;
 
 void define_kv_cuda(py::module_& module);  // bindings_kv_cuda.cpp
+void define_rows_cuda(py::module_& module);  // bindings_rows_cuda.cpp
 
 namespace {
 
@@ -541,6 +542,7 @@ PYBIND11_MODULE(_C, module) {
 #if defined(TERSOR_HAVE_CUDA)
   define_cuda(module);
   define_kv_cuda(module);
+  define_rows_cuda(module);
 #endif
   module.def(
       "cuda_devices",
