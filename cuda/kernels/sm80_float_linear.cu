@@ -1,0 +1,312 @@
+// y[m, n] = x[m, k] (values * scales)^T + bias: 16-bit activations, weights of FP8 (e4m3), MXFP8, MXFP4 or NVFP4.
+//
+// LAYOUT. Weights are read as checkpoints store them, row by row: k lies in order, so a lane (g, c) finds its share of
+// 32 k, k = 8c .. 8c + 7, as 8 (e4m3) or 4 (e2m1) contiguous bytes of each of its four rows (row_stream.h), and the
+// same 8 k of a token as 16 contiguous bytes of x. Weights are operand A of mma.m16n8k16, tokens its n.
+//
+//     shared memory of a stage     128 rows x 128 or 64 bytes of codes; tokens x 256 bytes; scales, as fp32 for each
+//                                  row and 32 k (e8m0) or row (float types), or the 8 e4m3 of a row (NVFP4)
+//
+// DECODING is a move of bits: sign, exponent and mantissa of a code, put into the fields of a 16-bit float, are the
+// value times 2^-8 (e4m3 in f16), 2^-14 (e2m1 in f16), 2^-120 or 2^-126 (in bf16), subnormals included. f16 stays so,
+// and the power is made up for with the results; bf16 is multiplied by the power, which is exact. Four instructions
+// for a pair, five in bf16. NVFP4's e4m3 scale times a value has 6 bits and fits either type exactly: it is multiplied
+// in (times 2^-8). Other scales are applied to the fp32 sums of a group, so nothing is rounded before the sums.
+//
+// A block of 4 warps computes 128 rows x 8 * kTokenTiles tokens (8, 16, 32, 64) in stages of 128 k, stream-K as in
+// row_stream.h: results are the same to the bit in every launch.
+//
+// SHARED MEMORY, bytes: stages x (codes 16384 or 8192 + 2048 kTokenTiles + scales 2048 or 1024) + 16:
+//     kTokenTiles 1    4 stages: e4m3 81936  e2m1 49168  NVFP4 45072
+//                 2    4 stages: 90128  57360  53264
+//                 4    e4m3 3 stages: 79888; 4 stages: 73744  69648
+//                 8    e4m3 2 stages: 69648; 3 stages: 79888  76816
+// The main loop reads and writes it without bank conflicts (checked below, counted by the tests).
+// gate: defines TERSOR_FLOAT=0,1,2
+// gate: registers 168 where , [12]>
+// gate: registers 255
+// gate: wants HMMA.16816.F32 where Float16
+// gate: wants LDGSTS.E.BYPASS
+//
+// FLOORS. e4m3, a stage of 128 rows: 16384 bytes, 788 cycles of an H200's memory for each multiprocessor. A lane
+// unpacks 4 rows x 32 codes in 256 (f16) to 320 (bf16) instructions; with mma, loads and control some 450 for a warp,
+// and four warps on four schedulers fit into the 788. e2m1 has half the bytes and the same instructions: issue, not
+// memory, is its bound. Predictions from counted instructions: nothing here was measured on hardware.
+//
+// LIMITS. Rows of codes that do not start at multiples of 16 bytes (k no multiple of 16 or 32) are read a byte at a
+// time. Weights are read again for each 64 tokens. Scale groups are 32 (e8m0), 16 (NVFP4), multiples of 128 or whole
+// rows (float types). The NaN codes of e4m3 decode to 480, as on the CPU. fp32 activations are not taken.
+#include "kernels/sm80_float_linear.h"
+
+#include "ptx/ptx.h"
+#include "tile/int_dequantize.h"
+#include "tile/int_tile.h"
+
+namespace tersor {
+namespace {
+
+using ptx::shared_t;
+
+// Where the 16-byte piece `piece` of a row lies in shared memory, counted from the first row. A phase of the lanes'
+// loads is 4 rows 4g apart x 32 bytes (e4m3), or 8 rows x 16 bytes (e2m1).
+__host__ __device__ constexpr int float_piece(int weight, int row, int piece) {
+  return weight == kFloatE4m3 ? 8 * row + (piece ^ (row >> 2 & 3) << 1) : (4 * row + piece) ^ (row >> 2 & 7);
+}
+constexpr bool float_pieces_conflict_free() {
+  for (int i = 0; i < 4; ++i)
+    for (int piece = 0; piece < 4; ++piece) {
+      unsigned wide[2] = {}, narrow = 0;  // columns of 16 bytes that a phase touches
+      for (int g = 0; g < 8; ++g) {
+        for (int half = 0; half < 2; ++half) {
+          wide[g / 4] |= 1u << (float_piece(kFloatE4m3, 4 * g + i, 2 * piece + half) % 8);
+        }
+        narrow |= 1u << (float_piece(kFloatE2m1, 4 * g + i, piece) % 8);
+      }
+      if (wide[0] != 255 || wide[1] != 255 || narrow != 255) return false;
+    }
+  return true;
+}
+static_assert(float_pieces_conflict_free(), "codes are read from shared memory without bank conflicts");
+
+template <class Type, int kWeight>
+struct FloatDecoder {
+  static constexpr bool kWide = kWeight == kFloatE4m3;
+  // From the code's fields at the top of a half to those of the 16-bit float, and the power of two that is missing.
+  static constexpr int kShift = kWide ? (Type::kIsBFloat16 ? 4 : 1) : (Type::kIsBFloat16 ? 6 : 3);
+  static constexpr uint32_t kFields = (kWide ? 0x7f00u : 0x7000u) >> kShift, kSign = 0x80008000u;
+  static constexpr uint32_t kLift = (kWide ? 0x7b80u : 0x7e80u) * 0x10001;  // bf16: 2^120, 2^126
+  // What results are to be multiplied by.
+  static constexpr float kFactor = kWeight == kFloatNv ? 256.0f : Type::kIsBFloat16 ? 1.0f : kWide ? 256.0f : 16384.0f;
+
+  // Eight codes as pairs k, k + 1. scale: a pair of factors (NVFP4).
+  static TERSOR_DEVICE void pairs(uint32_t (&out)[4], const ptx::Vec<uint32_t, kWide ? 2 : 1>& codes, uint32_t scale) {
+    const uint32_t shifted = codes[0] << 4;  // even nibbles at the top of their bytes
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      uint32_t tops;  // the codes of the pair at the top of its halves; what lies below is masked
+      if constexpr (kWide) {
+        tops = ptx::prmt(codes[p / 2], 0, p % 2 ? 0x3020 : 0x1000);
+      } else {
+        tops = ptx::prmt(shifted, codes[0], (4 + p) << 12 | p << 4);
+      }
+      out[p] = ptx::lop3<kMergeMasked>(tops, kSign, tops >> kShift & kFields * 0x10001);
+      if constexpr (kWeight == kFloatNv) {
+        out[p] = Type::kIsBFloat16 ? ptx::mul_bf16x2(out[p], scale) : ptx::mul_f16x2(out[p], scale);
+      } else if constexpr (Type::kIsBFloat16) {
+        out[p] = ptx::mul_bf16x2(out[p], kLift);
+      }
+    }
+  }
+
+  // NVFP4: the factor that makes a code's bits the value times 2^-8, from the e4m3 code in the low byte.
+  static TERSOR_DEVICE uint32_t scale_pair(uint32_t code) {
+    const float small = Float16::low((code << 8 & 0x8000) | (code << 7 & 0x3f80));  // times 2^-8
+    const float factor = small * (Type::kIsBFloat16 ? 0x1p126f : 0x1p14f);
+    return Type::pack(factor, factor);
+  }
+};
+
+template <class Type, int kWeight, int kTokenTiles>
+struct FloatLinear {
+  static constexpr int kTokens = 8 * kTokenTiles;
+  static constexpr int kStages = stream_stages(float_stage_bytes(kWeight, kTokenTiles));
+  static constexpr int kRowPieces = float_row_bytes(kWeight) / kPieceBytes;  // of a stage
+  static constexpr int kRowsOfPieces = kStreamThreads / kRowPieces;  // of weights, fetched at once
+  static constexpr int kTokenRowBytes = 2 * kStreamK, kTokenPieces = kTokenRowBytes / kPieceBytes;
+  static constexpr int kRowsAtOnce = kStreamThreads / kTokenPieces;  // of tokens
+  static constexpr int kRowBytes = float_row_bytes(kWeight), kWeightBytes = float_weight_bytes(kWeight);
+  static constexpr int kTokenBytes = float_token_bytes(kTokenTiles);
+  static constexpr int kStageBytes = float_stage_bytes(kWeight, kTokenTiles);
+  static_assert(kRowsAtOnce % 2 == 0, "the pieces of tokens that a thread fetches have one swizzle");
+  using Decoder = FloatDecoder<Type, kWeight>;
+  using Codes = ptx::Vec<uint32_t, kWeight == kFloatE4m3 ? 2 : 1>;
+
+  const FloatRows& a;
+  const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, c = lane % 4;
+  const int row = 32 * (thread / 32) + 4 * g;  // the lane's first
+  ptx::Vec<uint32_t, 4> scales = {};           // of row `thread`, on their way to shared memory
+
+  TERSOR_DEVICE explicit FloatLinear(const FloatRows& arguments) : a(arguments) {}
+
+  TERSOR_DEVICE void fetch(shared_t stage, int row_block, int index) {
+    fetch_weights(stage, row_block, index);
+    fetch_tokens(stage + kWeightBytes, index);
+    load_scales(row_block, index);
+  }
+
+  TERSOR_DEVICE void fetch_weights(shared_t stage, int row_block, int index) const {
+    const int first = thread / kRowPieces, piece = thread % kRowPieces;
+    const int64_t column = int64_t(index) * kRowBytes + piece * kPieceBytes;
+    const int left = a.row_bytes - column < kPieceBytes ? static_cast<int>(a.row_bytes - column) : kPieceBytes;
+    const uint8_t* source = a.codes + (int64_t(row_block) * kStreamRows + first) * a.row_bytes + column;
+#pragma unroll(kTokenTiles < 8 ? kRowPieces : 1)
+    for (int i = 0; i < kRowPieces; ++i) {
+      const int to = first + i * kRowsOfPieces;
+      fetch_piece(stage + float_piece(kWeight, to, piece) * kPieceBytes, source,
+                  row_block * kStreamRows + to < a.rows.n ? left : 0, a.aligned != 0);
+      source += kRowsOfPieces * a.row_bytes;
+    }
+  }
+
+  // Rows past m and columns past k become zeros, so what codes past k say does not matter.
+  TERSOR_DEVICE void fetch_tokens(shared_t tokens, int index) const {
+    const int token = thread / kTokenPieces, piece = thread % kTokenPieces;
+    const int left = 2 * (a.k - index * kStreamK) - piece * kPieceBytes;
+    const int bytes = left <= 0 ? 0 : left < kPieceBytes ? left : kPieceBytes;
+    const int first = blockIdx.x * kTokens + token;
+    const char* source = static_cast<const char*>(a.x) + 2 * (int64_t(first) * a.ldx + index * kStreamK) +
+                         piece * kPieceBytes;
+    const shared_t target = tokens + token * kTokenRowBytes + swizzled_token_piece(token, piece) * kPieceBytes;
+#pragma unroll
+    for (int i = 0; i < kTokens / kRowsAtOnce; ++i) {
+      const bool inside = first + kRowsAtOnce * i < a.rows.m;
+      ptx::cp_async_16(target + kRowsAtOnce * i * kTokenRowBytes, source, inside ? bytes : 0);
+      source += 2 * kRowsAtOnce * a.ldx;
+    }
+  }
+
+  // A thread brings the scales of one row; they are stored when the next stage begins, so nobody waits for them here.
+  TERSOR_DEVICE void load_scales(int row_block, int index) {
+    const int n = row_block * kStreamRows + thread;
+    for (int i = 0; i < 4; ++i) scales[i] = 0;
+    if (n >= a.rows.n) return;
+    const int64_t at = int64_t(n / a.scale_rows) * a.groups;
+    if (kWeight == kFloatNv || a.scale_kind == kFloatScaleE8m0) {
+      constexpr int count = kWeight == kFloatNv ? 8 : 4;
+      const uint8_t* codes = static_cast<const uint8_t*>(a.scales) + at + index * count;
+      uint32_t words[2] = {};
+      if (a.groups % count == 0 && reinterpret_cast<uintptr_t>(a.scales) % count == 0) {
+        if constexpr (kWeight == kFloatNv) {
+          const auto two = ptx::load_global_constant(reinterpret_cast<const ptx::Vec<uint32_t, 2>*>(codes));
+          words[0] = two[0];
+          words[1] = two[1];
+        } else {
+          words[0] = ptx::load_global_constant(reinterpret_cast<const uint32_t*>(codes));
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+          if (index * count + i < a.groups) {
+            words[i / 4] |= uint32_t(ptx::load_global_constant(codes + i)) << (8 * (i % 4));
+          }
+        }
+      }
+      for (int i = 0; i < 2; ++i) scales[i] = words[i];
+    } else {
+      scales[0] = ptx::float_to_bits(load_number(a.scales, at + index / a.group_stages, a.scale_kind));
+    }
+  }
+
+  // fp32 scales lie as [block of 32 k][row], those of NVFP4 as the row's 8 bytes.
+  TERSOR_DEVICE void settle(shared_t stage) const {
+    const shared_t to = stage + kWeightBytes + kTokenBytes;
+    if constexpr (kWeight == kFloatNv) {
+      ptx::store_shared(to + 8 * thread, ptx::Vec<uint32_t, 2>{{scales[0], scales[1]}});
+    } else if (a.scale_kind == kFloatScaleE8m0) {
+      // The exponent's field of a float: 2^(code - 127).
+      for (int i = 0; i < 4; ++i) {
+        ptx::store_shared<uint32_t>(to + 4 * (kStreamRows * i + thread), (scales[0] >> (8 * i) & 255) << 23);
+      }
+    } else {
+      ptx::store_shared<uint32_t>(to + 4 * thread, scales[0]);
+    }
+  }
+
+  TERSOR_DEVICE Codes load_codes(shared_t stage, int row_of_block, int block) const {
+    const int byte = (kWeight == kFloatE4m3 ? 8 : 4) * c;
+    const int piece = kWeight == kFloatE4m3 ? 2 * block + c / 2 : block;
+    return ptx::load_shared<Codes>(stage + float_piece(kWeight, row_of_block, piece) * kPieceBytes +
+                                   byte % kPieceBytes);
+  }
+
+  TERSOR_DEVICE void multiply_block(float (&sum)[2][kTokenTiles][4], shared_t stage, int block,
+                                    const uint32_t (&factors)[4]) const {
+    uint32_t weights[2][2][4];  // [product j][step s][fragment register]
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      uint32_t upper[4], lower[4];
+      Decoder::pairs(upper, load_codes(stage, row + 2 * j, block), factors[2 * j]);
+      Decoder::pairs(lower, load_codes(stage, row + 2 * j + 1, block), factors[2 * j + 1]);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        weights[j][s][0] = upper[2 * s];
+        weights[j][s][1] = lower[2 * s];
+        weights[j][s][2] = upper[2 * s + 1];
+        weights[j][s][3] = lower[2 * s + 1];
+      }
+    }
+    const shared_t tokens = stage + kWeightBytes;
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      const int token = 8 * t + g;
+      const auto x = ptx::load_shared<ptx::Vec<uint32_t, 4>>(tokens + token * kTokenRowBytes +
+                                                             swizzled_token_piece(token, 4 * block + c) * kPieceBytes);
+      const uint32_t steps[2][2] = {{x[0], x[1]}, {x[2], x[3]}};
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) Type::mma(sum[j][t], weights[j][s], steps[s]);
+    }
+  }
+
+  TERSOR_DEVICE void multiply(shared_t stage, float (&total)[2][kTokenTiles][4]) const {
+    const shared_t scales_at = stage + kWeightBytes + kTokenBytes;
+    uint32_t factors[4] = {};
+    if constexpr (kWeight == kFloatNv) {
+      // The lane's rows have 32 bytes of scales; in a block of 32 k lanes 0, 1 and 2, 3 are in one group each.
+      const auto early = ptx::load_shared<ptx::Vec<uint32_t, 4>>(scales_at + 8 * row);
+      const auto late = ptx::load_shared<ptx::Vec<uint32_t, 4>>(scales_at + 8 * row + 16);
+#pragma unroll
+      for (int block = 0; block < 4; ++block) {
+        const int shift = 16 * (block % 2) + 8 * (c / 2);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t word = i < 2 ? early[2 * i + block / 2] : late[2 * i - 4 + block / 2];
+          factors[i] = Decoder::scale_pair(word >> shift);
+        }
+        multiply_block(total, stage, block, factors);
+      }
+    } else {
+      const bool each_block = a.scale_kind == kFloatScaleE8m0;
+      float sum[2][kTokenTiles][4] = {};
+#pragma unroll(kTokenTiles < 8 ? 4 : 1)
+      for (int block = 0; block < 4; ++block) {
+        multiply_block(sum, stage, block, factors);
+        if (each_block || block == 3) {
+          const int scale_row = each_block ? kStreamRows * block + row : row;
+          promote(total, sum, ptx::load_shared<ptx::Vec<float, 4>>(scales_at + 4 * scale_row));
+        }
+      }
+    }
+  }
+
+  TERSOR_DEVICE float factor(int) const {
+    return kWeight == kFloatNv ? Decoder::kFactor / ptx::load_global_constant(a.global) : Decoder::kFactor;
+  }
+};
+
+template <class Type, int kWeight, int kTokenTiles>
+__global__ void __launch_bounds__(kStreamThreads, stream_blocks_per_multiprocessor(kTokenTiles))
+    float_linear(const FloatRows arguments) {
+  FloatLinear<Type, kWeight, kTokenTiles> work(arguments);
+  RowBlock<Type, kTokenTiles>(arguments.rows).template run<decltype(work)::kStages>(work, decltype(work)::kStageBytes);
+}
+
+template <class Type>
+FloatLinearKernel* choose(int token_tiles) {
+  switch (token_tiles) {
+    case 1: return float_linear<Type, TERSOR_FLOAT, 1>;
+    case 2: return float_linear<Type, TERSOR_FLOAT, 2>;
+    case 4: return float_linear<Type, TERSOR_FLOAT, 4>;
+    case 8: return float_linear<Type, TERSOR_FLOAT, 8>;
+    default: return nullptr;
+  }
+}
+
+FloatLinearKernel* choose_kernel(bool is_bfloat16, int token_tiles) {
+  return is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles);
+}
+const bool entered = (float_linear_choosers[TERSOR_FLOAT] = choose_kernel, true);
+
+}  // namespace
+}  // namespace tersor

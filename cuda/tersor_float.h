@@ -1,0 +1,30 @@
+/* The C ABI of products with small floats on CUDA, beside cpp/tersor.h: device pointers, work put on `stream` (a
+ * cudaStream_t) of the current device and not waited for. Every function returns TERSOR_OK or an error code. */
+#ifndef TERSOR_FLOAT_CUDA_H
+#define TERSOR_FLOAT_CUDA_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Ranges that fill a device, and the bytes of partials and counters for them. element and scale_kind as below. */
+int tersor_cuda_float_linear_plan(int64_t m, int64_t n, int64_t k, int element, int scale_kind, int multiprocessors,
+                                  int64_t shared_memory_per_multiprocessor, int64_t* ranges, int64_t* partial_bytes,
+                                  int64_t* counter_bytes);
+
+/* y[m, n] = x[m, k] (values * scales)^T + bias; x, bias and y of x_dtype 1 bfloat16 or 2 float16. codes [n][k] e4m3
+ * (element 0) or [n][ceil(k/2)] pairs of e2m1, the low nibble first (element 1). scales [ceil(n/scale_rows)]
+ * [ceil(k/group)]: enum tersor_dtype with groups that are multiples of 128 or cover k; 3: exponents with a bias of 127,
+ * groups of 32; 4: e4m3 over *global, groups of 16, element 1. counters are zero before and after. */
+int tersor_cuda_float_linear(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx, const uint8_t* codes,
+                             int element, const void* scales, int scale_kind, int64_t scale_rows, int64_t group,
+                             const float* global, const void* bias, void* y, int64_t n, int64_t ldy, int64_t ranges,
+                             float* partials, uint32_t* counters, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
