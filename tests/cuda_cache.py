@@ -119,6 +119,7 @@ class Device(Launchers):
         monkeypatch.setattr(ops, "_stream", lambda device: 0)
         monkeypatch.setattr(devices, "on_cuda", lambda device: True)
         ops._plan.cache_clear()
+        ops._rotary.cache_clear()
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_hadamard_and_methods(device, monkeypatch):
         ours = run(model, tersor.Cache(model, spec), ids, steps)
         theirs = on_cpu(monkeypatch, lambda spec=spec: run(model, tersor.Cache(model, spec), ids, steps))
         assert distance(ours, theirs) < CLOSE
-    words = "layer 0: found method 'gear' on .*accepted on CUDA are ems, fireq, h2o, "
+    words = "layer 0: found method 'gear' on .*accepted on CUDA are cskv, ems, fireq, h2o, "
     with torch.no_grad(), pytest.raises(ValueError, match=words):
         model(ids, past_key_values=tersor.Cache(model, "gear:K4V4"))
 

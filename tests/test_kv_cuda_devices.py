@@ -79,6 +79,16 @@ def with_method(name, settings="K4V4", **options):
     return CACHE_METHODS[name](**options).wrap(shape(settings), tensors, base_store)
 
 
+def with_features(older="K4V4"):
+    """`cskv` of rank 96 for keys and 80 for values."""
+    tensors = {"heads": torch.tensor(HEADS)}
+    for part, rank in (("key", 96), ("value", 80)):
+        tensors |= {f"{part}_features": torch.empty((HEADS * DIM, rank), device=CUDA),
+                    f"{part}_back": torch.empty((rank, HEADS * DIM), device=CUDA),
+                    f"{part}_mean": torch.empty(HEADS * DIM, device=CUDA)}
+    return CACHE_METHODS["cskv"]().wrap(shape(older), tensors, base_store)
+
+
 STORES = {
     "K16V16": lambda: PagedStore(shape("K16V16")),
     "K4V4": lambda: PagedStore(shape()),
@@ -97,6 +107,9 @@ STORES = {
     "h2o": lambda: with_method("h2o", budget=130),
     "h2o, keys turned back": lambda: with_method("h2o", "K4V4[rope=pre]", budget=130),
     "ems": lambda: with_method("ems", budget=130),
+    "zipcache": lambda: with_method("zipcache", gap=64),
+    "cskv": lambda: with_features(),
+    "xkv": lambda: with_method("xkv", layers=1, keys=0.5, values=0.75),
 }
 
 
@@ -106,7 +119,10 @@ def test_a_step_waits_for_nothing(name):
     assert store.bits > 0 and isinstance(store.kernel, str)
     store.prompt(step(200))
     for tokens in (1, 1, 3, 60, 1, 64, 1, 70, 1, 64):
-        out = store.attend(step(tokens))
+        one = step(tokens)
+        if tokens == 1:
+            one.positions = torch.empty((2, 1), dtype=torch.int64, device=CUDA)
+        out = store.attend(one)
         held += tokens
         assert out.device == CUDA and out.shape == (2, tokens, 2 * HEADS, DIM)
     assert store.seen == held and store.nbytes > 0
@@ -114,7 +130,7 @@ def test_a_step_waits_for_nothing(name):
     store.attend(step(1))
     store.offload()
     store.prefetch()
-    if not name.startswith(("h2o", "ems", "streaming", "razor")):
+    if not name.startswith(("h2o", "ems", "streaming", "razor", "zipcache")):
         store.attend(step(1))
         store.crop(2)
         held -= 1
@@ -123,7 +139,7 @@ def test_a_step_waits_for_nothing(name):
     assert store.seen == held + 2 and store.attend(step(1, 1)).shape == (1, 1, 2 * HEADS, DIM)
 
 
-@pytest.mark.parametrize("name", ["K4V4", "h2o", "ems"])
+@pytest.mark.parametrize("name", ["K4V4", "h2o", "ems", "zipcache", "cskv", "xkv"])
 def test_padding_does_not_either(name):
     store, held = STORES[name](), 90
     store.prompt(step(90, mask=True))

@@ -7,9 +7,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from . import devices
 from .layout import Layout
-from .pages import Pages
-from .store import Shape, Step, Store, check_shape
+from .store import Shape, Step, Store, check_shape, make_pages
 
 
 class BlockStore(Store):
@@ -20,9 +20,12 @@ class BlockStore(Store):
         if shape.window:
             raise ValueError(f"tersor.Cache: layer {shape.layer}: found a sliding window, accepted are layers of full "
                              "attention for a method that packs blocks of tokens")
+        if shape.max_tokens:
+            raise ValueError(f"tersor.StaticCache: layer {shape.layer}: found a method that packs blocks of tokens, "
+                             "accepted are methods that hold tokens in pages of one kind; tersor.Cache takes it")
         self.shape, self.layout, self.block = shape, layout, max(block, layout.page_tokens)
         # Pages would pack by themselves what is older than `recent`; here only `pack` does.
-        self.pages = Pages(layout, shape.batch, recent=1 << 60)
+        self.pages = make_pages(shape, layout, recent=1 << 60)
         self.packed = 0  # tokens
 
     @abstractmethod
@@ -58,27 +61,30 @@ class BlockStore(Store):
         if self.raw - recent < self.block:
             return
         tokens = (self.raw - recent) // self.layout.page_tokens * self.layout.page_tokens
-        keys, values, bias = self._take_raw()
+        keys, values, bias = self._take_raw(step)
         self.pack(keys[:, :, :tokens], values[:, :, :tokens], None if bias is None else bias[:, :, :tokens], tokens)
         self.packed += tokens
         if keys.shape[2] > tokens:
             rest = (keys[:, :, tokens:], values[:, :, tokens:])
             self.pages.append(*rest) if bias is None else self.pages.append(*rest, bias[:, :, tokens:])
 
-    def _take_raw(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _take_raw(self, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
         """The raw tail, taken off the pages."""
-        parts, left = [], self.raw
-        for page, count in zip(reversed(self.pages.pages), reversed(self.pages.counts())):
+        first, left = len(self.pages.pages), self.raw
+        for count in reversed(self.pages.counts()):
             if left <= 0:
                 break
-            memory = page.memory[page.rows]
-            keys, values = self.layout.decode(memory, 0, self.shape.dtype)
-            bias = self.layout.decode_bias(memory, 0)
-            parts.append((keys[:, :, :count], values[:, :, :count], bias[:, :, :count]))
-            left -= count
+            first, left = first - 1, left - count
+        raw, bias = range(first, len(self.pages.pages)), None
+        if self.layout.biased:
+            bias = torch.cat([self.pages.decode_bias(i) for i in raw], 2)
+        if step.fresh == self.raw:
+            keys, values = step.keys, step.values
+        else:
+            pages = [self.pages.decode_page(i, self.shape.dtype) for i in raw]
+            keys, values = (torch.cat(part, 2) for part in zip(*pages))
         self.pages.crop(self.raw)
-        keys, values, bias = (torch.cat(p, 2) for p in zip(*reversed(parts)))
-        return keys, values, bias if self.layout.biased else None
+        return keys, values, bias
 
     def crop(self, tokens: int) -> None:
         if tokens > self.raw:
@@ -98,4 +104,16 @@ class BlockStore(Store):
 
     @property
     def bits(self) -> float:
-        return self.pages.layout.bits()
+        return self.pages.page_bits
+
+    @property
+    def kernel(self) -> str:
+        return self.pages.kernel
+
+    def offload(self) -> None:
+        if devices.on_cuda(self.shape.device):
+            self.pages.offload()
+
+    def prefetch(self) -> None:
+        if devices.on_cuda(self.shape.device):
+            self.pages.prefetch()

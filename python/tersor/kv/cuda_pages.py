@@ -9,6 +9,7 @@ reorder the table, and only the page that is still written is copied.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -340,7 +341,12 @@ class CudaPages:
             self.prefetch()
         fresh = 0 if keys is None else keys.shape[2]
         if positions is not None:
-            fail("cache", "positions", "a tensor", "None on CUDA: the queries are the last positions")
+            self._accept_positions(positions, query, fresh, causal, window, mask)
+            found = [ops.kv_attention(query[:, :, part], self.table, self.used, self.layout.kv_heads, scale,
+                                      softcap=softcap, sinks=sinks, **own, **self.described)
+                     for part, own in self._scattered(positions)]
+            out, lse = torch.cat([o for o, _ in found], 1), torch.cat([s for _, s in found], 2)
+            return (out, lse) if log_sum_exp else out
         if query.shape[2] > self.tokens + fresh:
             fail("cache", "query", f"{query.shape[2]} queries", f"at most the {self.tokens + fresh} tokens held")
         if fresh:
@@ -357,16 +363,44 @@ class CudaPages:
              window: int = 0, softcap: float = 0.0, mask: Tensor | None = None, mask_first: int = 0,
              positions: Tensor | None = None) -> Tensor:
         """As `Pages.mass`: what the weights of ``query`` give each token held, float32 ``[batch, kv_heads, tokens]``.
-        The queries are the last positions, or follow one another from ``position`` on."""
-        if positions is not None:
-            fail("cache", "positions", "a tensor", "None on CUDA: queries follow one another")
+        The queries are the last positions, or follow one another from ``position`` on, or lie at ``positions``."""
         self.prefetch()
+        if positions is not None:
+            self._accept_positions(positions, query, 0, causal, window, mask)
+            return sum(ops.kv_mass(query[:, :, part], self.table, self.used, log_sum_exp[:, :, part].contiguous(),
+                                   self.layout.kv_heads, scale, self.tokens, softcap=softcap, **own, **self.described)
+                       for part, own in self._scattered(positions))
         first = None
         if position is not None and position != self.first + self.tokens - query.shape[2]:
             first = torch.full((self.batch,), position, dtype=torch.int32, device=self.device)
         return ops.kv_mass(query, self.table, self.used, log_sum_exp.contiguous(), self.layout.kv_heads, scale,
                            self.tokens, softcap=softcap, causal=causal, window=window, positions=first, mask=mask,
                            mask_first=mask_first, **self.described)
+
+    def _accept_positions(self, positions: Tensor, query: Tensor, fresh: int, causal: bool, window: int,
+                          mask: Tensor | None) -> None:
+        if positions.dtype is not torch.int64 or positions.shape != query.shape[2:3] or not len(positions) \
+                or positions.device.type == "cuda" or (positions.diff() <= 0).any() or positions[0] < 0:
+            fail("cache", "positions", f"{positions.dtype} {list(positions.shape)} on {positions.device}",
+                 f"ascending torch.int64 [{query.shape[2]}] from 0 on, on cpu, with CUDA pages")
+        if fresh or not causal or window or mask is not None:
+            fail("cache", "positions", "a tensor", "None for fresh tokens, with a window or mask, or not causal, on CUDA")
+
+    def _scattered(self, positions: Tensor) -> Iterator[tuple[slice, dict]]:
+        """Runs of queries at ascending positions, with what tells a launch where they are: the last ones that follow one
+        another by the first of them, others by a mask, so many at a time that it stays small."""
+        at = positions.tolist()
+        last = len(at) - 1
+        while last and at[last - 1] + 1 == at[last]:
+            last -= 1
+        held = torch.arange(self.first, self.first + self.tokens, device=self.device)
+        step = max(1, SCRATCH // max(1, self.tokens))
+        for first in range(0, last, step):
+            part = slice(first, min(first + step, last))
+            own = staged(at[part], torch.int64, self.device).view(1, 1, -1, 1)
+            yield part, {"mask": own >= held, "mask_first": self.first, "causal": False}
+        first = torch.full((self.batch,), at[last], dtype=torch.int32, device=self.device)
+        yield slice(last, len(at)), {"positions": first}
 
     # -- editing ----------------------------------------------------------------------------------------------------
 
@@ -454,8 +488,9 @@ class CudaPages:
         keys, values = cuda_layout.decode_page(self.layout, self._rows(page), page.kind, dtype)
         return keys[:, :, :page.tokens], values[:, :, :page.tokens]
 
-    def _rows(self, page: CudaPage) -> Tensor:
-        return page.memory.index_select(0, staged(page.rows, torch.int64, self.device))
+    def _rows(self, page: CudaPage, sequences: list[int] | None = None) -> Tensor:
+        rows = page.rows if sequences is None else [page.rows[s] for s in sequences]
+        return page.memory.index_select(0, staged(rows, torch.int64, self.device))
 
     def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """All tokens held: keys ``[batch, kv_heads, tokens, dim]`` and values, as attention takes them."""
@@ -465,11 +500,36 @@ class CudaPages:
                             device=self.device)
         return tuple(torch.cat([empty, *(p[i] for p in parts)], 2) for i in (0, 1))
 
-    def biases(self) -> Tensor:
-        """What is added to the scores of all tokens held: float32 ``[batch, kv_heads, tokens]``."""
+    def decode_bias(self, index: int) -> Tensor:
+        """What is added to the scores of one page's tokens: float32 ``[batch, kv_heads, tokens]``."""
+        page = self.pages[index]
+        if not self.layout.biased:
+            return torch.zeros((self.batch, self.layout.kv_heads, page.tokens), device=self.device)
+        return cuda_layout.decode_bias(self.layout, self._rows(page), page.kind)[:, :, :page.tokens]
+
+    def chunks(self, tokens: int, most: int, rows: list[int] | None = None,
+               dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The first ``tokens``, at most ``most`` at a time (whole pages): the place of the first in the cache, keys and
+        values ``[batch, tokens, kv_heads * dim]``. ``rows``: which sequence of these pages each one reads. Pages of a
+        kind are unpacked together."""
         self.prefetch()
-        parts = [cuda_layout.decode_bias(self.layout, self._rows(page), page.kind)[:, :, :page.tokens]
-                 for page in self.pages if self.layout.biased]
-        none = torch.zeros((self.batch, self.layout.kv_heads, 0 if self.layout.biased else self.tokens),
-                           device=self.device)
-        return torch.cat([none, *parts], 2)
+        at = index = 0
+        while at < tokens and index < len(self.pages):
+            first, start, kind = index, at, self.pages[index].kind
+            while index < len(self.pages) and self.pages[index].kind == kind \
+                    and (index == first or at - start + self.pages[index].tokens <= most) and at < tokens:
+                at += self.pages[index].tokens
+                index += 1
+            pages = self.pages[first:index]
+            if rows in (None, list(range(self.batch))) and all(page.exclusive for page in pages):
+                memory = torch.stack([page.memory for page in pages])  # [pages, rows, kv_heads, bytes]
+            else:
+                memory = torch.stack([self._rows(page, rows) for page in pages])
+            yield start, *(x.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)[:, :tokens - start]
+                           for x in cuda_layout.decode_page(self.layout, memory, kind, dtype))
+
+    def biases(self) -> Tensor:
+        """Of all tokens held."""
+        self.prefetch()
+        parts = [self.decode_bias(index) for index in range(len(self.pages))]
+        return torch.cat([torch.zeros((self.batch, self.layout.kv_heads, 0), device=self.device), *parts], 2)

@@ -40,6 +40,11 @@ def staged(numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
 
+def chosen(x: Tensor, sequences: list[int]) -> Tensor:
+    """Those of the first dimension of ``x``, wherever it is."""
+    return x.index_select(0, staged(sequences, torch.int64, x.device))
+
+
 def host_like(x: Tensor) -> Tensor:
     """Memory of the host for a copy of ``x``, pinned where it is on a GPU."""
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")

@@ -8,20 +8,22 @@ time, and forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from . import devices
 from .bases import beside
-from .layout import Layout
-from .pages import Page, Pages
+from .devices import chosen
+from .pages import Pages
 from .rotary import Rotary
 from .settings import Settings
 from .store import Inner, PagedStore, Shape, Step, Store, merge
 
 CHUNK = 256  # tokens whose keys are rebuilt at a time
+REBUILT = 16 << 20  # bytes of rebuilt keys on a GPU, where a chunk costs some fifty launches: at least `CHUNK` tokens
 WIDEST = 1024  # of one head of a page
 
 
@@ -54,7 +56,7 @@ class Decoder:
 
     def select(self, sequences: list[int]) -> None:
         if len(self.keys) > 1:
-            self.keys, self.values = self.keys[sequences], self.values[sequences]
+            self.keys, self.values = chosen(self.keys, sequences), chosen(self.values, sequences)
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +64,9 @@ class Decoder:
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """Product in the matrix's dtype, so that a 16-bit matrix is never widened, or in x's float64; as x's dtype."""
+    """Product in the matrix's dtype, so that a 16-bit matrix is never widened, or in x's float64; as x's dtype. What x
+    has beyond the matrix's rows is padding."""
+    x = x[..., :matrix.shape[-2]]
     if x.dtype is torch.float64:
         return x @ matrix.double()
     return (x.to(matrix.dtype) @ matrix).to(x.dtype)
@@ -82,7 +86,7 @@ def attend_features(step: Step, chunks: Iterator[Chunk], decoder: Decoder, offse
     total = torch.zeros_like(top)
     summed = 0
     for first, keys, values in chunks:
-        places = torch.arange(first, first + keys.shape[1])
+        places = torch.arange(first, first + keys.shape[1], device=keys.device)
         rebuilt = decoder.rebuild_keys(keys, offsets.view(-1, 1) + places)
         scores = query @ rebuilt.transpose(-1, -2)
         if step.softcap:
@@ -122,13 +126,29 @@ def split_ranks(key_rank: int, value_rank: int) -> tuple[int, int, int]:
     return heads, -(-key_rank // unit) * unit, -(-value_rank // unit) * unit
 
 
-def feature_pages(name: str, shape: Shape, key_rank: int, value_rank: int, inner: Inner) -> Pages:
-    """Pages, as the spec stores them, for features of ranks that `split_ranks` made. ValueError where a method or
-    Hadamard matrices stand inside ``name``: nothing but pages can hold features."""
+def feature_heads(device: torch.device, key_rank: int, value_rank: int) -> tuple[int, int, int]:
+    """Heads that a page spreads features over, and their dimensions."""
     heads = split_ranks(key_rank, value_rank)[0]
+    if not devices.on_cuda(device):
+        return heads, key_rank // heads, value_rank // heads
+    from .cuda_layout import DIMS
+
+    widest = max(key_rank, value_rank)
+    dim = min(DIMS, key=lambda dim: (-(-widest // dim) * dim, -dim))
+    return -(-widest // dim), dim, dim
+
+
+def feature_pages(name: str, shape: Shape, key_rank: int, value_rank: int, inner: Inner) -> Pages:
+    """Pages, as the spec stores them, for features of ranks that `split_ranks` made. On CUDA features of keys and of
+    values are padded to one width, so many heads of a dimension that kernels take. ValueError where a method or
+    Hadamard matrices stand inside ``name``: nothing but pages can hold features."""
+    if shape.max_tokens:
+        raise ValueError(f"tersor.StaticCache: layer {shape.layer}: found {name}, accepted are methods that hold tokens "
+                         "in pages of one kind; tersor.Cache takes it")
+    heads, *dims = feature_heads(shape.device, key_rank, value_rank)
     settings = replace(shape.settings, recent=0)
-    store = inner(shape.changed(kv_heads=heads, key_dim=key_rank // heads, value_dim=value_rank // heads,
-                                settings=settings, rotary=None, window=0))
+    store = inner(shape.changed(kv_heads=heads, key_dim=dims[0], value_dim=dims[1], settings=settings, rotary=None,
+                                window=0))
     if type(store) is not PagedStore:
         raise ValueError(f"{name}: layer {shape.layer}: found a method, or hadamard, inside; accepted are bits and "
                          "options of pages: features have no heads and no attention of their own")
@@ -136,32 +156,39 @@ def feature_pages(name: str, shape: Shape, key_rank: int, value_rank: int, inner
 
 
 def append_features(pages: Pages, keys: Tensor, values: Tensor) -> None:
-    """Features ``[batch, tokens, rank]`` into pages."""
+    """Features ``[batch, tokens, rank]`` into pages, filled up with zeros to their width."""
     layout = pages.layout
-    pages.append(*(x.to(layout.dtype).unflatten(2, (layout.kv_heads, -1)).transpose(1, 2).contiguous()
-                   for x in (keys, values)))
+    padded = (torch.nn.functional.pad(x.to(layout.dtype), (0, layout.kv_heads * dim - x.shape[2]))
+              for x, dim in ((keys, layout.key_dim), (values, layout.value_dim)))
+    pages.append(*(x.unflatten(2, (layout.kv_heads, -1)).transpose(1, 2).contiguous() for x in padded))
 
 
-def read_features(pages: Pages, tokens: int, rows: list[int] | None = None,
-                  dtype: torch.dtype = torch.float32) -> Iterator[Chunk]:
-    """Features of the first ``tokens``, at most `CHUNK` at a time; ``rows``: the sequence of the pages that each
+def read_features(pages: Pages, tokens: int, rows: list[int] | None = None, dtype: torch.dtype = torch.float32,
+                  most: int = CHUNK) -> Iterator[Chunk]:
+    """Features of the first ``tokens``, at most ``most`` at a time; ``rows``: the sequence of the pages that each
     sequence reads."""
+    if not isinstance(pages, Pages):
+        yield from pages.chunks(tokens, most, rows, dtype)
+        return
     at, held = 0, []
     for page, count in zip(pages.pages, pages.counts()):
         count = min(count, tokens - at - sum(k.shape[1] for k, _ in held))
         if count <= 0:
             break
-        if held and sum(k.shape[1] for k, _ in held) + count > CHUNK:
+        if held and sum(k.shape[1] for k, _ in held) + count > most:
             yield _joined(at, held)
             at, held = at + sum(k.shape[1] for k, _ in held), []
-        held.append(_decode(pages.layout, page, rows, count, dtype))
+        own = page.rows if rows is None else [page.rows[row] for row in rows]
+        held.append([beside(x[:, :, :count]) for x in pages.layout.decode(page.memory[own], page.kind, dtype)])
     if held:
         yield _joined(at, held)
 
 
-def _decode(layout: Layout, page: Page, rows: list[int] | None, count: int, dtype) -> tuple[Tensor, Tensor]:
-    own = page.rows if rows is None else [page.rows[row] for row in rows]
-    return tuple(beside(x[:, :, :count]) for x in layout.decode(page.memory[own], page.kind, dtype))
+def chunk_tokens(shape: Shape) -> int:
+    """Tokens whose keys are rebuilt at a time, a multiple of `CHUNK`."""
+    if not devices.on_cuda(shape.device):
+        return CHUNK
+    return max(1, REBUILT // (4 * CHUNK * shape.batch * shape.kv_heads * shape.key_dim)) * CHUNK
 
 
 def _joined(at: int, held: list[tuple[Tensor, Tensor]]) -> Chunk:
@@ -180,15 +207,18 @@ def tail_mask(step: Step, first: int) -> Step:
 
 def rotary_offsets(name: str, layer: int, step: Step, seen: int, known: Tensor | None) -> Tensor:
     """What is to be added to places in the sequence for rotary positions, int64 ``[batch]``. ValueError for positions
-    that do not count up by one from token to token."""
+    that do not count up by one from token to token; on a GPU, which has to be waited for, those of the first tokens and
+    of several at once are looked at, a single one's are not."""
     batch = len(step.keys)
     if step.positions is None:
-        return torch.zeros(batch, dtype=torch.int64) if known is None else known
+        return torch.zeros(batch, dtype=torch.int64, device=step.keys.device) if known is None else known
     positions = step.positions
     if positions.dim() != 2 or positions.shape[-1] != step.fresh:
         raise ValueError(f"{name}: layer {layer}: found positions {list(positions.shape)}, accepted are [batch, "
                          "tokens]")
-    positions = positions.cpu().expand(batch, -1)
+    if known is not None and step.fresh == 1 and devices.on_cuda(step.keys.device):
+        return known
+    positions = positions.expand(batch, -1)
     found = positions[:, -1] - (seen + step.fresh - 1)
     even = positions.diff() == 1
     if not even.all():
@@ -215,14 +245,14 @@ class Encoder:
 
 
 class WindowedFeatures(Store):
-    """The last ``window`` tokens or more in 16 bits; older ones as features in pages."""
-
-    BLOCK = 32  # tokens that leave the window together
+    """The last ``window`` tokens or more in 16 bits; older ones as features in pages. ``block`` tokens leave the window
+    together, a page of it."""
 
     def __init__(self, name: str, shape: Shape, window: int, pages: Pages, encoder: Encoder, decoder: Decoder):
         self.name, self.shape, self.window = name, shape, window
-        self.older, self.encoder, self.decoder = pages, encoder, decoder
-        exact = Settings(16, 16, group=self.BLOCK)
+        self.older, self.encoder, self.decoder, self.chunk = pages, encoder, decoder, chunk_tokens(shape)
+        self.block = 64 if devices.on_cuda(shape.device) else 32
+        exact = Settings(16, 16, group=self.block)
         self.recent = PagedStore(shape.changed(settings=exact, rotary=None))
         self.offsets: Tensor | None = None
 
@@ -238,9 +268,9 @@ class WindowedFeatures(Store):
         self.offsets = rotary_offsets(self.name, self.shape.layer, step, self.seen, self.offsets)
         older = 0
         if not self.seen:
-            older = max(0, step.fresh - self.window) // self.BLOCK * self.BLOCK
-            for at in range(0, older, CHUNK):
-                part = slice(at, min(at + CHUNK, older))
+            older = max(0, step.fresh - self.window) // self.block * self.block
+            for at in range(0, older, self.chunk):
+                part = slice(at, min(at + self.chunk, older))
                 self._compress(step.keys[:, :, part], step.values[:, :, part])
             self.recent.pages.first = older
         self.recent.append(step.keys[:, :, older:], step.values[:, :, older:])
@@ -253,7 +283,8 @@ class WindowedFeatures(Store):
             out = self.recent.attend(step)
         else:
             recent = self.recent.attend(step.changed(log_sum_exp=True))
-            older = attend_features(step, read_features(self.older, self.older.tokens), self.decoder, self.offsets)
+            chunks = read_features(self.older, self.older.tokens, most=self.chunk)
+            older = attend_features(step, chunks, self.decoder, self.offsets)
             out = merge([recent, older])
             out = out if step.log_sum_exp else out[0]
         self._shift()
@@ -262,13 +293,12 @@ class WindowedFeatures(Store):
     def _shift(self) -> None:
         """Make features of what has left the window, a page at a time."""
         pages = self.recent.pages
-        while pages.tokens >= self.window + self.BLOCK:
-            page = pages.pages[0]
-            self._compress(*pages.layout.decode(page.memory[page.rows], False, self.shape.dtype))
-            pages.drop_before(pages.first + self.BLOCK)
+        while pages.tokens >= self.window + self.block:
+            self._compress(*pages.decode_page(0, self.shape.dtype))
+            pages.drop_before(pages.first + self.block)
 
     def _compress(self, keys: Tensor, values: Tensor) -> None:
-        places = torch.arange(self.older.tokens, self.older.tokens + keys.shape[2])
+        places = torch.arange(self.older.tokens, self.older.tokens + keys.shape[2], device=keys.device)
         flat = keys.float()
         if self.decoder.rotary is not None:
             flat = self.decoder.rotary.turn(flat, (self.offsets.view(-1, 1) + places).unsqueeze(1), back=True)
@@ -287,7 +317,20 @@ class WindowedFeatures(Store):
         self.recent.select(sequences)
         self.older.select(sequences)
         if self.offsets is not None:
-            self.offsets = self.offsets[sequences]
+            self.offsets = chosen(self.offsets, sequences)
+
+    def within(self) -> Sequence[Store]:
+        return (self.recent,)
+
+    def offload(self) -> None:
+        super().offload()
+        if devices.on_cuda(self.shape.device):
+            self.older.offload()
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if devices.on_cuda(self.shape.device):
+            self.older.prefetch()
 
     def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         recent = self.recent.decode(dtype)
@@ -303,19 +346,19 @@ class WindowedFeatures(Store):
 
     @property
     def bits(self) -> float:
-        return self.older.layout.bits()
+        return self.older.page_bits
 
     @property
     def kernel(self) -> str:
         ranks = self.encoder.keys.shape[1], self.encoder.values.shape[1]
-        return f"features of rank {ranks[0]} and {ranks[1]} in chunks of {CHUNK}, {self.recent.kernel}"
+        return f"features of rank {ranks[0]} and {ranks[1]} in chunks of {self.chunk}, {self.recent.kernel}"
 
 
 def decode_features(chunks: Iterator[Chunk], decoder: Decoder, offsets: Tensor, dtype) -> tuple[Tensor, Tensor]:
     """All keys and values that features stand for, ``[batch, kv_heads, tokens, dim]``."""
     parts = []
     for first, keys, values in chunks:
-        places = torch.arange(first, first + keys.shape[1])
+        places = torch.arange(first, first + keys.shape[1], device=keys.device)
         parts.append((decoder.rebuild_keys(keys, offsets.view(-1, 1) + places).to(dtype),
                       decoder.rebuild_values(values).to(dtype)))
     return tuple(torch.cat(p, 2) for p in zip(*parts))

@@ -365,10 +365,14 @@ class Pages:
         empty = [torch.empty((*shape, dim), dtype=dtype) for dim in (self.layout.key_dim, self.layout.value_dim)]
         return tuple(torch.cat([e, *(p[i] for p in parts)], 2) for i, e in enumerate(empty))
 
+    def decode_bias(self, index: int) -> Tensor:
+        """What is added to the scores of one page's tokens: float32 ``[batch, kv_heads, tokens]``."""
+        page, count = self.pages[index], self.table[index * self.stride]
+        return self.layout.decode_bias(page.memory[page.rows], page.kind)[:, :, :count]
+
     def biases(self) -> Tensor:
-        """What is added to the scores of all tokens held: float32 ``[batch, kv_heads, tokens]``."""
-        parts = [self.layout.decode_bias(page.memory[page.rows], page.kind)[:, :, :count]
-                 for page, count in zip(self.pages, self.counts())]
+        """Of all tokens held."""
+        parts = [self.decode_bias(index) for index in range(len(self.pages))]
         return torch.cat([torch.zeros(self.batch, self.layout.kv_heads, 0), *parts], 2)
 
 

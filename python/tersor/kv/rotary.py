@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Rotary:
     def turn(self, x: Tensor, positions: Tensor, back: bool = False) -> Tensor:
         """``x [..., tokens, dim]`` turned by its ``positions [..., tokens]``, or back, in float32 or x's wider dtype."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        angles = positions.unsqueeze(-1).to(torch.float64) * torch.tensor(self.inv_freq, dtype=torch.float64)
+        angles = positions.unsqueeze(-1).to(torch.float64) * _frequencies(self.inv_freq, positions.device)
         cos, sin = (t.to(x.device, wide) for t in (angles.cos(), angles.sin() * (-1 if back else 1)))
         part = x[..., :self.dim].to(wide)
         if self.interleaved:
@@ -42,6 +43,11 @@ class Rotary:
             a, b = part.chunk(2, -1)
             turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
         return torch.cat((turned, x[..., self.dim:].to(wide)), -1)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(inv_freq: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(inv_freq, dtype=torch.float64).to(device)
 
 
 # Attention classes whose rotary embedding pairs neighbours (transformers 5): all others of the kinds below pair halves.

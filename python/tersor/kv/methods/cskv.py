@@ -42,6 +42,7 @@ class CSKV(CacheMethod):
 
     calibrated: ClassVar[bool] = True
     rotary: ClassVar[bool] = True
+    cuda: ClassVar[bool] = True
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         refuse_latent(model, self.name)

@@ -3,6 +3,7 @@ of tokens, found for each prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from ..attention import FEW_QUERIES
 from ..bases import beside, refuse_rope
-from ..latent import (Decoder, append_features, attend_features, decode_features, feature_pages, read_features,
-                      rotary_offsets, split_ranks, tail_mask)
+from ..devices import chosen
+from ..latent import (Decoder, append_features, attend_features, chunk_tokens, decode_features, feature_heads,
+                      feature_pages, read_features, rotary_offsets, split_ranks, tail_mask)
 from ..pages import Pages
 from ..rotary import Rotary
 from ..settings import Settings
@@ -39,6 +41,7 @@ class XKV(CacheMethod):
     values: float = 0.1875
 
     rotary: ClassVar[bool] = True
+    cuda: ClassVar[bool] = True
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         refuse_rope(settings, self.name)
@@ -132,9 +135,10 @@ class LayerGroup:
     def gains(self, tokens: int, channels: list[int], ranks: list[int]) -> bool:
         """Whether features and matrices are smaller than keys and values in the bits of the spec."""
         shape = self.members[0].shape
+        heads, *dims = feature_heads(shape.device, *ranks)
         wide = 8 * shape.dtype.itemsize
         bits = [b if b < 16 else wide for b in (shape.settings.key_bits, shape.settings.value_bits)]
-        return sum(tokens * r * b + r * c * wide for r, c, b in zip(ranks, channels, bits)) \
+        return sum(tokens * heads * d * b + r * c * wide for d, r, c, b in zip(dims, ranks, channels, bits)) \
             < sum(tokens * c * b for c, b in zip(channels, bits))
 
     def selected(self) -> None:
@@ -164,7 +168,8 @@ def shared_basis(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class SharedFeatures(Store):
-    """One layer of a group: the prompt as features that the group holds, and what came after in ``tail``."""
+    """One layer of a group: the prompt as features that the group holds, and what came after in ``tail``. Only the tail
+    leaves a GPU: features are read by the next layer at once."""
 
     def __init__(self, group: LayerGroup, shape: Shape, tail: Store):
         self.group, self.shape, self.tail = group, shape, tail
@@ -214,7 +219,7 @@ class SharedFeatures(Store):
         return out if step.log_sum_exp else out[0]
 
     def _read(self, dtype: torch.dtype = torch.float32):
-        return read_features(self.group.pages, self.tokens, self.rows, dtype)
+        return read_features(self.group.pages, self.tokens, self.rows, dtype, chunk_tokens(self.shape))
 
     def _settle(self) -> None:
         self.whole = None
@@ -231,7 +236,8 @@ class SharedFeatures(Store):
         """Keys before rotary embedding, or values, of one sequence, float32 ``[tokens, channels]``; padding is zero."""
         x = getattr(self.waiting, part)[row:row + 1].float()
         if part == "keys" and self.rotary is not None:
-            x = self.rotary.turn(x, torch.arange(x.shape[2]) + self.offsets[row], back=True)
+            places = torch.arange(x.shape[2], device=x.device)
+            x = self.rotary.turn(x, places + self.offsets[row], back=True)
         x = beside(x)[0]
         return x if self.waiting.hidden is None else x.masked_fill(self.waiting.hidden[row].unsqueeze(-1), 0)
 
@@ -258,11 +264,14 @@ class SharedFeatures(Store):
         self._settle()
         self.tail.select(sequences)
         if self.offsets is not None:
-            self.offsets = self.offsets[sequences]
+            self.offsets = chosen(self.offsets, sequences)
         if self.decoder is not None:
             self.decoder.select(sequences)
             self.rows = [self.rows[s] for s in sequences]
             self.group.selected()
+
+    def within(self) -> Sequence[Store]:
+        return (self.tail,)
 
     def record_past(self) -> None:
         self.tail.record_past()
@@ -299,6 +308,5 @@ class SharedFeatures(Store):
     def kernel(self) -> str:
         if self.decoder is None:
             return self.tail.kernel
-        layout = self.group.pages.layout
-        ranks = layout.kv_heads * layout.key_dim, layout.kv_heads * layout.value_dim
+        ranks = self.decoder.keys.shape[1], self.decoder.values.shape[2]
         return f"features of {len(self.group.members)} layers of rank {ranks[0]} and {ranks[1]}, {self.tail.kernel}"

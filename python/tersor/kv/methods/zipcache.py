@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import BlockStore
+from ..devices import chosen, staged
 from ..settings import BITS, Settings
 from ..store import Inner, Shape, Step, Store, make_layout, page_format
 from .base import CacheMethod, register_cache_method
@@ -34,6 +35,7 @@ class ZipCache(CacheMethod):
     normalise: bool = True
 
     innermost = True
+    cuda = True
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         bits = settings.key_bits, settings.value_bits
@@ -67,7 +69,7 @@ class ZipStore(BlockStore):
         hidden = step.hidden()
         bias = None
         if hidden is not None:
-            bias = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf).unsqueeze(1)
+            bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -math.inf).unsqueeze(1)
             bias = bias.expand(-1, self.shape.kv_heads, -1)
         self.pages.append(step.keys, step.values, bias)
         tokens = step.fresh
@@ -96,11 +98,13 @@ class ZipStore(BlockStore):
     def _judge(self, step: Step, positions: Tensor) -> None:
         """Add what the queries at ``positions`` give to the raw tokens."""
         total, queries = self.pages.tokens, step.query.shape[2]
-        query = step.query[:, :, positions - (total - queries)]
+        device = step.query.device
+        query = step.query.index_select(2, staged((positions - (total - queries)).tolist(), torch.int64, device))
         _, score = self.pages.attend(query, None, None, step.scale, True, 0, step.softcap, step.sinks,
                                      log_sum_exp=True, positions=positions)
         mass = self.pages.mass(query, score, step.scale, softcap=step.softcap, positions=positions)[:, :, self.packed:]
-        seen = (positions.view(-1, 1) >= torch.arange(self.packed, total)).sum(0)
+        seen = len(positions) - torch.searchsorted(positions, torch.arange(self.packed, total))
+        seen = staged(seen.tolist(), torch.int64, device)
         if self.mass is not None:
             more = total - self.packed - self.mass.shape[2]
             mass = mass + nn.functional.pad(self.mass, (0, more))
@@ -111,7 +115,7 @@ class ZipStore(BlockStore):
         page = self.layout.page_tokens
         pages = (self.packed + tokens) // page
         low = min(self.method.unimportant_pages(pages) - self.low_pages, tokens // page)
-        score = torch.zeros(keys.shape[:3]) if self.mass is None else self.mass[:, :, :tokens]
+        score = torch.zeros(keys.shape[:3], device=keys.device) if self.mass is None else self.mass[:, :, :tokens]
         if self.mass is not None:
             if self.method.normalise:
                 score = score / self.probes[:tokens].clamp_min(1)
@@ -133,7 +137,7 @@ class ZipStore(BlockStore):
     def select(self, sequences: list[int]) -> None:
         super().select(sequences)
         if self.mass is not None:
-            self.mass = self.mass[sequences]
+            self.mass = chosen(self.mass, sequences)
 
     @property
     def nbytes(self) -> int:
