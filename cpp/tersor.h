@@ -231,6 +231,25 @@ int tersor_cuda_int_linear_grouped(const void* x, int x_dtype, int64_t rows, int
                                    int scale_dtype, const uint8_t* zero_points, const void* bias, void* y, int64_t n,
                                    int64_t ldy, int bits, int64_t group_size, int64_t ranges, float* partials,
                                    uint32_t* counters, void* stream);
+/* Low-bit activations times integer weights, in integers: y = x w^T + bias + residual. Codes, sums and zero points of
+ * activations lie as cuda/tile/act_codes.h says; width: 0 bytes, 1 nibbles (4-bit weights; groups of both sides
+ * multiples of 64), 2 blocks of 128 channels of either. act_scales has rows of act_scale_stride, or one for all where
+ * that is 0; act_group 0: one scale for a token. sums may be null where weights have no zero points, act_zero_points
+ * (int16 [m, groups]) where activations have none. For width 2, stage_starts is int32 [2, ceil(k / 128) + 1]: for each
+ * 128 channels the 64-byte units of a row before them, and the cost before them, 1 or 2 each; row_cost is the last cost.
+ * bias, residual and y have y_dtype. k is at most 65536, with zero points on both sides 32768; zero points of weights
+ * at most 2^bits. partials and counters as above, of the sizes that plan says. */
+int tersor_cuda_lowbit_linear_plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int scale_dtype,
+                                   int has_zero_points, int64_t act_group, int act_has_zero_points, int width,
+                                   int multiprocessors, int64_t shared_memory_per_multiprocessor, int64_t* ranges,
+                                   int64_t* partial_bytes, int64_t* counter_bytes);
+int tersor_cuda_lowbit_linear(const uint8_t* codes, int width, int64_t row_bytes, const float* act_scales,
+                              int64_t act_scale_stride, const int16_t* sums, const int16_t* act_zero_points,
+                              const int32_t* stage_starts, int64_t row_cost, int64_t act_group, int64_t m, int64_t k,
+                              const uint8_t* qweight, const void* scales, int scale_dtype, const uint8_t* zero_points,
+                              const void* bias, const void* residual, int64_t ldr, void* y, int y_dtype, int64_t n,
+                              int64_t ldy, int bits, int64_t group_size, int64_t ranges, uint32_t* partials,
+                              uint32_t* counters, void* stream);
 int tersor_cuda_int_dequantize(const uint8_t* qweight, const void* scales, int scale_dtype, const uint8_t* zero_points,
                                int64_t n, int64_t k, int bits, int64_t group_size, void* out, int out_dtype,
                                void* stream);

@@ -1,0 +1,229 @@
+// Launcher of kernels/sm80_lowbit_linear.cu and sm80_lowbit_linear_s4.cu: checks what can be checked from sizes and
+// addresses, chooses the instance and cuts the work into ranges.
+#include <cstdint>
+
+#include "common/status.h"
+#include "cpu/int_layout.h"
+#include "dispatch/launch.h"
+#include "dispatch/lowbit_linear_tiles.h"
+#include "tersor.h"
+#include "tile/act_codes.h"
+
+namespace tersor {
+
+LowbitLinearChooser* lowbit_linear_choosers[9] = {};
+LowbitLinearChooser* lowbit_linear_nibble_choosers[3] = {};
+
+namespace {
+
+constexpr int kRowTiles = kLowbitRows / kTileRows;  // storage tiles of a row block
+
+struct Shape {
+  int64_t m, n, k;
+  int bits;
+  int64_t group_size;
+  int scale_dtype;
+  bool zero_points, act_zero_points;
+  int64_t act_group;
+  int width;  // enum LowbitWidth
+};
+
+// What a launch needs to know about one problem.
+struct Problem {
+  IntShape weight;
+  bool grouped;
+  int token_tiles, token_blocks, row_blocks, stages;
+  int act_groups, act_group_blocks, group_slots, act_slots;
+  int group_bytes, stage_bytes, shared_bytes;
+  int64_t units;  // (row block, stage) pairs
+};
+
+int slots_of(int64_t group_blocks, int64_t groups) {
+  return group_blocks == 1 ? 4 : group_blocks % kLowbitStageBlocks == 0 || groups == 1 ? 1 : 2;
+}
+
+int check_groups(const Shape& s, const Problem& p) {
+  if (s.width == kLowbitBytes) return TERSOR_OK;
+  const bool fits = (p.weight.groups == 1 || p.weight.group_blocks % 2 == 0) &&
+                    (p.act_groups == 1 || p.act_group_blocks % 2 == 0);
+  if (s.bits != 4 || s.act_zero_points || !fits) {
+    return fail(TERSOR_INVALID,
+                "width is %d with %d-bit weights, groups of %lld and %lld: accepted are 4-bit weights, symmetric "
+                "activations and groups of multiples of 64",
+                s.width, s.bits, (long long)s.group_size, (long long)s.act_group);
+  }
+  if (s.width == kLowbitMixed && p.act_group_blocks != 2 && p.act_group_blocks != 4 && p.weight.blocks > 4) {
+    return fail(TERSOR_INVALID, "act_group is %lld; accepted for activations of two widths: 64 and 128",
+                (long long)s.act_group);
+  }
+  return TERSOR_OK;
+}
+
+int describe(const Shape& s, Problem* p) {
+  if (int status = check_int_arguments(s.n, s.k, s.bits, s.group_size, 1)) return status;
+  constexpr int64_t rows = int64_t(1) << 25;
+  const int64_t columns = s.zero_points && s.act_zero_points ? 32768 : 65536;
+  if (s.n > rows || s.k > columns || s.m < 0 || s.m > 32 * rows) {
+    return fail(TERSOR_INVALID, "m, n, k are %lld, %lld, %lld; accepted: 0 to 2^30, 2^25, %lld", (long long)s.m,
+                (long long)s.n, (long long)s.k, (long long)columns);
+  }
+  if (s.scale_dtype < 0 || s.scale_dtype > 2) {
+    return fail(TERSOR_INVALID, "scale_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", s.scale_dtype);
+  }
+  if (s.act_group < 0 || s.act_group % kBlockK) {
+    return fail(TERSOR_INVALID, "act_group is %lld; accepted: multiples of %d, and 0 for one scale a token",
+                (long long)s.act_group, kBlockK);
+  }
+  if (s.width < kLowbitBytes || s.width > kLowbitMixed) {
+    return fail(TERSOR_INVALID, "width is %d; accepted: 0 bytes, 1 nibbles, 2 mixed", s.width);
+  }
+  p->weight = int_shape(s.n, s.k, s.bits, s.group_size);
+  const bool whole = s.act_group == 0 || s.act_group >= s.k;
+  p->act_groups = static_cast<int>(whole ? 1 : div_up(s.k, s.act_group));
+  p->act_group_blocks = static_cast<int>(whole ? p->weight.blocks : s.act_group / kBlockK);
+  if (int status = check_groups(s, *p)) return status;
+  p->grouped = p->weight.groups > 1 || p->act_groups > 1 || s.width == kLowbitMixed;
+  p->token_tiles = lowbit_token_tiles(s.m, p->grouped);
+  p->token_blocks = static_cast<int>(div_up(s.m, 8 * p->token_tiles));
+  p->row_blocks = static_cast<int>(div_up(p->weight.tiles, kRowTiles));
+  p->stages = static_cast<int>(div_up(p->weight.blocks, kLowbitStageBlocks));
+  p->units = int64_t(p->row_blocks) * p->stages;
+  p->group_slots = slots_of(p->weight.group_blocks, p->weight.groups);
+  p->act_slots = slots_of(p->act_group_blocks, p->act_groups);
+  const int scale_bytes = s.scale_dtype == TERSOR_FLOAT32 ? 4 : 2;
+  p->group_bytes = lowbit_group_bytes(scale_bytes, s.zero_points);
+  p->stage_bytes = lowbit_stage_bytes(s.bits, p->token_tiles, s.width, p->grouped, p->group_slots, p->act_slots,
+                                      scale_bytes, s.zero_points);
+  p->shared_bytes = lowbit_stages(s.bits, p->token_tiles, s.width, p->grouped) * p->stage_bytes + 16;
+  return TERSOR_OK;
+}
+
+bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+}  // namespace
+}  // namespace tersor
+
+using namespace tersor;
+
+extern "C" int tersor_cuda_lowbit_linear_plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size,
+                                              int scale_dtype, int has_zero_points, int64_t act_group,
+                                              int act_has_zero_points, int width, int multiprocessors,
+                                              int64_t shared_memory_per_multiprocessor, int64_t* ranges,
+                                              int64_t* partial_bytes, int64_t* counter_bytes) {
+  Problem p;
+  const Shape shape{m, n, k, bits, group_size, scale_dtype, has_zero_points != 0, act_has_zero_points != 0, act_group,
+                    width};
+  if (int status = describe(shape, &p)) return status;
+  if (multiprocessors < 1) return fail(TERSOR_INVALID, "multiprocessors is %d; accepted: 1 or more", multiprocessors);
+  // The driver keeps 1 KB of each block's shared memory for itself.
+  int64_t resident = shared_memory_per_multiprocessor / (p.shared_bytes + 1024);
+  const int64_t by_registers = lowbit_blocks_per_multiprocessor(p.token_tiles, width);
+  if (resident > by_registers) resident = by_registers;
+  if (resident < 1) resident = 1;
+  int64_t count = multiprocessors * resident / (p.token_blocks > 0 ? p.token_blocks : 1);
+  const int64_t most = p.units / kLowbitMinStages;
+  if (count > most) count = most;
+  *ranges = count < 1 ? 1 : count;
+  // One range sums everything itself.
+  *partial_bytes = *ranges == 1 ? 0 : p.token_blocks * *ranges * 2 * kLowbitRows * 8 * p.token_tiles * 4;
+  *counter_bytes = *ranges == 1 ? 0 : int64_t(p.token_blocks) * p.row_blocks * 4;
+  return TERSOR_OK;
+}
+
+extern "C" int tersor_cuda_lowbit_linear(
+    const uint8_t* codes, int width, int64_t row_bytes, const float* act_scales, int64_t act_scale_stride,
+    const int16_t* sums, const int16_t* act_zero_points, const int32_t* stage_starts, int64_t row_cost,
+    int64_t act_group, int64_t m, int64_t k, const uint8_t* qweight, const void* scales, int scale_dtype,
+    const uint8_t* zero_points, const void* bias, const void* residual, int64_t ldr, void* y, int y_dtype, int64_t n,
+    int64_t ldy, int bits, int64_t group_size, int64_t ranges, uint32_t* partials, uint32_t* counters, void* stream) {
+  Problem p;
+  const Shape shape{m, n, k, bits, group_size, scale_dtype, zero_points != nullptr, act_zero_points != nullptr,
+                    act_group, width};
+  if (int status = describe(shape, &p)) return status;
+  if (m == 0 || n == 0) return TERSOR_OK;
+  if (y_dtype < 0 || y_dtype > 2) {
+    return fail(TERSOR_INVALID, "y_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", y_dtype);
+  }
+  if (!codes || !act_scales || !qweight || !scales || !y || (zero_points && !sums) ||
+      (width == kLowbitMixed && !stage_starts)) {
+    return fail(TERSOR_INVALID, "%s is absent",
+                !codes ? "codes" : !act_scales ? "act_scales" : !qweight ? "qweight" : !scales ? "scales" : !y ? "y"
+                : zero_points && !sums ? "sums" : "stage_starts");
+  }
+  const bool aligned_to_16 = aligned(codes, 16) && row_bytes % 16 == 0 && aligned(qweight, 16) && aligned(scales, 16) &&
+                             (!zero_points || aligned(zero_points, 16));
+  if (!aligned_to_16 || (sums && !aligned(sums, 8)) || !aligned(act_scales, 4)) {
+    return fail(TERSOR_INVALID, "codes, qweight, scales, zero_points: accepted are 16-byte aligned addresses and rows; "
+                "sums: 8-byte, act_scales: 4-byte");
+  }
+  // Rows of two widths are as long as the caller's table says.
+  const int64_t most = act_row_bytes(k, width == kLowbitNibbles ? 4 : 8);
+  const int64_t least = width == kLowbitMixed ? most / 2 : most;
+  if (row_bytes < least || (m > 1 && (ldy < n || (residual && ldr < n))) ||
+      (act_scale_stride != 0 && act_scale_stride < p.act_groups)) {
+    return fail(TERSOR_INVALID,
+                "row_bytes, ldy, ldr, act_scale_stride are %lld, %lld, %lld, %lld; accepted: at least %lld, %lld, "
+                "%lld, %d (or 0)", (long long)row_bytes, (long long)ldy, (long long)ldr, (long long)act_scale_stride,
+                (long long)least, (long long)n, (long long)n, p.act_groups);
+  }
+  const bool balanced = width == kLowbitMixed;
+  const int64_t longest = balanced ? p.row_blocks * row_cost / kLowbitMaxStageCost : p.units;
+  if (ranges < 1 || ranges > 65535 || (ranges > 1 && ranges > longest) || (balanced && row_cost < p.stages)) {
+    return fail(TERSOR_INVALID, "ranges is %lld with a row cost of %lld; accepted: 1 to %lld, and at least %d",
+                (long long)ranges, (long long)row_cost, (long long)(longest < 65535 ? longest : 65535), p.stages);
+  }
+  if (ranges > 1 && (!partials || !counters || !aligned(partials, 16))) {
+    return fail(TERSOR_INVALID,
+                "partials and counters: accepted is the workspace, 16-byte aligned, for ranges above 1");
+  }
+  LowbitLinearChooser* chooser = width == kLowbitBytes ? lowbit_linear_choosers[bits]
+                                                       : lowbit_linear_nibble_choosers[width];
+  LowbitLinearKernel* kernel = chooser ? chooser(p.grouped, p.token_tiles) : nullptr;
+  if (!kernel) {
+    return fail(TERSOR_INVALID, "bits %d, width %d with %d tokens at once: not in this build", bits, width,
+                8 * p.token_tiles);
+  }
+  LowbitLinearArguments a{};
+  a.codes = codes;
+  a.act_scales = act_scales;
+  a.sums = sums;
+  a.act_zero_points = act_zero_points;
+  a.stage_starts = stage_starts;
+  a.qweight = qweight;
+  a.scales = scales;
+  a.zero_points = zero_points;
+  a.bias = bias;
+  a.residual = residual;
+  a.y = y;
+  a.partials = partials;
+  a.counters = counters;
+  a.row_bytes = row_bytes;
+  a.act_scale_stride = act_scale_stride;
+  a.ldy = ldy;
+  a.ldr = ldr;
+  a.m = static_cast<int>(m);
+  a.n = static_cast<int>(n);
+  a.k = static_cast<int>(k);
+  a.tiles = static_cast<int>(p.weight.tiles);
+  a.blocks = static_cast<int>(p.weight.blocks);
+  a.stages = p.stages;
+  a.groups = static_cast<int>(p.weight.groups);
+  a.group_blocks = static_cast<int>(p.weight.group_blocks);
+  a.act_groups = p.act_groups;
+  a.act_group_blocks = p.act_group_blocks;
+  a.group_slots = p.group_slots;
+  a.act_slots = p.act_slots;
+  a.group_bytes = p.group_bytes;
+  a.stage_bytes = p.stage_bytes;
+  a.scale_dtype = scale_dtype;
+  a.y_dtype = y_dtype;
+  a.wide_stores = aligned(y, y_dtype == TERSOR_FLOAT32 ? 16 : 8) && (m == 1 || ldy % 4 == 0);
+  a.share = static_cast<uint32_t>(p.units / ranges);
+  a.extra = static_cast<uint32_t>(p.units % ranges);
+  a.row_cost = balanced ? row_cost : 0;
+  a.total_cost = balanced ? row_cost * p.row_blocks : 0;
+  const dim3 grid(p.token_blocks, static_cast<unsigned>(ranges));
+  const int error = launch(kernel, grid, dim3(kLowbitThreads), p.shared_bytes, static_cast<cudaStream_t>(stream), a);
+  if (error) return fail(TERSOR_CUDA_ERROR, "lowbit_linear: the kernel did not start: CUDA error %d", error);
+  return TERSOR_OK;
+}

@@ -1,0 +1,107 @@
+"""Low-bit activations for the CUDA GEMM's tests: what a producer would store, its float64 truth, and the host-compiled
+kernel as a function of tensors."""
+
+import ctypes
+import functools
+
+import torch
+from cuda_int_weights import CODE, Weight
+from emulation import build
+
+from tersor import act_codes
+
+__all__ = ["Activations", "Weight", "library", "multiply", "plan", "stage_starts", "units", "BYTES", "NIBBLES", "MIXED"]
+
+BYTES, NIBBLES, MIXED = 0, 1, 2  # enum LowbitWidth
+SOURCES = [
+    "cuda/kernels/sm80_lowbit_linear.cu", "cuda/dispatch/lowbit_linear.cu", "cpp/common/status.cpp",
+    "cpp/common/parallel.cpp", "cpp/cpu/int_layout.cpp",
+]
+NIBBLE_SOURCES = [*SOURCES, "cuda/kernels/sm80_lowbit_linear_s4.cu"]
+
+
+@functools.cache
+def library(bits, nibbles=False, sanitize=False):
+    return build(NIBBLE_SOURCES if nibbles else SOURCES, {"TERSOR_BITS": bits}, sanitize=sanitize)
+
+
+def stage_starts(block_bits):
+    """The table of the mixed kernel: 64-byte units before each 128 channels, and their cost."""
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), (block_bits.long() // 4).cumsum(0)])
+    return torch.stack([ends, ends]).to(torch.int32)
+
+
+class Activations:
+    """Random (or ``values``) integers of ``bits`` as stored, with scales; ``zeros``: 8-bit codes that are not symmetric.
+
+    ``truth`` is what they stand for, float64 ``[m, k]``.
+    """
+
+    def __init__(self, m, k, bits, group=0, width=BYTES, zeros=False, static=False, block_bits=None, values=None,
+                 unit=False, seed=0):
+        random = torch.Generator().manual_seed(seed)
+        self.m, self.k, self.group, self.width, self.block_bits = m, k, group, width, block_bits
+        size = group if 0 < group < k else k
+        groups = self.groups = -(-k // size)
+        index = torch.arange(k) // size
+        top = torch.tensor(2 ** (bits - 1) - 1).expand(k)
+        if block_bits is not None:
+            top = (2 ** (block_bits.long() - 1) - 1).repeat_interleave(128)[:k]
+        if values is None:
+            values = (torch.rand(m, k, generator=random) * (2 * top + 1)).floor().long() - top
+            if zeros:
+                values = torch.randint(-128, 128, (m, k), generator=random)
+        self.values = values
+        self.scales = torch.rand(1 if static else m, groups, generator=random) * 0.02 + 0.01
+        if unit:
+            self.scales.fill_(1.0)
+        self.zeros = torch.randint(-128, 128, (m, groups), generator=random).to(torch.int16) if zeros else None
+        offset = 0 if self.zeros is None else self.zeros.long()[:, index]
+        self.integers = values - offset
+        self.truth = self.integers.double() * self.scales.double()[:, index]
+        self.codes = act_codes.pack_codes(values, 4 if width == NIBBLES else 8, block_bits)
+        self.sums = act_codes.code_sums(values)
+        self.starts = None if block_bits is None else stage_starts(block_bits)
+
+
+def units(weight):
+    return -(-weight.n // 128) * -(-weight.k // 128)
+
+
+def plan(library, x, weight, multiprocessors=2, shared=100 * 1024):
+    """(ranges, bytes of partials, bytes of counters)"""
+    found = [ctypes.c_int64() for _ in range(3)]
+    status = library.library.tersor_cuda_lowbit_linear_plan(
+        *(ctypes.c_int64(v) for v in (x.m, weight.n, weight.k, weight.bits, weight.group, CODE[weight.scale_dtype],
+                                      weight.zeros is not None, x.group, x.zeros is not None, x.width,
+                                      multiprocessors, shared)), *map(ctypes.byref, found))
+    assert status == 0
+    return tuple(value.value for value in found)
+
+
+def multiply(library, x, weight, bias=None, residual=None, dtype=torch.float32, ranges=1, seeds=(0,), count=False,
+             pad=4):
+    """y [m, n] of the emulated kernel, and its counters. What lies behind y's rows must stay as it was."""
+    m, n = x.m, weight.n
+    out = torch.full((m, n + pad), float("nan"), dtype=dtype)
+    tokens = 128 * -(-m // 8) * 8
+    blocks = -(-m // 8) if m else 1
+    partials = torch.full((blocks * max(ranges, 1) * 2 * tokens,) if ranges > 1 else (0,), 0x7fc00000,
+                          dtype=torch.int32)
+    counters = torch.zeros(blocks * -(-n // 128) if ranges > 1 else 0, dtype=torch.int32)
+    tensors = {"codes": x.codes, "act_scales": x.scales, "sums": x.sums if weight.zeros is not None else None,
+               "act_zero_points": x.zeros, "stage_starts": x.starts, "qweight": weight.qweight,
+               "scales": weight.scales, "zero_points": weight.zeros, "bias": bias, "residual": residual, "y": out,
+               "partials": partials, "counters": counters}
+    t = tensors
+    found = library.call(
+        "tersor_cuda_lowbit_linear", x.codes, x.width, x.codes.stride(0) if m else 16 * -(-x.k // 16), x.scales,
+        0 if x.scales.shape[0] == 1 and m != 1 else x.groups, t["sums"], x.zeros, x.starts,
+        0 if x.starts is None else int(x.starts[1, -1]), x.group, m, x.k, weight.qweight, weight.scales,
+        CODE[weight.scale_dtype], weight.zeros, bias, residual, 0 if residual is None else residual.stride(0), out,
+        CODE[dtype], n, n + pad, weight.bits, weight.group, ranges, partials, counters, None,
+        names=[name for name, tensor in tensors.items() if tensor is not None], outputs=[out, partials, counters],
+        seeds=seeds, count=count)
+    assert not counters.any(), "the counters are not zero again"
+    assert torch.isnan(out[:, n:]).all(), "wrote past the row"
+    return out[:, :n], found
