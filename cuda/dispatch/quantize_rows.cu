@@ -10,13 +10,12 @@
 
 namespace tersor {
 
-QuantizeRowsKernel *quantize_rows_kernel = nullptr, *producer_rows_kernel = nullptr,
-                   *producer_products_kernel = nullptr;
+QuantizeRowsKernel *quantize_rows_kernel = nullptr, *producer_rows_kernel = nullptr;
+QuantizeRowsKernel* producer_products_kernels[2] = {};
 
 namespace {
 
-constexpr int64_t kMostFactor = 256;        // kMostOrder of tile/producer_products.h
-constexpr int64_t kMostWidth = 1 << 24;     // channels
+constexpr int64_t kMostWidth = 1 << 24;  // channels
 
 bool transforms(const tersor_cuda_rows& r) { return r.index || r.signs || r.left || r.right || r.butterflies > 1; }
 
@@ -61,7 +60,7 @@ int check_steps(const tersor_cuda_rows& r) {
   }
   if ((r.left && r.rows > kMostFactor) || (r.right && r.columns > kMostFactor)) {
     return fail(TERSOR_INVALID, "products with matrices of %lld and %lld; accepted are sizes up to %lld on CUDA",
-                (long long)r.rows, (long long)r.columns, (long long)kMostFactor);
+                (long long)r.rows, (long long)r.columns, static_cast<long long>(kMostFactor));
   }
   if (r.left && r.left_parts != 1 && r.left_parts != 2) {
     return fail(TERSOR_INVALID, "left_parts is %lld; accepted are 1 and 2", (long long)r.left_parts);
@@ -174,8 +173,9 @@ extern "C" int tersor_cuda_round_rows(const tersor_cuda_rows* rows, const tersor
   a.left_parts = static_cast<int>(r.left_parts);
   a.butterflies = static_cast<int>(r.butterflies);
   a.factor = factor;
+  const bool large = r.rows > 128 || (r.right && r.columns > 128);
   QuantizeRowsKernel* const kernel = !transforms(r) ? quantize_rows_kernel
-                                     : r.left       ? producer_products_kernel
+                                     : r.left       ? producer_products_kernels[large]
                                                     : producer_rows_kernel;
   if (!kernel) return fail(TERSOR_INVALID, "the kernel for these steps is not in this build");
   const int error = launch(kernel, dim3(static_cast<unsigned>(r.m)), dim3(kQuantizeThreads),

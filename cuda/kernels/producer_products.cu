@@ -14,10 +14,11 @@
 //
 //   Shared memory: lines = k / (n1 n2) ceil16(n1) of 4 ceil16(n2) + 16 bytes, and what rounding needs
 //   (quantize_rows.cu): 33 KB for 64 x 128, 59 KB for 112 x 128, 66 KB for 28 x 512.
-//   Limits: n1 and n2 up to 256; widths beyond the shared memory are refused; columns that are no multiple of 8 are
+//   Limits: n1 and n2 up to 256 (beyond 128 by an instance of one block a multiprocessor); widths beyond the shared memory are refused; columns that are no multiple of 8 are
 //   moved one by one between registers and shared memory.
 //
-// gate: registers 128
+// gate: registers 128 where <8>
+// gate: registers 168 where <16>
 // gate: wants HMMA.16816.F32.BF16 LDSM.16.M88.4 LDSM.16.MT88.4 LDG.E.128.CONSTANT STG.E.64
 #include "kernels/quantize_rows.h"
 
@@ -29,7 +30,9 @@
 namespace tersor {
 namespace {
 
-__global__ void __launch_bounds__(kQuantizeThreads) producer_products(const QuantizeRowsArguments a) {
+// kTiles: tiles of the larger matrix that there is room for.
+template <int kTiles>
+__global__ void __launch_bounds__(kQuantizeThreads, kTiles > 8 ? 1 : 2) producer_products(const QuantizeRowsArguments a) {
   const ptx::shared_t memory = ptx::dynamic_shared(), scratch = memory + a.lines * a.line_bytes;
   const RowBuffer buffer(a, memory);
   const int chunks = (a.k + 7) / 8;
@@ -52,11 +55,11 @@ __global__ void __launch_bounds__(kQuantizeThreads) producer_products(const Quan
   ptx::barrier();
 
   ptx::region("left");
-  multiply_row<true>(a, buffer);
+  multiply_row<true, kTiles>(a, buffer);
   ptx::barrier();
   ptx::region("right");
   if (a.right != nullptr) {
-    multiply_row<false>(a, buffer);
+    multiply_row<false, kTiles>(a, buffer);
   } else if (a.columns < 8) {
     buffer.narrow_butterflies();
   } else {
@@ -74,7 +77,8 @@ __global__ void __launch_bounds__(kQuantizeThreads) producer_products(const Quan
   RowRounder(a, scratch).run([&](int chunk, float (&v)[8]) { buffer.load_floats(chunk, v); });
 }
 
-const bool entered = (producer_products_kernel = producer_products, true);
+const bool entered = (producer_products_kernels[0] = producer_products<8>,
+                      producer_products_kernels[1] = producer_products<16>, true);
 
 }  // namespace
 }  // namespace tersor

@@ -25,7 +25,7 @@
 namespace tersor {
 namespace {
 
-__global__ void __launch_bounds__(kQuantizeThreads) producer_rows(const QuantizeRowsArguments a) {
+__global__ void __launch_bounds__(kQuantizeThreads, 4) producer_rows(const QuantizeRowsArguments a) {
   const ptx::shared_t memory = ptx::dynamic_shared(), scratch = memory + a.line_bytes;
   const RowBuffer buffer(a, memory);
   InputRow row(a);
@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) producer_rows(const Quantize
     using Four = ptx::Vec<int32_t, 4>;
     Four from[2] = {{{0, 0, 0, 0}}, {{0, 0, 0, 0}}};
     if (8 * chunk + 8 <= a.k) {
+#pragma unroll
       for (int i = 0; i < 2; ++i) {
         from[i] = ptx::load_global_constant(reinterpret_cast<const Four*>(a.index) + 2 * chunk + i);
       }

@@ -40,12 +40,15 @@ struct QuantizeRowsArguments {
 };
 
 using QuantizeRowsKernel = void(QuantizeRowsArguments);
-extern QuantizeRowsKernel *quantize_rows_kernel, *producer_rows_kernel, *producer_products_kernel;
+extern QuantizeRowsKernel *quantize_rows_kernel, *producer_rows_kernel;
+extern QuantizeRowsKernel* producer_products_kernels[2];  // of matrices up to 128, and up to kMostFactor
+
+constexpr int kMostFactor = 256;  // order of a small matrix
 
 // Bytes of shared memory that rounding needs besides the row: sums of squares by warp, starts of mixed blocks, ranges
 // of each 32 channels and, for groups that no warp holds, their quanta.
 constexpr int kReduceBytes = kQuantizeThreads / 32 * 4;
-constexpr bool group_in_warp(int group_sums) {
+__host__ __device__ constexpr bool group_in_warp(int group_sums) {
   return group_sums == 1 || group_sums == 2 || group_sums == 4 || group_sums == 8;
 }
 constexpr int64_t quantize_scratch_bytes(int64_t blocks, int64_t groups, int group_sums, bool mixed) {

@@ -21,8 +21,6 @@
 
 namespace tersor {
 
-constexpr int kMostOrder = 256;  // of a small matrix
-
 // kTiles: tiles of l that there is room for; kWidth: eights of n in a strip.
 template <bool kLeft, int kTiles, int kWidth>
 TERSOR_DEVICE void multiply_strip(const RowBuffer& buffer, const uint32_t* matrix, int parts, int tiles, int line,
@@ -90,21 +88,17 @@ TERSOR_DEVICE void multiply_strip(const RowBuffer& buffer, const uint32_t* matri
 }
 
 // The whole row. All threads come; the row is ready after the next barrier.
-template <bool kLeft>
+template <bool kLeft, int kTiles>
 TERSOR_DEVICE void multiply_row(const QuantizeRowsArguments& a, const RowBuffer& buffer) {
+  constexpr int width = kTiles > 8 ? 1 : 2;  // as many registers of x
   const int tiles = ((kLeft ? a.rows : a.columns) + 15) / 16, row_lines = (a.rows + 15) / 16 * 16;
-  const int across = kLeft ? (a.columns + 15) / 16 : a.lines / 16;  // sixteens of n: for left, of each matrix
+  const int across = (kLeft ? (a.columns + 15) / 16 * 16 : a.lines) / (8 * width);  // strips, for left of each matrix
   const int strips = kLeft ? across * (a.lines / row_lines) : across;
   const uint32_t* const matrix = kLeft ? a.left : a.right;
   const int parts = kLeft ? a.left_parts : 2;
   for (int i = threadIdx.x / 32; i < strips; i += kQuantizeThreads / 32) {
-    const int line = kLeft ? i / across * row_lines : 16 * i, chunk = kLeft ? 2 * (i % across) : 0;
-    if (tiles <= 8) {
-      multiply_strip<kLeft, 8, 2>(buffer, matrix, parts, tiles, line, chunk);
-    } else {
-      multiply_strip<kLeft, 16, 1>(buffer, matrix, parts, tiles, line, chunk);
-      multiply_strip<kLeft, 16, 1>(buffer, matrix, parts, tiles, kLeft ? line : line + 8, kLeft ? chunk + 1 : 0);
-    }
+    const int line = kLeft ? i / across * row_lines : 8 * width * i, chunk = kLeft ? width * (i % across) : 0;
+    multiply_strip<kLeft, kTiles, width>(buffer, matrix, parts, tiles, line, chunk);
   }
 }
 

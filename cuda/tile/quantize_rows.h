@@ -254,14 +254,13 @@ class RowRounder {
     const float magic = ptx::bits_to_float(kRoundingBits);
     uint32_t q[8];  // codes in the low byte
     const int offset = offset_of(quantum);
+    const bool valid = quantum.scale > 0;
+    const float divisor = valid ? quantum.scale : 1.0f;
     int sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      q[i] = kRoundingBits;
-      if (quantum.scale > 0) {
-        q[i] = ptx::float_to_bits(fminf(fmaxf(v[i] / quantum.scale, quantum.low), quantum.high) + magic) + offset;
-      }
-      if (offset != 0 && 8 * chunk + i >= a.k) q[i] = kRoundingBits;
+      q[i] = ptx::float_to_bits(fminf(fmaxf(v[i] / divisor, quantum.low), quantum.high) + magic) + offset;
+      if (!valid || (offset != 0 && 8 * chunk + i >= a.k)) q[i] = kRoundingBits;
       sum += static_cast<int>(q[i] - kRoundingBits);
     }
     sum += ptx::shuffle_xor(sum, 1);
