@@ -9,6 +9,7 @@
 A kernel states its budget in its head comment, and each line is checked for each instance and target:
 
     // gate: defines TERSOR_BITS=2,3,4       one compilation for each value (optional)
+    // gate: targets 89 90a 120a             where it is compiled (default: every target)
     // gate: registers 128 where <.*, 1>     at most so many, for instances whose name matches (or for all)
     // gate: shared 16                       static shared memory in bytes (default 0)
     // gate: wants HMMA.16816 LDGSTS         opcodes that each instance must have, by prefix (where ... as above)
@@ -62,6 +63,7 @@ class Kernel:
     path: Path
     variants: tuple[str, ...]  # -D options, one compilation each
     rules: tuple[Rule, ...]
+    targets: tuple[str, ...] = TARGETS
 
     @property
     def name(self) -> str:
@@ -70,20 +72,24 @@ class Kernel:
 
 def read_kernel(path: Path) -> Kernel:
     """The gate lines of one source. GateError where there are none, or one is not understood."""
-    variants, rules = ("",), []
+    variants, rules, targets = ("",), [], TARGETS
     for line in re.findall(r"^// gate: (.*)$", path.read_text(encoding="utf-8"), re.M):
-        found = re.fullmatch(r"(defines|registers|shared|wants|lacks) (.+?)(?: where (.+))?", line.strip())
+        found = re.fullmatch(r"(defines|targets|registers|shared|wants|lacks) (.+?)(?: where (.+))?", line.strip())
         if not found:
             raise GateError(f"{path.name}: gate line not understood: {line!r}")
         kind, values, where = found[1], tuple(found[2].split()), found[3] or ""
         if kind == "defines":
             name, _, choices = values[0].partition("=")
             variants = tuple(f"{name}={choice}" for choice in choices.split(","))
+        elif kind == "targets":
+            targets = values
+            if unknown := set(targets) - set(TARGETS):
+                raise GateError(f"{path.name}: targets {', '.join(sorted(unknown))}; accepted are {', '.join(TARGETS)}")
         else:
             rules.append(Rule(kind, values, where))
     if not rules:
         raise GateError(f"{path.name}: no '// gate:' line states what the compiler must make of it")
-    return Kernel(path, variants, tuple(rules))
+    return Kernel(path, variants, tuple(rules), targets)
 
 
 def kernels() -> list[Kernel]:
@@ -107,6 +113,8 @@ def digest(kernel: Kernel) -> str:
     parts = [str(path.relative_to(ROOT)).encode() + b"\0" + re.sub(rb"\s*//[^\n]*", b"", seen[path])
              for path in sorted(seen)]
     parts.append(repr((kernel.variants, kernel.rules)).encode())
+    if kernel.targets != TARGETS:
+        parts.append(repr(kernel.targets).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -273,7 +281,8 @@ def summary(instance: Instance) -> dict:
 
 def gate(chosen: list[Kernel], nvcc: Nvcc, targets=TARGETS, jobs: int | None = None, say=print) -> dict:
     """Compile and check; returns the record's entries by kernel name. GateError lists every violation."""
-    work = [(kernel, define, target) for kernel in chosen for define in kernel.variants for target in targets]
+    work = [(kernel, define, target) for kernel in chosen for define in kernel.variants for target in targets
+            if target in kernel.targets]
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         results = list(pool.map(lambda item: examine(*item, nvcc), work))
     found, broken = {}, []
@@ -307,11 +316,11 @@ def written(record: dict) -> str:
 
 
 def stale(record: dict) -> list[Kernel]:
-    """Kernels that changed since they were recorded, or whose record is not of all variants and targets."""
+    """Kernels that changed since they were recorded, or whose record is not of all their variants and targets."""
     return [kernel for kernel in kernels()
             if (entry := record.get(kernel.name)) is None or entry["digest"] != digest(kernel)
             or set(entry["variants"]) != set(kernel.variants)
-            or any(set(of) != set(TARGETS) for of in entry["variants"].values())]
+            or any(set(of) != set(kernel.targets) for of in entry["variants"].values())]
 
 
 def table(record: dict) -> str:
@@ -363,7 +372,8 @@ def main() -> None:
         sys.exit(f"compile gate: {error}")
     if not args.no_record and targets == TARGETS:
         names = {kernel.name for kernel in kernels()}
-        record = {name: entry for name, entry in {**record, **found}.items() if name in names}
+        # read again: others may have recorded theirs meanwhile
+        record = {name: entry for name, entry in {**read_record(), **found}.items() if name in names}
         RECORD.write_text(written(record), encoding="utf-8")
         DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), record), encoding="utf-8")
     print(f"compile gate: {len(found)} kernels pass")

@@ -17,7 +17,7 @@ def test_what_changed_is_compiled_and_all_keep_their_budgets():
         record |= gate.gate(changed, gate.Nvcc())
     for kernel in gate.kernels():
         for define, targets in record[kernel.name]["variants"].items():
-            assert set(targets) == set(gate.TARGETS)
+            assert set(targets) == set(kernel.targets)
             for target, instances in targets.items():
                 assert instances, (kernel.name, define, target)
                 for one in instances:
@@ -74,6 +74,11 @@ def test_refusals_are_named(tmp_path):
     path.write_text("__global__ void kernel() {}\n")
     with pytest.raises(gate.GateError, match="no '// gate:' line"):
         gate.read_kernel(path)
+    path.write_text("// gate: registers 8\n// gate: targets 89 70\n")
+    with pytest.raises(gate.GateError, match="targets 70; accepted are 80"):
+        gate.read_kernel(path)
+    path.write_text("// gate: registers 8\n// gate: targets 89 120a\n")
+    assert gate.read_kernel(path).targets == ("89", "120a")
     path.write_text("// gate: registers\n// gate: fewest registers\n")
     with pytest.raises(gate.GateError, match="not understood"):
         gate.read_kernel(path)
