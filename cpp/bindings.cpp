@@ -349,6 +349,7 @@ constexpr bool has_cuda_build = false;
 #else
 constexpr bool has_cuda_build = true;
 
+void define_float_cuda(py::module_& module);       // bindings_float_cuda.cpp
 void define_kv_cuda(py::module_& module);          // bindings_kv_cuda.cpp
 void define_lowbit_gemm_cuda(py::module_& module);  // bindings_lowbit_gemm_cuda.cpp
 void define_rows_cuda(py::module_& module);  // bindings_rows_cuda.cpp
@@ -543,6 +544,7 @@ PYBIND11_MODULE(_C, module) {
 #if defined(TERSOR_HAVE_CUDA)
   define_cuda(module);
   define_kv_cuda(module);
+  define_float_cuda(module);
   define_lowbit_gemm_cuda(module);
   define_rows_cuda(module);
 #endif

@@ -1,4 +1,4 @@
-"""`float_linear`: weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are, on the CPU."""
+"""`float_linear`: weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are."""
 
 from __future__ import annotations
 
@@ -6,33 +6,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C, ops
+from . import _C, ops, ops_float_cuda
 from .op_checks import CODE, FLOATS, as_rows, check_bias, fail
 
 _OP = "float_linear"
+_CPU = torch.device("cpu")
 _E8M0, _E4M3 = 3, 4  # kinds of scales beside those of CODE
 
 
-def _check(codes, scales, global_scale, n, k, scale_rows, group):
-    """Everything the kernel takes on trust about one stored weight; ``(element, kind of scales, global scale)``."""
+def check_operands(codes, scales, global_scale, n, k, scale_rows, group, device):
+    """Everything the kernels take on trust about one stored weight; ``(element, kind of scales)``."""
     if codes.dtype is torch.float8_e4m3fn:
         element, shape = 0, (n, k)
     else:
         element, shape = 1, (n, -(-k // 2))
     if codes.dtype not in (torch.float8_e4m3fn, torch.uint8) or codes.shape != shape or not codes.is_contiguous() \
-            or not codes.is_cpu:
+            or codes.device != device:
         fail(_OP, "codes", f"{codes.dtype} {list(codes.shape)}",
-             f"contiguous float8_e4m3fn {[n, k]}, or uint8 {[n, -(-k // 2)]} of two e2m1 each, on cpu")
+             f"contiguous float8_e4m3fn {[n, k]}, or uint8 {[n, -(-k // 2)]} of two e2m1 each, on {device}")
     if scale_rows < 1 or group < 16 or group % 16 and group < k:
         fail(_OP, "scale_rows, group", [scale_rows, group], "at least 1, and a multiple of 16 or the whole width")
     groups = -(-n // scale_rows) * -(-k // group)
     kind = {torch.uint8: _E8M0, torch.float8_e4m3fn: _E4M3}.get(scales.dtype, CODE.get(scales.dtype))
-    if kind is None or scales.numel() != groups or not scales.is_contiguous() or not scales.is_cpu:
+    if kind is None or scales.numel() != groups or not scales.is_contiguous() or scales.device != device:
         fail(_OP, "scales", f"{scales.dtype} {list(scales.shape)}",
-             f"contiguous {FLOATS}, float8_e4m3fn or uint8 exponents, {groups} of them, on cpu")
+             f"contiguous {FLOATS}, float8_e4m3fn or uint8 exponents, {groups} of them, on {device}")
     if (kind == _E4M3) is not (global_scale is not None) or global_scale is not None and global_scale.numel() != 1:
         fail(_OP, "global_scale", "absent" if global_scale is None else list(global_scale.shape),
              "one number with float8 scales, none with others")
+    return element, kind
+
+
+def _check(codes, scales, global_scale, n, k, scale_rows, group):
+    """The same on the CPU, and the global scale as a number."""
+    element, kind = check_operands(codes, scales, global_scale, n, k, scale_rows, group, _CPU)
     return element, kind, 1.0 if global_scale is None else float(global_scale)
 
 
@@ -87,4 +94,11 @@ float_linear = ops.Op(
     "(Tensor x, Tensor codes, Tensor scales, Tensor? global_scale, Tensor? bias, int out_features, int scale_rows, "
     "int group) -> Tensor",
     _float_linear_cpu, _float_linear_fake, _float_linear_reference,
+    cuda=ops_float_cuda.float_linear if _C.has_cuda_build else None, cuda_kernel=ops_float_cuda.KERNEL,
 )
+
+
+def takes(x: Tensor) -> bool:
+    """Whether a kernel multiplies inputs like ``x``: on CUDA those of 16 bits."""
+    return x.is_cpu and x.dtype in CODE or x.is_cuda and float_linear.cuda is not None \
+        and x.dtype in ops_float_cuda.HALVES

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops_float
-from ..op_checks import CODE
+from .. import ops_float, ops_float_cuda
 from ..registry import register_format
 from .base import Format, Params, Shape, Tensors, TensorSpec
 from .bits import pack_bits, packed_bytes, unpack_bits
@@ -122,7 +121,7 @@ class _Scaled(Format):
         return None
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
-        operands = self._operands(tensors, shape) if x.is_cpu and x.dtype in CODE else None
+        operands = self._operands(tensors, shape) if ops_float.takes(x) else None
         if operands is None:
             return super().linear(x, tensors, bias, shape)
         codes, scales, one, rows, group = operands
@@ -131,7 +130,8 @@ class _Scaled(Format):
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         if self.element == "e2m3":
             return "reference: no kernel for e2m3"
-        return ops_float.float_linear.kernel(torch.device(device))
+        name = ops_float.float_linear.kernel(torch.device(device))
+        return name + " (float32 inputs: the unpacked weight)" if name == ops_float_cuda.KERNEL else name
 
     def _searched(self, w: Tensor, candidates, importance: Tensor | None, size: int) -> Tensor:
         """Of scales ``[out, groups]`` the ones with the least (weighted) squared error per group."""

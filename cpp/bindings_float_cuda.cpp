@@ -1,0 +1,57 @@
+// The part of tersor._C for small floats on CUDA (cuda/tersor_float.h). Pointers are integers, 0 for absent; `stream`
+// is a cudaStream_t as an integer, and nothing here waits for it. No logic here.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "tersor.h"
+#include "tersor_float.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(int status) {
+  if (status == TERSOR_OK) return;
+  if (status == TERSOR_CUDA_ERROR) throw std::runtime_error(tersor_last_error());
+  throw py::value_error(tersor_last_error());
+}
+
+}  // namespace
+
+void define_float_cuda(py::module_& module) {
+  module.def(
+      "cuda_float_linear_plan",
+      [](int64_t m, int64_t n, int64_t k, int element, int scale_kind, int multiprocessors,
+         int64_t shared_memory_per_multiprocessor) {
+        int64_t ranges = 0, partial_bytes = 0, counter_bytes = 0;
+        check(tersor_cuda_float_linear_plan(m, n, k, element, scale_kind, multiprocessors,
+                                            shared_memory_per_multiprocessor, &ranges, &partial_bytes,
+                                            &counter_bytes));
+        return py::make_tuple(ranges, partial_bytes, counter_bytes);
+      },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("element"), py::arg("scale_kind"), py::arg("multiprocessors"),
+      py::arg("shared_memory_per_multiprocessor"), "(ranges, bytes of partials, bytes of counters) on a device");
+  module.def(
+      "cuda_float_linear",
+      [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, Address codes, int element, Address scales,
+         int scale_kind, int64_t scale_rows, int64_t group, Address global, Address bias, Address y, int64_t n,
+         int64_t ldy, int64_t ranges, Address partials, Address counters, Address stream) {
+        check(tersor_cuda_float_linear(pointer(x), x_dtype, m, k, ldx, pointer<const uint8_t>(codes), element,
+                                       pointer(scales), scale_kind, scale_rows, group, pointer<const float>(global),
+                                       pointer(bias), pointer(y), n, ldy, ranges, pointer<float>(partials),
+                                       pointer<uint32_t>(counters), pointer(stream)));
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("codes"),
+      py::arg("element"), py::arg("scales"), py::arg("scale_kind"), py::arg("scale_rows"), py::arg("group"),
+      py::arg("global_scale"), py::arg("bias"), py::arg("y"), py::arg("n"), py::arg("ldy"), py::arg("ranges"),
+      py::arg("partials"), py::arg("counters"), py::arg("stream"),
+      "y[m, n] = x[m, k] @ (values * scales)^T + bias on a GPU; see cuda/tersor_float.h");
+}
