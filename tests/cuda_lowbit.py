@@ -32,7 +32,7 @@ def stage_starts(block_bits):
 
 
 class Activations:
-    """Random (or ``values``) integers of ``bits`` as stored, with scales; ``zeros``: 8-bit codes that are not symmetric.
+    """Random (or given) integers of ``bits`` as stored, with scales; ``zeros``: 8-bit codes that are not symmetric.
 
     ``truth`` is what they stand for, float64 ``[m, k]``.
     """

@@ -34,12 +34,12 @@
 // gate: wants IMMA.16832.S8.S8 LDGSTS.E.BYPASS LDS.128 LDS.64
 // gate: lacks HMMA
 //
-// FLOORS for 4 bits and up to 8 tokens, a stage (8192 bytes of codes): a lane issues about 48 instructions to unpack 128
-// codes, 8 mma, 8 loads from shared memory and, with groups of 128, 40 for scales; with the loop around it about 190 a
-// warp, on four schedulers 43 bytes a cycle, where an H200 brings 20.8 a multiprocessor. With 128 tokens a stage has
-// 128 mma a warp, which sm_80 runs at 8 cycles each: 1024 cycles, beside 350 for the rest. Groups of 32 on either side
-// cost three instructions for each result and 32 k: as many cycles as the products. Predictions from counted
-// instructions: nothing here was measured on hardware.
+// FLOORS for 4 bits and up to 8 tokens, a stage (8192 bytes of codes): a lane issues 48 instructions to unpack 128
+// codes (W4A16: 176), 8 mma (16), 8 loads from shared memory, about 40 for the scales of a group of 128, and those of
+// the pipeline; 390 cycles are what an H200's memory leaves for it (20.8 bytes a cycle and multiprocessor). With 128
+// tokens a stage has 128 mma a warp, which sm_80 runs at 8 cycles each: 1024 cycles, beside about 480 instructions for
+// the rest. Groups of 32 on either side cost three instructions for each result and 32 k: as many cycles as the
+// products. Predictions from counted instructions: nothing here was measured on hardware.
 //
 // LIMITS. k to 65536 (32768 with zero points on both sides), so that int32 sums cannot wrap; zero points of weights at
 // most 2^bits; m to 2^30, n to 2^25. Weights are read again for each 128 tokens (64 where grouped). mma.sync keeps

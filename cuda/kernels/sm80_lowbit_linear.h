@@ -20,7 +20,7 @@ struct LowbitLinearArguments {
   const float* act_scales;        // [m, act_scale_stride] (or one row where the stride is 0)
   const int16_t* sums;            // [m, 4 stages]; looked at where weights have zero points
   const int16_t* act_zero_points;  // [m, act_groups] or null
-  const int32_t* stage_starts;    // mixed: [stages + 1] 64 bytes of a row before each stage; [stages + 1] cost before it
+  const int32_t* stage_starts;    // mixed: [stages + 1] 64-byte units of a row before each stage; [stages + 1] costs
   const uint8_t* qweight;         // [tiles, blocks, 64 * bits]
   const void* scales;             // [tiles, groups, 16]
   const uint8_t* zero_points;     // [tiles, groups, 16] or null

@@ -7,9 +7,10 @@
 // Groups of either side are multiples of 64 k or whole rows. The rest, zero points of weights included, is as there;
 // codes of activations that are not symmetric need bytes.
 //
-// MIXED. A stage's tokens are bytes or nibbles; its products are s8 (weights unpacked to code * 16) or s4 (code). Scales
-// of activations cover at most 128 channels, so a sum never meets both. A table has, for each stage, where its tokens
-// begin in a row (in 64 bytes) and what the stages before it cost: ranges of stream-K get equal costs, not numbers.
+// MIXED. A stage's tokens are bytes or nibbles; its products are s8 (weights unpacked to code * 16) or s4 (code).
+// Scales of activations cover at most 128 channels, so a sum never meets both. A table has, for each stage, where its
+// tokens begin in a row (in 64 bytes) and what the stages before it cost: ranges of stream-K get equal costs, not
+// numbers.
 //
 // sm_80, 86 and 89 alone: later machines run an s4 product as more than a hundred instructions, so the launcher is not
 // asked for nibbles there (python/tersor/act_codes.py); the gate sees that it compiles without spills all the same.

@@ -1,8 +1,8 @@
 // Integer codes to signed bytes, in registers: four k of one row each, as mma.m16n8k32 takes them.
 //
-//   A byte becomes (code - 2^(bits-1)) * 2^(8-bits): the code's planes are shifted to the top of the byte, where flipping
-//   the highest bit makes an unsigned code a signed one. Nothing has to be sign-extended or subtracted: 4 bits take
-//   three instructions for eight codes (a shift and two lop3), and the power of two goes into the scale, exactly.
+//   A byte becomes (code - 2^(bits-1)) * 2^(8-bits): the code's planes are shifted to the top of the byte, where
+//   flipping the highest bit makes an unsigned code a signed one. Nothing has to be sign-extended or subtracted: 4 bits
+//   take three instructions for eight codes (a shift and two lop3), and the power of two goes into the scale, exactly.
 //   Zero points other than the middle are added to the sums (tile/lowbit_linear.h).
 //
 //   A lane's eight codes of a row become two registers: k 8c + 0 4 1 5 and 8c + 2 6 3 7 (cuda/tile/act_codes.h).

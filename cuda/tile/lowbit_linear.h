@@ -1,5 +1,4 @@
-// The integer GEMM behind sm80_lowbit_linear.cu and sm80_lowbit_linear_s4.cu: layout, pipeline and results are described
-// there.
+// The integer GEMM behind sm80_lowbit_linear.cu and sm80_lowbit_linear_s4.cu, which describe it.
 #pragma once
 
 #include "kernels/sm80_lowbit_linear.h"
@@ -162,8 +161,8 @@ struct LowbitLinear {
   // Scales and zero points of all groups that the stage touches, where a segment ends in it: a group of either side,
   // a row of k, or the range.
   TERSOR_DEVICE void fetch_groups(shared_t groups, const Source& at, bool range_ends) const {
-    if (at.in_group + kLowbitStageBlocks < a.group_blocks && at.in_act_group + kLowbitStageBlocks < a.act_group_blocks &&
-        at.stage + 1 < a.stages && !range_ends) {
+    if (at.in_group + kLowbitStageBlocks < a.group_blocks &&
+        at.in_act_group + kLowbitStageBlocks < a.act_group_blocks && at.stage + 1 < a.stages && !range_ends) {
       return;
     }
     const int left = a.blocks - at.stage * kLowbitStageBlocks;
@@ -343,8 +342,8 @@ struct LowbitLinear {
 #pragma unroll
     for (int r = 0; r < 4; ++r) scale[r] *= 1.0f / factor;
     if (a.zero_points != nullptr || a.act_zero_points != nullptr) {
-      add_zero_points(a.zero_points == nullptr ? 0 : ptx::load_shared<uint32_t>(group + kLowbitRows * scale_bytes + row),
-                      factor, act_group, last);
+      const shared_t zero_points = group + kLowbitRows * scale_bytes + row;
+      add_zero_points(a.zero_points == nullptr ? 0 : ptx::load_shared<uint32_t>(zero_points), factor, act_group, last);
     }
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
