@@ -77,7 +77,8 @@ class Rounding:
         if width not in (4, 8) or width == 4 and (not act_sym or bits != 4):
             fail(_OP, "width", width, "8, or 4 for symmetric codes of 4 bits")
         if block_bits is not None and (not act_sym or input_scale is not None or act_group not in (32, 64, 128)):
-            fail(_OP, "block_bits", f"act_sym={act_sym}, act_group={act_group}", "dynamic symmetric groups of 32, 64 or 128")
+            fail(_OP, "block_bits", f"act_sym={act_sym}, act_group={act_group}",
+                 "dynamic symmetric groups of 32, 64 or 128")
         self.k, self.producer, self.bits, self.options = k, producer, bits, (act_group, act_clip, act_sym)
         self.input_scale, self.block_bits, self.sums = input_scale, block_bits, sums
         self.width = 0 if block_bits is not None and width == 4 else width
@@ -155,8 +156,9 @@ def refusal(producer, k: int, bits: int, act_group: int, width: int, device: tor
     rows, columns, parts, butterflies = _shape(producer, k)
     if rows > MOST_ORDER or (producer.right is not None and columns > MOST_ORDER):
         return f"products with matrices of {rows} and {columns}; the kernels take sizes up to {MOST_ORDER}"
-    shown = [0, 0, 1, k, k, 0, 0, k, int(producer.index is not None), int(producer.signs is not None), rows, columns,
-             int(parts > 0), max(parts, 1), int(producer.right is not None), butterflies]
+    there = 16  # an address that stands for a tensor's
+    shown = [0, 0, 1, k, k, 0, 0, k, there * (producer.index is not None), there * (producer.signs is not None), rows,
+             columns, there * (parts > 0), max(parts, 1), there * (producer.right is not None), butterflies]
     mixed = producer.block_bits is not None and width == 4
     needed = _C.cuda_round_rows_shared(shown, [0, 0, 0, 0, 0, bits, 0 if mixed else width, act_group, 0, 0, 0])
     room = _most_shared(device.index)
