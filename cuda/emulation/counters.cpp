@@ -46,9 +46,11 @@ namespace {
 constexpr int widths = 5;  // 1, 2, 4, 8, 16 bytes
 constexpr int kinds = 4;
 const char* const kind_names[kinds] = {"load", "store", "copy", "matrix"};
-const char* const mma_names[mma_kinds] = {"m16n8k16_f16",    "m16n8k16_bf16",    "m16n8k32_s8",
-                                          "m16n8k64_s4",     "m16n8k256_b1",     "sp_m16n8k32_f16",
-                                          "sp_m16n8k32_bf16", "sp_m16n8k64_s8"};
+constexpr int all_mma_kinds = mma_kinds + float_mma_kinds;
+const char* const mma_names[all_mma_kinds] = {"m16n8k16_f16",     "m16n8k16_bf16",  "m16n8k32_s8",
+                                              "m16n8k64_s4",      "m16n8k256_b1",   "sp_m16n8k32_f16",
+                                              "sp_m16n8k32_bf16", "sp_m16n8k64_s8", "m16n8k32_e4m3",
+                                              "m16n8k64_mxf4",    "m16n8k64_nvf4"};
 
 struct Traffic {
   uint64_t loaded = 0, stored = 0, repeated = 0, requests = 0, sectors = 0, minimum = 0;
@@ -61,7 +63,7 @@ struct Shared {
 
 struct Region {
   std::string name;
-  uint64_t barriers = 0, mma[mma_kinds] = {};
+  uint64_t barriers = 0, mma[all_mma_kinds] = {};
   Shared shared[kinds];
   std::vector<Traffic> traffic;  // by buffer
 };
@@ -216,7 +218,7 @@ void append_widths(std::string& text, const char* name, const uint64_t* counts) 
 
 void add_to(Region& total, const Region& part) {
   total.barriers += part.barriers;
-  for (int i = 0; i < mma_kinds; ++i) total.mma[i] += part.mma[i];
+  for (int i = 0; i < all_mma_kinds; ++i) total.mma[i] += part.mma[i];
   for (int i = 0; i < kinds; ++i) {
     total.shared[i].requests += part.shared[i].requests;
     total.shared[i].cycles += part.shared[i].cycles;
@@ -245,7 +247,7 @@ void append_region(std::string& text, const Region& region) {
   append(text, "barriers", region.barriers);
   text += "\"mma\": {";
   bool first = true;
-  for (int i = 0; i < mma_kinds; ++i)
+  for (int i = 0; i < all_mma_kinds; ++i)
     if (region.mma[i]) {
       if (!first) text += ", ";
       append(text, mma_names[i], region.mma[i], false);
@@ -362,6 +364,10 @@ void count_barrier() {
 
 void count_mma(Mma kind) {
   if (counting) ++regions[current->region].mma[static_cast<int>(kind)];
+}
+
+void count_float_mma(int kind) {
+  if (counting) ++regions[current->region].mma[mma_kinds + kind];
 }
 
 void count_launch() {
