@@ -1,6 +1,6 @@
-/* The C ABI of rounding activations on CUDA, beside cpp/tersor.h: device pointers, work put on `stream` (a cudaStream_t)
- * of the current device and not waited for. Functions return TERSOR_OK or an error code. All fields of structs are int64
- * or pointers. The layout of what is written is in cuda/tile/act_codes.h. */
+/* The C ABI of rounding activations on CUDA, beside cpp/tersor.h: device pointers, work put on `stream` (a
+ * cudaStream_t) of the current device and not waited for. Functions return TERSOR_OK or an error code. All fields of
+ * structs are int64 or pointers. The layout of what is written is in cuda/tile/act_codes.h. */
 #ifndef TERSOR_ROWS_CUDA_H
 #define TERSOR_ROWS_CUDA_H
 
@@ -10,8 +10,9 @@
 extern "C" {
 #endif
 
-/* Rows x [m, k] (dtype: enum tersor_dtype, row stride ldx) and the steps before they are rounded: those that are set, in
- * this order. A norm excludes `other`; of index, butterflies with or without left, and left with right there is one. */
+/* Rows x [m, k] (dtype: enum tersor_dtype, row stride ldx) and the steps before they are rounded: those that are set,
+ * in this order. A norm excludes `other`; of index, butterflies with or without left, and left with right there is
+ * one. */
 typedef struct tersor_cuda_rows {
   const void* x;
   int64_t dtype, m, k, ldx;

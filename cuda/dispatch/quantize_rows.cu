@@ -47,7 +47,8 @@ int64_t shared_bytes(const tersor_cuda_rows& r, const tersor_cuda_codes& c) {
 int check_steps(const tersor_cuda_rows& r) {
   const bool hadamard = r.butterflies > 1 || r.signs || (r.left && !r.right);
   if ((r.index != nullptr) + hadamard + (r.right != nullptr) > 1 || (r.right && !r.left)) {
-    return fail(TERSOR_INVALID, "index, butterflies, right are several, or right without left; accepted is one of them");
+    return fail(TERSOR_INVALID,
+                "index, butterflies, right are several, or right without left; accepted is one of them");
   }
   if (r.norm_weight && r.other) return fail(TERSOR_INVALID, "norm_weight and other are there; accepted is one of them");
   if (r.butterflies < 1 || (r.butterflies & (r.butterflies - 1)) != 0) {
@@ -60,7 +61,7 @@ int check_steps(const tersor_cuda_rows& r) {
   }
   if ((r.left && r.rows > kMostFactor) || (r.right && r.columns > kMostFactor)) {
     return fail(TERSOR_INVALID, "products with matrices of %lld and %lld; accepted are sizes up to %lld on CUDA",
-                (long long)r.rows, (long long)r.columns, static_cast<long long>(kMostFactor));
+                (long long)r.rows, (long long)r.columns, (long long)kMostFactor);
   }
   if (r.left && r.left_parts != 1 && r.left_parts != 2) {
     return fail(TERSOR_INVALID, "left_parts is %lld; accepted are 1 and 2", (long long)r.left_parts);
@@ -76,7 +77,8 @@ int check_codes(const tersor_cuda_rows& r, const tersor_cuda_codes& c, float cli
     return fail(TERSOR_INVALID, "bits is %lld; accepted: 4, 6, 8", (long long)c.bits);
   }
   if (c.group < 0 || c.group % kActSumK != 0) {
-    return fail(TERSOR_INVALID, "group is %lld; accepted are multiples of 32, and 0 for a whole row", (long long)c.group);
+    return fail(TERSOR_INVALID, "group is %lld; accepted are multiples of 32, and 0 for a whole row",
+                (long long)c.group);
   }
   if (!(clip > 0 && clip <= 1)) return fail(TERSOR_INVALID, "clip is %g; accepted: above 0 up to 1", clip);
   if (c.block_bits && ((c.group != 32 && c.group != 64 && c.group != 128) || c.asymmetric || c.static_scales)) {
@@ -86,7 +88,8 @@ int check_codes(const tersor_cuda_rows& r, const tersor_cuda_codes& c, float cli
   const bool fits = c.width == 8 || (c.width == 0 && c.block_bits) ||
                     (c.width == 4 && c.bits == 4 && !c.asymmetric && !c.block_bits);
   if (!fits) {
-    return fail(TERSOR_INVALID, "width is %lld for %lld bits; accepted: 8, 4 for symmetric codes of 4 bits, 0 for mixed",
+    return fail(TERSOR_INVALID,
+                "width is %lld for %lld bits; accepted: 8, 4 for symmetric codes of 4 bits, 0 for mixed",
                 (long long)c.width, (long long)c.bits);
   }
   if (c.asymmetric && c.static_scales) {

@@ -14,8 +14,8 @@
 //
 //   Shared memory: lines = k / (n1 n2) ceil16(n1) of 4 ceil16(n2) + 16 bytes, and what rounding needs
 //   (quantize_rows.cu): 33 KB for 64 x 128, 59 KB for 112 x 128, 66 KB for 28 x 512.
-//   Limits: n1 and n2 up to 256 (beyond 128 by an instance of one block a multiprocessor); widths beyond the shared memory are refused; columns that are no multiple of 8 are
-//   moved one by one between registers and shared memory.
+//   Limits: n1 and n2 up to 256 (beyond 128 by an instance of one block a multiprocessor); widths beyond the shared
+//   memory are refused; columns that are no multiple of 8 are moved one by one between registers and shared memory.
 //
 // gate: registers 128 where <8>
 // gate: registers 168 where <16>
@@ -32,7 +32,8 @@ namespace {
 
 // kTiles: tiles of the larger matrix that there is room for.
 template <int kTiles>
-__global__ void __launch_bounds__(kQuantizeThreads, kTiles > 8 ? 1 : 2) producer_products(const QuantizeRowsArguments a) {
+__global__ void __launch_bounds__(kQuantizeThreads, kTiles > 8 ? 1 : 2)
+    producer_products(const QuantizeRowsArguments a) {
   const ptx::shared_t memory = ptx::dynamic_shared(), scratch = memory + a.lines * a.line_bytes;
   const RowBuffer buffer(a, memory);
   const int chunks = (a.k + 7) / 8;

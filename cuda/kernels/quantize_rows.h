@@ -53,8 +53,8 @@ __host__ __device__ constexpr bool group_in_warp(int group_sums) {
 }
 constexpr int64_t quantize_scratch_bytes(int64_t blocks, int64_t groups, int group_sums, bool mixed) {
   const int64_t starts = mixed ? div_up(4 * blocks, 16) * 16 : 0;
-  const int64_t ranges = group_in_warp(group_sums) ? 0 : 8 * blocks * (kActBlockK / kActSumK) + div_up(8 * groups, 16) * 16;
-  return kReduceBytes + starts + ranges;
+  const int64_t ranges = 8 * blocks * (kActBlockK / kActSumK) + div_up(8 * groups, 16) * 16;
+  return kReduceBytes + starts + (group_in_warp(group_sums) ? 0 : ranges);
 }
 
 }  // namespace tersor

@@ -1,8 +1,8 @@
 // A row of activations in the shared memory of its block, on its way through a transform.
 //
 //   The row is a list of lines (QuantizeRowsArguments). Eight channels of a line ("a chunk") are 32 bytes: 8 fp32 in
-//   order, or what tensor cores take, 8 bf16 and 8 bf16 that hold the first's rounding errors: 16 bits of a significand.
-//   Either takes the other's place.
+//   order, or what tensor cores take, 8 bf16 and 8 bf16 that hold the first's rounding errors: 16 bits of a
+//   significand. Either takes the other's place.
 //
 //     line   | chunk 0: 8 x fp32, or 8 high, 8 low | chunk 1 | ... | 16 bytes unused |
 //

@@ -1,9 +1,9 @@
 // Rows of activations: loaded, through a norm or a gate, and rounded to integers (tile/act_codes.h has their order).
 //
 //   A block of threads has a row. A lane has 8 channels ("a chunk"), a warp 256 at a time: 16-byte loads of 16-bit
-//   numbers, 8- or 4-byte stores of codes, 32 lanes side by side. 4 lanes share a sum, 4, 8, 16 or 32 a group of 32, 64,
-//   128 or 256 channels, found by shuffles: one pass. Other groups, and whole tokens, take two passes over the values:
-//   the ranges of each 32 channels go to shared memory, a warp finds each group's; then codes.
+//   numbers, 8- or 4-byte stores of codes, 32 lanes side by side. 4 lanes share a sum, 4, 8, 16 or 32 a group of 32,
+//   64, 128 or 256 channels, found by shuffles: one pass. Other groups, and whole tokens, take two passes over the
+//   values: the ranges of each 32 channels go to shared memory, a warp finds each group's; then codes.
 //
 //   q = round_to_nearest_even(x / scale) in IEEE fp32, limited; bit for bit formats/integer.py:activation_codes. The
 //   limits are integers, so limiting comes first, and adding 1.5 * 2^23 rounds and leaves the integer in the low bits.
@@ -117,8 +117,7 @@ class RowRounder {
         ranges_(starts_ + (a.width == 0 ? (4 * a.blocks + 15) / 16 * 16 : 0)),
         quanta_(ranges_ + 8 * a.blocks * (kActBlockK / kActSumK)) {}
 
-  // All threads come; they have passed no barrier since `values` became valid for their own chunks only when groups are
-  // in a warp: else `values` may be read by other threads' warps after one.
+  // All threads come. `values` is asked for the same chunks by the same thread, twice where groups are in no warp.
   template <class Values>
   TERSOR_DEVICE void run(const Values& values) const {
     if (a.width == 0) {

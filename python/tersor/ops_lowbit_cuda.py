@@ -28,10 +28,11 @@ MOST_ORDER = 256  # of a small matrix that the kernels multiply with
 class QuantizedInput:
     """Rows of activations as the integer kernels read them (`act_codes`, cuda/tile/act_codes.h).
 
-    ``codes`` uint8 ``[m, row_bytes]`` of ``width`` 8 or 4 bits, 0 where ``block_bits`` uint8 ``[ceil(k / 128)]`` says the
-    width of each 128 channels. ``scales`` float32 ``[m, groups]``, rows ``scale_stride`` apart. ``sums`` int16
-    ``[m, K / 32]`` or None. ``zero_points`` int16 ``[m, groups]`` for asymmetric codes of 8 bits: stored code minus zero
-    point times scale is the value. ``k`` channels, ``act_group`` of them to a scale, 0: all. ``bits`` is the precision.
+    ``codes`` uint8 ``[m, row_bytes]`` of ``width`` 8 or 4 bits, 0 where ``block_bits`` uint8 ``[ceil(k / 128)]`` says
+    the width of each 128 channels. ``scales`` float32 ``[m, groups]``, rows ``scale_stride`` apart. ``sums`` int16
+    ``[m, K / 32]`` or None. ``zero_points`` int16 ``[m, groups]`` for asymmetric codes of 8 bits: stored code minus
+    zero point times scale is the value. ``k`` channels, ``act_group`` of them to a scale, 0: all. ``bits`` is the
+    precision.
     """
 
     codes: Tensor
