@@ -3,14 +3,18 @@ kernel as a function of tensors."""
 
 import ctypes
 import functools
+from types import SimpleNamespace
 
 import torch
 from cuda_int_weights import CODE, Weight
 from emulation import build
 
-from tersor import act_codes
+from tersor import act_codes, ops_cuda, ops_lowbit_cuda, ops_lowbit_gemm_cuda
+from tersor.formats.integer import activation_codes
+from tersor.ops_lowbit_cuda import QuantizedInput
 
-__all__ = ["Activations", "Weight", "library", "multiply", "plan", "stage_starts", "units", "BYTES", "NIBBLES", "MIXED"]
+__all__ = ["Activations", "Launchers", "Weight", "library", "multiply", "plan", "rounded", "stage_starts", "units",
+           "BYTES", "NIBBLES", "MIXED"]
 
 BYTES, NIBBLES, MIXED = 0, 1, 2  # enum LowbitWidth
 SOURCES = [
@@ -105,3 +109,76 @@ def multiply(library, x, weight, bias=None, residual=None, dtype=torch.float32, 
     assert not counters.any(), "the counters are not zero again"
     assert torch.isnan(out[:, n:]).all(), "wrote past the row"
     return out[:, :n], found
+
+
+def rounded(x, bits, act_group=32, act_clip=1.0, act_sym=True, input_scale=None, block_bits=None, width=8, sums=True):
+    """`ops_lowbit_cuda.quantize_input` by the definition, in torch."""
+    rows = x.reshape(-1, x.shape[-1])
+    m, k = rows.shape
+    values, scales = activation_codes(rows, bits, act_group, act_clip, act_sym, input_scale, block_bits)
+    values = values.flatten(1)[:, :k].nan_to_num(0.0).long()
+    zeros = None
+    if not act_sym and bits == 8:
+        # Integers are code - zero point; stored are code - 128, and the zero point less 128.
+        grouped = torch.nn.functional.pad(rows.float(), (0, -k % (act_group or k))).unflatten(-1, (-1, act_group or k))
+        found = torch.where(scales > 0, (-(grouped.amin(-1, keepdim=True).clamp_max(0) * act_clip) / scales).round(), 0.0)
+        zeros = (found.clamp(0, 255) - 128).squeeze(-1)
+        values = values + zeros.long().repeat_interleave(act_group or k, 1)[:, :k]
+        zeros = zeros.to(torch.int16).contiguous()
+    mixed = block_bits if width == 4 else None
+    codes = act_codes.pack_codes(values, width, mixed)
+    scales = scales.squeeze(-1).expand(m, -1).contiguous()
+    return QuantizedInput(codes, 0 if mixed is not None else width, scales, scales.shape[1],
+                          act_codes.code_sums(values) if sums else None, zeros, mixed, m, k, act_group, bits)
+
+
+class Launchers:
+    """`_C`'s functions of the low-bit product on the emulated library, with every buffer registered at its size."""
+
+    def __init__(self, nibbles=True, bits=4):
+        self.native, self.calls = library(bits, nibbles).library, 0
+
+    def plan(self, *arguments):
+        found = [ctypes.c_int64() for _ in range(3)]
+        assert self.native.tersor_cuda_lowbit_linear_plan(
+            *(ctypes.c_int64(int(a)) for a in arguments), *map(ctypes.byref, found)) == 0
+        return tuple(value.value for value in found)
+
+    def linear(self, *arguments):
+        names = ("codes width row_bytes act_scales act_scale_stride sums act_zero_points stage_starts row_cost act_group "
+                 "m k qweight scales scale_dtype zero_points bias residual ldr y y_dtype n ldy bits group_size ranges "
+                 "partials counters stream").split()
+        a = dict(zip(names, arguments, strict=True))
+        m, n, k, group, act_group = (a[name] for name in ("m", "n", "k", "group_size", "act_group"))
+        tiles, blocks, stages = -(-n // 16), -(-k // 32), -(-k // 128)
+        groups = tiles * 16 * (-(-k // group) if group else 1)
+        act_groups = -(-k // act_group) if act_group else 1
+        size = 4 if a["y_dtype"] == 0 else 2
+        made = self.plan(m, n, k, a["bits"], group, a["scale_dtype"], bool(a["zero_points"]), act_group,
+                         bool(a["act_zero_points"]), a["width"], *ops_cuda._device(None))
+        assert made[0] == a["ranges"]
+        sizes = {"codes": m * a["row_bytes"], "act_scales": 4 * ((m - 1) * a["act_scale_stride"] + act_groups),
+                 "sums": 8 * m * stages, "act_zero_points": 2 * m * act_groups, "stage_starts": 8 * (stages + 1),
+                 "qweight": tiles * blocks * 64 * a["bits"], "scales": groups * (4 if a["scale_dtype"] == 0 else 2),
+                 "zero_points": groups, "bias": size * n, "residual": size * ((m - 1) * a["ldr"] + n),
+                 "y": size * ((m - 1) * a["ldy"] + n), "partials": made[1], "counters": made[2]}
+        self.native.emulation_clear()
+        for name, bytes_ in sizes.items():
+            if a[name] and bytes_:
+                self.native.emulation_register(a[name], bytes_, name.encode(), name in ("y", "partials", "counters"))
+        status = self.native.tersor_cuda_lowbit_linear(*(ctypes.c_int64(value) for value in arguments))
+        assert status == 0, self.native.emulation_error().decode() or status
+        self.calls += 1
+
+    def install(self, monkeypatch, capability=(8, 0)):
+        """Makes `ops_cuda` and `ops_lowbit_gemm_cuda` run here."""
+        monkeypatch.setattr(ops_lowbit_gemm_cuda, "_C", SimpleNamespace(
+            cuda_lowbit_linear_plan=self.plan, cuda_lowbit_linear=self.linear))
+        monkeypatch.setattr(ops_lowbit_cuda, "quantize_input", rounded)
+        monkeypatch.setattr(ops_cuda, "capability", lambda index: capability)
+        monkeypatch.setattr(ops_cuda, "_device", lambda index: (3, 100 * 1024))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+        monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+        ops_lowbit_gemm_cuda._plan.cache_clear()

@@ -1,6 +1,8 @@
 """The operations of `ops` on CUDA: checks, scratch memory, the current stream, then the kernels of cuda/.
 
-Above `MAX_ROWS` rows, and for float32, `int_linear` is `int_dequantize` and a dense product; `Op.kernel` says so.
+With 16-bit activations, above `MAX_ROWS` rows and for float32, `int_linear` is `int_dequantize` and a dense product;
+`Op.kernel` says so. Low-bit activations are rounded by `ops_lowbit_cuda` and multiplied as integers by
+`ops_lowbit_gemm_cuda`; those of experts are rounded by torch and multiplied as floats (`Int.kernel_grouped` says so).
 """
 
 from __future__ import annotations
@@ -43,19 +45,48 @@ def _workspace(device: torch.device, partial_bytes: int, counter_bytes: int) -> 
 _zero_points_seen = WeakIdKeyDictionary()  # zero points that were looked at, to their version
 
 
-def _check_zero_points(op: str, zero_points: Tensor, bits: int) -> None:
-    """The bf16 kernel is exact for zero points up to 2^bits. Each tensor is looked at once, since that waits for the
-    GPU; a graph that is being captured cannot wait, so one not seen before is taken on trust there."""
+def _check_zero_points(op: str, zero_points: Tensor, bits: int, where: str = "with bfloat16") -> None:
+    """The bf16 kernel is exact for zero points up to 2^bits, and integer sums are sure to fit. Each tensor is looked at
+    once, since that waits for the GPU; a graph that is being captured cannot wait, so one not seen before is taken on
+    trust there."""
     version = 0 if zero_points.is_inference() else zero_points._version
     if _zero_points_seen.get(zero_points) == version or torch.cuda.is_current_stream_capturing():
         return
     if zero_points.numel() and (largest := int(zero_points.max())) > 2**bits:
-        fail(op, "zero_points", f"values up to {largest}", f"at most {2**bits} for {bits} bits with bfloat16")
+        fail(op, "zero_points", f"values up to {largest}", f"at most {2**bits} for {bits} bits {where}")
     _zero_points_seen[zero_points] = version
 
 
+@functools.cache
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a GPU."""
+    return tuple(_C.cuda_devices()[index]["capability"])
+
+
+def quantized(x: Tensor, act_bits: int, act_group: int, act_clip: float, act_sym: bool, input_scale: Tensor | None,
+              bits: int, group_size: int, zero_points: bool):
+    """``x`` rounded to codes for weights of ``bits``, as `ops_lowbit_gemm_cuda.lowbit_linear` takes it; None where rows
+    are too long for it."""
+    from .act_codes import stored_width
+    from .ops_lowbit_cuda import quantize_input
+    from .ops_lowbit_gemm_cuda import refusal
+
+    if refusal(x.shape[-1], zero_points, act_bits, act_sym):
+        return None
+    width = stored_width(act_bits, bits, capability(x.device.index), act_group, group_size, act_sym)
+    return quantize_input(x, act_bits, act_group, act_clip, act_sym, input_scale, width=width, sums=zero_points)
+
+
+def multiplied(x: Tensor, codes, qweight, scales, zero_points, bias, n: int, bits: int, group_size: int) -> Tensor:
+    """The product of `quantized` rows of ``x`` with one weight."""
+    from .ops_lowbit_gemm_cuda import lowbit_linear
+
+    return lowbit_linear(codes, qweight, scales, zero_points, bias, n, bits, group_size, x.dtype).view(
+        *x.shape[:-1], n)
+
+
 def _rounded(x: Tensor, *activations) -> Tensor:
-    """``x`` rounded to what integers hold, by torch: no CUDA kernel takes such activations (`Int.kernel` says so)."""
+    """``x`` rounded to what integers hold, by torch: where no kernel takes such activations (`Int.kernel` says so)."""
     from .formats.integer import quantize_activations
 
     return quantize_activations(x, *activations)
@@ -81,6 +112,10 @@ def int_linear(x, qweight, scales, zero_points, bias, out_features, bits, group_
             return int_linear(x, qweight, scales, zero_points, bias, n, bits, group_size, act_bits, act_group,
                               act_clip, act_sym, input_scale)
     if act_bits < 16:
+        codes = quantized(x, act_bits, act_group, act_clip, act_sym, input_scale, bits, group_size,
+                          zero_points is not None)
+        if codes is not None:
+            return multiplied(x, codes, qweight, scales, zero_points, bias, n, bits, group_size)
         x = _rounded(x, act_bits, act_group, act_clip, act_sym, input_scale)
     rows = as_rows(x)
     m = rows.shape[0]
@@ -109,6 +144,17 @@ def int_linear_multi(x, qweights, scales, zero_points, biases, out_features, bit
     check_activations("int_linear_multi", x.shape[-1], act_bits, act_group, act_clip, act_sym, input_scale, x.device)
     check_projections("int_linear_multi", qweights, scales, zero_points, biases, out_features)
     if act_bits < 16:
+        for i, n in enumerate(out_features):  # all checks come before the first launch
+            check_weight("int_linear_multi", x.shape[-1], qweights[i], scales[i],
+                         zero_points[i] if zero_points else None, n, bits, group_size, x.device)
+            check_bias("int_linear_multi", x, biases[i] if biases else None, n)
+        codes = quantized(x, act_bits, act_group, act_clip, act_sym, input_scale, bits, group_size, bool(zero_points))
+        if codes is not None:
+            return [
+                multiplied(x, codes, qweights[i], scales[i], zero_points[i] if zero_points else None,
+                           biases[i] if biases else None, n, bits, group_size)
+                for i, n in enumerate(out_features)
+            ]
         x, act_bits = _rounded(x, act_bits, act_group, act_clip, act_sym, input_scale), 16
     return [
         int_linear(x, qweights[i], scales[i], zero_points[i] if zero_points else None,

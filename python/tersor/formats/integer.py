@@ -265,14 +265,21 @@ class Int(Format):
         return {} if self.activation < 16 else None
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
-        if self.activation < 16 and torch.device(device).type == "cuda":
-            return (f"reference: no CUDA kernel for {self.activation}-bit activations, torch rounds them for "
-                    "int_linear cuda")
-        return ops.int_linear.kernel(torch.device(device))
+        kernel = ops.int_linear.kernel(torch.device(device))
+        if self.activation == 16 or torch.device(device).type != "cuda" or kernel.startswith("reference"):
+            return kernel
+        from ..ops_lowbit_gemm_cuda import refusal
+
+        why = refusal(shape[1], not self.symmetric, self.activation, self.act_sym)
+        return f"reference: {why}, torch rounds them for int_linear cuda" if why else \
+            "quantize_rows cuda, lowbit_linear cuda"
 
     def kernel_grouped(self, shape: Shape, device: torch.device | str = "cpu") -> str:
-        kernel = self.kernel(shape, device)
-        return kernel if kernel.startswith("reference") else ops.int_linear_grouped.kernel(torch.device(device))
+        kernel = ops.int_linear_grouped.kernel(torch.device(device))
+        if self.activation == 16 or torch.device(device).type != "cuda" or kernel.startswith("reference"):
+            return kernel
+        return (f"reference: no CUDA kernel for {self.activation}-bit activations of experts, torch rounds them for "
+                "int_linear_grouped cuda")
 
     def text(self) -> str:
         shown = []
