@@ -34,7 +34,7 @@ from tersor.registry import resolve_format
 
 # K x N: Llama-3-8B's, then Qwen3-0.6B's
 SHAPES = "4096x4096,4096x14336,14336x4096,1024x2048,1024x3072,3072x1024"
-SPECS = "W8A8,W6A8,W6A6,W4A8,W4A4,FP8A16,MXFP4A16,NVFP4A16"
+SPECS = "W8A8,W6A8,W6A6,W4A8,W4A4,W4AFP8,FP8A16,MXFP4A16,NVFP4A16"
 FUSED = ("W4A4", "W4A4[act_group=0]")  # what transforms are measured on
 DISTURBED = 0.6  # cores used by others, from which on a row is no measurement
 COPIES = 128 << 20  # bytes of all copies of a weight, at least two

@@ -66,6 +66,16 @@ def test_the_head_of_a_tied_model_can_be_named():
     assert isinstance(model.lm_head, tersor.Linear) and torch.isfinite(model(TOKENS).logits).all()
 
 
+def test_a_layer_that_the_model_uses_twice_is_compressed_in_both_places():
+    model = llama()
+    first, last = model.model.layers[0].mlp, model.model.layers[-1].mlp
+    last.down_proj = first.down_proj
+    before = model(TOKENS).logits
+    tersor.compress(model, "rtn:W8A16[group=32]")
+    assert isinstance(last.down_proj, tersor.Linear) and last.down_proj is first.down_proj
+    assert (model(TOKENS).logits - before).norm() < 0.02 * before.norm()
+
+
 def test_embeddings_can_be_named():
     model = llama()
     tersor.compress(model, {"embed_tokens": "rtn:W8A16[group=32]", "*": "rtn:W4A16[group=32]"})
@@ -85,7 +95,7 @@ def test_conv1d():
 def test_strict_refuses_what_has_no_kernel():
     model = llama()
     with pytest.raises(ValueError, match="strict: layer 'model.layers.0.self_attn.q_proj'.*reference"):
-        tersor.compress(model, "rtn:NVFP4", strict=True)
+        tersor.compress(model, "rtn:MXFP6A8", strict=True)
     assert isinstance(model.lm_head, nn.Linear) and not tersor.explain(model).rows
     tersor.compress(model, "rtn:W4A16[group=32]", strict=True)
 
@@ -162,6 +172,6 @@ def test_token_batches():
 def test_specs_lists_every_name_with_its_kernel():
     infos = {info.name: info for info in tersor.specs()}
     assert infos["W4A16"].kernel.startswith("int_linear") and infos["W4A8"].kernel.startswith("int_linear")
-    assert infos["NVFP4"].kernel.startswith("reference") and infos["W4A4"].kernel.startswith("int_linear")
+    assert infos["MXFP6A8"].kernel.startswith("reference") and infos["W4A4"].kernel.startswith("int_linear")
     assert {"rtn", "gptq", "awq", "smoothquant"} <= {name for name, info in infos.items() if info.kind == "method"}
     assert all(info.help for info in infos.values())

@@ -42,7 +42,8 @@ def patch(model: nn.Module, layers: Mapping[str, LayerSpec | Format], device=Non
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Exchange one module, and undo the tying of input and output embeddings where it would overwrite it."""
+    """Exchange one module wherever the model uses it, and undo the tying of input and output embeddings where it would
+    overwrite it."""
     old = _find(model, name)
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and isinstance(module, (Linear, Embedding)):
@@ -50,7 +51,11 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
                                   getattr(model, "get_input_embeddings", None)) if end is not None]
         if any(old is end for end in ends):
             config.tie_word_embeddings = False
-    model.set_submodule(name, module)
+    places = [(parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is old]
+    if not places:
+        raise ValueError(f"layer {name!r}: found the model itself, accepted are modules of it")
+    for parent, key in places:
+        setattr(parent, key, module)
 
 
 def link_siblings(model: nn.Module) -> int:
