@@ -2,7 +2,8 @@
 //
 // Weights lie as checkpoints have them, row by row. A few rows at a time are decoded to fp32, scales and all, for a
 // chunk of k that stays in L1, and every token is multiplied with them there: 2 rows x 2 tokens of sums in registers,
-// lanes along k. Each sum takes its terms in an order of its own, so a row of x gives the same result in every batch.
+// lanes along k. One or two tokens are multiplied with what is decoded while it is in registers. Each sum takes its
+// terms in one order, so a row of x gives the same result in every batch.
 //
 // Decoding without a table: the seven low bits of e4m3 are those of a half-precision number that is 2^8 times smaller,
 // and e2m1 has eight magnitudes whose half-precision numbers differ in the high byte only: one byte shuffle.
@@ -22,7 +23,10 @@ constexpr int64_t kChunk = 512;
 constexpr int64_t kLine = kChunk + 8;  // between rows of a chunk: in step, all would lie in one bank of the cache
 constexpr int kRows = 8;  // decoded at a time: a chunk of them fits the first-level cache
 constexpr int kPart = 2;  // rows and tokens whose sums are in registers
+constexpr int kStreamed = 4;  // rows that are decoded into registers together, for one token; for two, half of them
 constexpr int64_t kWorkPerThread = 1 << 17;  // products below which another thread costs more
+
+constexpr float kE4m3Unit = 256;  // decode_e4m3 gives numbers so many times smaller
 
 #if defined(__AVX2__)
 TERSOR_INLINE f32 halves(__m128i low, __m128i high) {
@@ -37,13 +41,13 @@ TERSOR_INLINE f32 halves(__m128i low, __m128i high) {
   return {_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)};
 #endif
 }
-// Sixteen values of e4m3, 2^8 times smaller.
+// Sixteen values of e4m3, 2^8 times smaller: a byte's sign, then what follows it a bit further down.
 TERSOR_INLINE f32 decode_e4m3(const uint8_t* p) {
-  const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(x, 8), _mm256_set1_epi16(static_cast<int16_t>(0x8000)));
-  const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7);
-  const __m256i half = _mm256_or_si256(sign, rest);
-  return halves(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), none = _mm_setzero_si128();
+  const __m128i rest = _mm_set1_epi16(static_cast<int16_t>(0xbfff));  // but for the second copy of the sign
+  const __m128i low = _mm_and_si128(_mm_srai_epi16(_mm_unpacklo_epi8(none, x), 1), rest);
+  const __m128i high = _mm_and_si128(_mm_srai_epi16(_mm_unpackhi_epi8(none, x), 1), rest);
+  return halves(low, high);
 }
 TERSOR_INLINE f32 decode_e2m1(const uint8_t* p) {
   const __m128i table = _mm_setr_epi8(0, 0x38, 0x3c, 0x3e, 0x40, 0x42, 0x44, 0x46,  // 0 0.5 1 1.5 2 3 4 6
@@ -90,10 +94,18 @@ struct Weights {
       for (int64_t i = 0; i < count; i += 16) {
         uint8_t padded[16] = {};
         if (i + 16 > count) std::memcpy(padded, codes + i, count - i);
-        const f32 scale = mul(decode_e4m3(i + 16 > count ? padded : codes + i), splat(256.0f));
+        const f32 scale = mul(decode_e4m3(i + 16 > count ? padded : codes + i), splat(kE4m3Unit));
         store(out + i, div(scale, splat(args.global)));
       }
     }
+  }
+
+  // sums[t, r] += the products of tokens (x, kLine apart) and rows from `row` on over [begin, end), multiples of 16,
+  // with what `decode` would give.
+  template <int tokens, int rows>
+  void stream(const float* x, int64_t row, int64_t begin, int64_t end, float* sums) const {
+    return args.element == kE2m1 ? stream_as<true, tokens, rows>(x, row, begin, end, sums)
+                                 : stream_as<false, tokens, rows>(x, row, begin, end, sums);
   }
 
   // Values [begin, end) of a row as floats, multiples of 16; beyond k zeros.
@@ -102,6 +114,54 @@ struct Weights {
   }
 
  private:
+  template <bool nibbles, int tokens, int rows>
+  void stream_as(const float* x, int64_t row, int64_t begin, int64_t end, float* sums) const {
+    const uint8_t* const codes = args.codes + row * row_bytes;
+    const uint8_t* const ahead = codes + rows * row_bytes;
+    const int64_t whole = end < args.k / 16 * 16 ? end : args.k / 16 * 16, first = begin / group;
+    float scales[rows][kChunk / 16 + 16];
+    f32 acc[tokens][rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      factors(row + r, first, div_up(end, group) - first, scales[r]);
+#pragma GCC unroll 2
+      for (int t = 0; t < tokens; ++t) acc[t][r] = load(sums + 16 * (t * kRows + r));
+    }
+    const auto multiply = [&](int r, int64_t at, f32 value) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int t = 0; t < tokens; ++t) acc[t][r] = fma(load(x + t * kLine + (at - begin)), value, acc[t][r]);
+    };
+    int64_t at = begin;
+    for (int64_t index = 0, last = first * group; at < whole; ++index) {
+      last = last + group < whole ? last + group : whole;
+      f32 factor[rows];
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) factor[r] = splat(scales[r][index] * (nibbles ? 1.0f : kE4m3Unit));
+      for (; at < last; at += 16) {
+        // A line for one of the rows in turn: what is read next starts on other pages, which no hardware foresees.
+        __builtin_prefetch(ahead + (at / 16 % rows) * row_bytes + (nibbles ? at / 2 : at));
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          const uint8_t* const from = codes + r * row_bytes + (nibbles ? at / 2 : at);
+          multiply(r, at, mul(nibbles ? decode_e2m1(from) : decode_e4m3(from), factor[r]));
+        }
+      }
+    }
+    if (at < end) {
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        float decoded[16];
+        decode_as<nibbles>(row + r, at, at + 16, decoded);
+        multiply(r, at, load(decoded));
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+      for (int t = 0; t < tokens; ++t) store(sums + 16 * (t * kRows + r), acc[t][r]);
+    }
+  }
+
   template <bool nibbles>
   void decode_as(int64_t row, int64_t begin, int64_t end, float* out) const {
     const uint8_t* codes = args.codes + row * row_bytes;
@@ -131,7 +191,7 @@ struct Weights {
     if constexpr (nibbles) {
       return decode_e2m1(p);
     } else {
-      return mul(decode_e4m3(p), splat(256.0f));
+      return mul(decode_e4m3(p), splat(kE4m3Unit));
     }
   }
 };
@@ -165,6 +225,19 @@ void dots(const float* x, const float* w, int64_t count, float* sums) {
 }
 using Dots = void (*)(const float*, const float*, int64_t, float*);
 constexpr Dots kDots[kPart][kPart] = {{dots<1, 1>, dots<1, 2>}, {dots<2, 1>, dots<2, 2>}};
+
+// All rows of a strip, kStreamed / tokens at a time, over the whole of k.
+template <int tokens, int rows = kStreamed / tokens>
+void stream_rows(const Weights& weights, const float* x, int64_t row, int count, int64_t padded, float* sums) {
+  for (int r = 0, height; r < count; r += height) {
+    height = r + rows <= count ? rows : 1;
+    const auto stream = height == rows ? &Weights::stream<tokens, rows> : &Weights::stream<tokens, 1>;
+    for (int64_t begin = 0; begin < padded; begin += kChunk) {
+      const int64_t end = begin + kChunk < padded ? begin + kChunk : padded;
+      (weights.*stream)(x + begin / kChunk * tokens * kLine, row + r, begin, end, sums + 16 * r);
+    }
+  }
+}
 
 }  // namespace
 
@@ -207,7 +280,9 @@ int float_linear(const FloatLinearArgs& args) {
       const int64_t row = strip * kRows;
       const int rows = args.n - row < kRows ? static_cast<int>(args.n - row) : kRows;
       std::memset(sums, 0, sizeof(float) * 16 * kRows * args.m);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      if (args.m == 1) stream_rows<1>(weights, x, row, rows, padded, sums);
+      if (args.m == 2) stream_rows<2>(weights, x, row, rows, padded, sums);
+      for (int64_t chunk = 0; chunk < chunks && args.m > 2; ++chunk) {
         const int64_t begin = chunk * kChunk, end = begin + kChunk < padded ? begin + kChunk : padded;
         for (int r = 0; r < rows; ++r) weights.decode(row + r, begin, end, decoded + r * kLine);
         for (int64_t token = 0; token < args.m; token += kPart) {
