@@ -23,6 +23,25 @@ int tersor_cuda_float_linear(const void* x, int x_dtype, int64_t m, int64_t k, i
                              const float* global, const void* bias, void* y, int64_t n, int64_t ldy, int64_t ranges,
                              float* partials, uint32_t* counters, void* stream);
 
+/* x [m, k] of x_dtype (enum tersor_dtype) to e4m3 codes [m][128 ceil(k/128)] and fp32 scales [m][groups] of
+ * cuda/tile/fp8_codes.h: groups 1, or ceil(k/128). top: the largest magnitude that all tokens share, or NULL for each
+ * group's own. interleaved: channels in the order of 4-bit weights. */
+int tersor_cuda_fp8_rows(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx, const float* top,
+                         int64_t groups, int interleaved, uint8_t* codes, float* scales, void* stream);
+
+int tersor_cuda_fp8_linear_plan(int64_t m, int64_t n, int64_t k, int weight, int multiprocessors,
+                                int64_t shared_memory_per_multiprocessor, int64_t* ranges, int64_t* partial_bytes,
+                                int64_t* counter_bytes);
+
+/* y[m, n] = (x x_scales) (weights scales)^T + bias from such codes, on sm_89 and later. weight 0: symmetric integers of
+ * 4 bits in the layout of cpp/cpu/int_layout.h, scales [ceil(n/16)][groups][16], groups of a multiple of 32 or (0) a row,
+ * x interleaved; 1: e4m3 [n][k], scales [ceil(n/scale_rows)][ceil(k/group)], groups of a multiple of 128 or all of k.
+ * bias and y are of y_dtype, 1 bfloat16 or 2 float16. counters are zero before and after. */
+int tersor_cuda_fp8_linear(const uint8_t* x, const float* x_scales, int64_t x_groups, int64_t m, int64_t k,
+                           const uint8_t* codes, int weight, const void* scales, int scale_dtype, int64_t scale_rows,
+                           int64_t group, const void* bias, int y_dtype, void* y, int64_t n, int64_t ldy,
+                           int64_t ranges, float* partials, uint32_t* counters, void* stream);
+
 #ifdef __cplusplus
 }
 #endif
