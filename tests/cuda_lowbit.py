@@ -120,8 +120,10 @@ def rounded(x, bits, act_group=32, act_clip=1.0, act_sym=True, input_scale=None,
     zeros = None
     if not act_sym and bits == 8:
         # Integers are code - zero point; stored are code - 128, and the zero point less 128.
-        grouped = torch.nn.functional.pad(rows.float(), (0, -k % (act_group or k))).unflatten(-1, (-1, act_group or k))
-        found = torch.where(scales > 0, (-(grouped.amin(-1, keepdim=True).clamp_max(0) * act_clip) / scales).round(), 0.0)
+        size = act_group or k
+        grouped = torch.nn.functional.pad(rows.float(), (0, -k % size)).unflatten(-1, (-1, size))
+        lowest = grouped.amin(-1, keepdim=True).clamp_max(0) * act_clip
+        found = torch.where(scales > 0, (-lowest / scales).round(), 0.0)
         zeros = (found.clamp(0, 255) - 128).squeeze(-1)
         values = values + zeros.long().repeat_interleave(act_group or k, 1)[:, :k]
         zeros = zeros.to(torch.int16).contiguous()
@@ -145,8 +147,8 @@ class Launchers:
         return tuple(value.value for value in found)
 
     def linear(self, *arguments):
-        names = ("codes width row_bytes act_scales act_scale_stride sums act_zero_points stage_starts row_cost act_group "
-                 "m k qweight scales scale_dtype zero_points bias residual ldr y y_dtype n ldy bits group_size ranges "
+        names = ("codes width row_bytes act_scales act_scale_stride sums act_zero_points stage_starts row_cost "
+                 "act_group m k qweight scales scale_dtype zero_points bias residual ldr y y_dtype n ldy bits group_size ranges "
                  "partials counters stream").split()
         a = dict(zip(names, arguments, strict=True))
         m, n, k, group, act_group = (a[name] for name in ("m", "n", "k", "group_size", "act_group"))

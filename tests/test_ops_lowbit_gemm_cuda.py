@@ -33,8 +33,8 @@ def near(y, expected, dtype):
 
 
 OPTIONS = {"per token": (8, 0), "groups of 32": (8, 32), "6 bits": (6, 128), "asymmetric": (8, 0, 1.0, False),
-           "asymmetric in groups": (8, 64, 1.0, False), "clipped": (8, 64, 0.8), "4 bits, asymmetric": (4, 0, 1.0, False),
-           "nibbles": (4, 0), "nibbles in groups": (4, 64, 0.9)}
+           "asymmetric in groups": (8, 64, 1.0, False), "clipped": (8, 64, 0.8), "nibbles": (4, 0),
+           "4 bits, asymmetric": (4, 0, 1.0, False), "nibbles in groups": (4, 64, 0.9)}
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -156,6 +156,7 @@ def test_formats_name_the_kernel(monkeypatch):
     monkeypatch.setattr(ops.int_linear_grouped, "cuda", ops_cuda.int_linear_grouped)
     assert Int(4, activation=8).kernel((64, 128), "cuda") == "quantize_rows cuda, lowbit_linear cuda"
     assert Int(4, activation=8).kernel((64, 65568), "cuda").startswith("reference: rows of 65568 channels")
-    assert Int(4, symmetric=False, activation=8, act_sym=False).kernel((64, 40000), "cuda").startswith("reference: rows")
+    both = Int(4, symmetric=False, activation=8, act_sym=False)
+    assert both.kernel((64, 40000), "cuda").startswith("reference: rows")
     assert Int(4).kernel((64, 128), "cuda").startswith("int_linear cuda")
     assert Int(4, activation=8).kernel_grouped((64, 128), "cuda").startswith("reference: no CUDA kernel")

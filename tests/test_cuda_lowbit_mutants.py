@@ -1,0 +1,79 @@
+"""Mutation test of the low-bit kernels: a planted defect must be caught by a violation or a wrong integer.
+
+A mutant is a textual edit, compiled with few instances and run on small problems that the unchanged kernels pass.
+"""
+
+import pytest
+import torch
+from cuda_lowbit import MIXED, NIBBLE_SOURCES, NIBBLES, SOURCES, Activations, multiply
+from emulation import build
+from test_cpu_int_linear import pack
+from test_cuda_lowbit_linear import integer_weight
+
+BYTES_KERNEL, NIBBLES_KERNEL = SOURCES[0], NIBBLE_SOURCES[-1]
+LINEAR, CODES = "cuda/tile/lowbit_linear.h", "cuda/tile/lowbit_codes.h"
+# What leaves instances for 16 tokens alone.
+FEW_BYTES = [(BYTES_KERNEL, f"    case {t}: return lowbit_linear<kBits, {t}, kGrouped>;\n", "") for t in (1, 4, 8)]
+FEW_BYTES.append((BYTES_KERNEL, "      if constexpr (!kGrouped) return lowbit_linear<kBits, 16, false>;\n", ""))
+FEW_NIBBLES = [(NIBBLES_KERNEL, f"    case {t}: return grouped ? lowbit_linear_nibbles<{t}, true> : "
+                                f"lowbit_linear_nibbles<{t}, false>;\n", "") for t in (1, 4, 8)]
+FEW_NIBBLES += [(NIBBLES_KERNEL, "    case 16: return grouped ? nullptr : lowbit_linear_nibbles<16, false>;\n", "")]
+FEW_NIBBLES += [(NIBBLES_KERNEL, f"    case {t}: return lowbit_linear_mixed<{t}>;\n", "") for t in (1, 4, 8)]
+
+
+def check(library, problems):
+    """Raises AssertionError (Violation is one) where an integer is wrong."""
+    for seed, (n, k, group, act_group, symmetric, width, zeros, ranges) in enumerate(problems):
+        weight = integer_weight(n, k, 4, group, symmetric, seed)
+        padding = torch.randint(0, 16, (n, -k % 32), dtype=torch.uint8)
+        weight.qweight = pack(torch.cat([weight.codes, padding], 1), 4)  # what lies behind k is nothing to the result
+        block_bits = torch.tensor([4, 8, 8, 8][: -(-k // 128)], dtype=torch.uint8) if width == MIXED else None
+        x = Activations(11, k, 8 if width != NIBBLES else 4, act_group, width, zeros, block_bits=block_bits, unit=True,
+                        seed=seed)
+        y, _ = multiply(library, x, weight, ranges=ranges, seeds=range(2))
+        assert torch.equal(y.long(), x.integers @ weight.integers.T)
+
+
+# (n, k, group, act_group, symmetric, width, zeros, ranges): ragged, stages shared by ranges, groups that end within a
+# stage and that span several.
+OF_BYTES = [(150, 300, 96, 32, False, 0, True, 4), (20, 900, 0, 256, True, 0, False, 3), (150, 300, 0, 0, False, 0,
+                                                                                           True, 3)]
+OF_NIBBLES = [(150, 300, 64, 128, False, NIBBLES, False, 4), (150, 470, 0, 64, True, MIXED, False, 5)]
+
+SOURCES_OF = {"bytes": (SOURCES, FEW_BYTES, OF_BYTES), "nibbles": (NIBBLE_SOURCES, [*FEW_BYTES, *FEW_NIBBLES],
+                                                                  OF_NIBBLES)}
+MUTANTS = {
+    "no barrier in the main loop": ("bytes", LINEAR, "      ptx::barrier();                     // everyone's",
+                                    "      // everyone's"),
+    "a range that ends within a segment": ("bytes", LINEAR, "(range_ends && i + step == kLowbitStageBlocks)", "false"),
+    "scales only where a group ends": ("bytes", LINEAR, "at.stage + 1 < a.stages && !range_ends)",
+                                       "at.stage + 1 < a.stages)"),
+    "sums of weights past k": ("bytes", LINEAR, "act_channel_of_byte(i) + 8 * c < channels_left", "i >= 0"),
+    "zero points without their product": ("bytes", LINEAR, "(weight_sum[r / 2][r % 2 * 2] + middle * channels)",
+                                          "weight_sum[r / 2][r % 2 * 2]"),
+    "the second four of the first": ("bytes", CODES, "shift = kWidth * kSecond - up", "shift = -up"),
+    "the sign stays": ("nibbles", LINEAR, "weights[i / 2][2 + i % 2] = second.rows[0][i] ^ 0x88888888u;",
+                       "weights[i / 2][2 + i % 2] = second.rows[0][i];"),
+    "one factor for both widths": ("nibbles", LINEAR, "kBytes ? lowbit_factor(kBits) : 1);\n        }",
+                                   "lowbit_factor(kBits));\n        }"),
+    "ranges as if boundaries were not rounded": (
+        "nibbles", LINEAR, "while (range + 1 < gridDim.y && first_unit(range + 1) <= unit) ++range;", ""),
+    "tokens of the other half": ("nibbles", LINEAR, "piece = block + lane / 8 % 2", "piece = block + 1 - lane / 8 % 2"),
+    "code sums of one block of two": ("nibbles", LINEAR, "for (int b = 0; b < step; ++b) add_code_sums",
+                                      "for (int b = 0; b < 1; ++b) add_code_sums"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SOURCES_OF)
+def test_the_unchanged_kernels_pass(kind):
+    sources, edits, problems = SOURCES_OF[kind]
+    check(build(sources, {"TERSOR_BITS": 4}, edits=edits), problems)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_killed(name):
+    kind, *edit = MUTANTS[name]
+    sources, edits, problems = SOURCES_OF[kind]
+    mutant = build(sources, {"TERSOR_BITS": 4}, edits=[*edits, tuple(edit)])
+    with pytest.raises(AssertionError):  # Violation is one
+        check(mutant, problems)
