@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .layer import Linear, fuse
-from .ops import plain
 
 _fused_types: dict[type, type] = {}
 
@@ -20,13 +19,13 @@ _fused_types: dict[type, type] = {}
 class FusedGate:
     """Mixed into the class of a model's own feed-forward module: the same parameters, the same results to rounding.
 
-    Where gradients are wanted, under a tracing mode, on other devices, with hooks on the parts that are left out, or when
-    a part was exchanged, the model's own code runs.
+    Where gradients are wanted, under a tracing mode, on devices without such kernels, with hooks on the parts that are
+    left out, or when a part was exchanged, the model's own code runs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         down = self.down_proj
-        if type(down) is not Linear or not plain(x) or torch.is_grad_enabled() and x.requires_grad \
+        if type(down) is not Linear or not down._direct(x) or torch.is_grad_enabled() and x.requires_grad \
                 or down._forward_pre_hooks or down._forward_hooks or self.act_fn._forward_hooks:
             return super().forward(x)
         call, bias = _call(self), down._parameters["bias"]

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, ops_fused
 from .formats.base import Format, Shape
 from .formats.integer import TILE_ROWS, Int
-from .ops_fused import BoundIntLinearFused, Producer
+from .ops_fused import BoundFusedCuda, BoundIntLinearFused, BoundLowbitCuda, Producer
 from .registry import Resolved, resolve, resolve_format
 from .stored_weight import StoredWeight
 from .transforms.steps import Step
@@ -172,18 +172,22 @@ class Linear(_Compressed, nn.Linear):
             bias = bias.to(x.dtype)
         differentiates = _is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
         if self.pre is not None:
-            if not differentiates and ops.plain(x) and (fused := self._bind_fused()) is not None:
+            if not differentiates and self._direct(x) and (fused := self._bind_fused()) is not None:
                 return self._after(fused(x, [bias])[0])
             for step in self.pre:
                 x = step(x)
         if differentiates:
             tensors = self.tensors()
             y = _Multiply.apply(x, bias, self.format, self.shape, self._names, *tensors.values())
-        elif ops.plain(x) and (bound := self._bind()) is not None:
+        elif self._direct(x) and (bound := self._bind()) is not None:
             y = bound(x, bias)
         else:
             y = self.format.linear(x, self.tensors(), bias, self.shape)
         return self._after(y)
+
+    def _direct(self, x: Tensor) -> bool:
+        """Whether a bound call may take ``x``: nothing watches it, and what is bound runs on its device."""
+        return ops.plain(x) or ops_fused.eager_cuda(x) and _on_cuda(self._bind())
 
     def _after(self, y: Tensor) -> Tensor:
         if self.post is not None:
@@ -205,7 +209,7 @@ class Linear(_Compressed, nn.Linear):
         self._bound = bound, tuple((_buffer(name), tensor) for name, tensor in tensors.items())
         return bound
 
-    def _bind_fused(self) -> BoundIntLinearFused | None:
+    def _bind_fused(self) -> BoundIntLinearFused | BoundFusedCuda | None:
         """One call for the online step and the multiplication, where a kernel does both."""
         bound = self._bind()
         held = bound, *(tensor for step in self.pre for tensor in step._buffers.values())
@@ -218,7 +222,12 @@ class Linear(_Compressed, nn.Linear):
     @property
     def kernel(self) -> str:
         """The kernel that runs here, or ``reference: why``."""
-        return self.format.kernel(self.shape, _device(self))
+        name = self.format.kernel(self.shape, _device(self))
+        if self.pre is None or not _on_cuda(self._bind()):
+            return name
+        fused = self._bind_fused()
+        why = "no kernel runs it" if fused is None else fused.rounding.refusal
+        return name if why is None else f"{name}; the online step by torch: {why}"
 
     def __getstate__(self):
         return {**self.__dict__, "_bound": _UNBOUND, "_fused": (None, ())}
@@ -227,17 +236,23 @@ class Linear(_Compressed, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"
 
 
-def fuse(bound: list, steps: Sequence[Step] | None, own: dict | None) -> BoundIntLinearFused | None:
+def _on_cuda(bound) -> bool:
+    """Whether a format's short cut runs on a GPU."""
+    return isinstance(getattr(bound, "weights", bound), BoundLowbitCuda)
+
+
+def fuse(bound: list, steps: Sequence[Step] | None, own: dict | None) -> BoundIntLinearFused | BoundFusedCuda | None:
     """Bound multiplications of one input with the step before them in one call; None where no kernel does that.
     ``own``: what the format adds (`Format.producer`)."""
     steps = steps or ()
     bound = [getattr(member, "weights", member) for member in bound]
-    if own is None or len(steps) > 1 or not all(isinstance(member, ops.BoundIntLinear) for member in bound):
+    kinds = {type(member) for member in bound}
+    if own is None or len(steps) > 1 or kinds not in ({ops.BoundIntLinear}, {BoundLowbitCuda}):
         return None
     made = steps[0].producer() if steps else {}
     if steps and not made or not (made or own):
         return None
-    return BoundIntLinearFused(bound, Producer(**made, **own))
+    return ops_fused.bound_fused(bound, Producer(**made, **own))
 
 
 class Siblings:
@@ -254,7 +269,7 @@ class Siblings:
         self._ready: dict[int, Tensor] = {}
         self._misses = 0
         self._members: list = []
-        self._call: ops.BoundIntLinearMulti | BoundIntLinearFused | None = None
+        self._call: ops.BoundIntLinearMulti | BoundIntLinearFused | BoundFusedCuda | None = None
         self._fused = False
         for layer in self.layers:
             layer.siblings = self
@@ -273,7 +288,7 @@ class Siblings:
 
     def usable(self, x: Tensor) -> bool:
         # Without a version counter (inference mode) a modified input could not be told from the same one.
-        return (ops.plain(x) and not x.is_inference() and not (_is_grad_enabled() and x.requires_grad)
+        return (self.layers[0]._direct(x) and not x.is_inference() and not (_is_grad_enabled() and x.requires_grad)
                 and x.shape[-1] == self.layers[0].in_features)
 
     def __call__(self, layer: Linear, x: Tensor) -> Tensor:
@@ -304,7 +319,8 @@ class Siblings:
             # tensors were exchanged, or this is the first call
             fused = fuse(bound, first.pre, first.format.producer(first.tensors()))
             self._members, self._fused = held, fused is not None
-            self._call = fused or ops.BoundIntLinearMulti(bound)
+            self._call = fused or (BoundFusedCuda(bound, Producer()) if isinstance(bound[0], BoundLowbitCuda)
+                                   else ops.BoundIntLinearMulti(bound))
         biases = [bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype) for bias in biases]
         stepped = x
         for step in () if self._fused else first.pre or ():

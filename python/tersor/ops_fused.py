@@ -1,7 +1,8 @@
 """`int_linear_fused`: integer weights times activations that a transform makes while they are rounded.
 
-A row goes through norm or gate, permutation, signs, Hadamard or Kronecker in fp32 in the memory of the thread that
-rounds it; the transformed values are never written anywhere else. The definitions are in `transforms.definitions`.
+A row goes through norm or gate, permutation, signs, Hadamard or Kronecker in the memory of the thread that rounds it,
+on CUDA in the shared memory of its block; the transformed values are never written anywhere else. The definitions are
+in `transforms.definitions`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C, ops
-from .op_checks import CODE, as_rows, check_activations, check_bias, check_input, fail
+from .op_checks import (CODE, as_rows, check_activations, check_bias, check_input, check_projections, check_weight,
+                        fail)
 from .transforms import definitions
 
 _OP = "int_linear_fused"
@@ -240,20 +242,137 @@ def _fused_reference(x, other, qweights, scales, zero_points, biases, out_featur
     return outputs
 
 
+# -- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+def eager_cuda(x: Tensor) -> bool:
+    """`ops.plain` for a tensor on a GPU: nothing watches what is called with it."""
+    return type(x) is Tensor and x.is_cuda and not ops._is_compiling() and not ops._listening() \
+        and ops._transform() is None and ops._forward_ad._current_level < 0
+
+
+class CudaRounding:
+    """An input of integer kernels on a GPU, rounded by one launch together with the producer's steps; where no kernel
+    runs those (``refusal`` says why), torch does, and the launch rounds the result.
+
+    ``device``: of the weights, with ``bits`` and ``group_size``. Called with ``x [..., k]`` and the gate's second
+    input; gives an `ops_lowbit_cuda.QuantizedInput`.
+    """
+
+    def __init__(self, producer: Producer, k: int, bits: int, group_size: int, zero_points: bool, act_bits: int,
+                 act_group: int, act_clip: float, act_sym: bool, input_scale: Tensor | None, device: torch.device):
+        from . import ops_cuda, ops_lowbit_cuda
+        from .act_codes import stored_width
+
+        mixed = producer.block_bits is not None
+        width = stored_width(4 if mixed else act_bits, bits, ops_cuda.capability(device.index), act_group, group_size,
+                             act_sym)
+        self.producer = producer
+        self.refusal = ops_lowbit_cuda.refusal(producer, k, act_bits, act_group, width, device)
+        self._round = ops_lowbit_cuda.Rounding(
+            k, producer if self.refusal is None else None, act_bits, act_group, act_clip, act_sym, input_scale,
+            producer.block_bits, width, zero_points)
+        self._checked: tuple | None = None
+
+    def __call__(self, x: Tensor, other: Tensor | None = None):
+        seen = x.dtype, None if other is None else other.dtype, None if other is None else other.shape == x.shape
+        if seen != self._checked or other is not None and other.device != x.device:
+            self.producer.check(x, other)
+            self._checked = seen
+        if self.refusal is None:
+            return self._round(x, other)
+        return self._round(self.producer(x.float(), None if other is None else other.float()))
+
+
+class BoundLowbitCuda:
+    """`int_linear` with rounded inputs on one weight on a GPU, as `ops.BoundIntLinear` is on the CPU: called with
+    ``x [..., in]`` and a bias. The weight is checked in every call; what follows from the options is kept."""
+
+    def __init__(self, qweight, scales, zero_points, shape, bits, group_size, act_bits, act_group=32, act_clip=1.0,
+                 act_sym=True, input_scale=None):
+        self.tensors, self.shape, self.bits, self.group_size = (qweight, scales, zero_points), shape, bits, group_size
+        self.act_bits, self.options, self.input_scale = act_bits, (act_group, act_clip, act_sym), input_scale
+        self.device = qweight.device
+        self._alone: BoundFusedCuda | None = None
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._alone is None:
+            self._alone = BoundFusedCuda([self], Producer())
+        return self._alone(x, [bias])[0]
+
+
+class BoundFusedCuda:
+    """`BoundIntLinearFused` on a GPU: one launch rounds the input, one multiplies for each weight."""
+
+    def __init__(self, members: list[BoundLowbitCuda], producer: Producer):
+        first = members[0]
+        alike = [(m.shape[1], m.bits, m.group_size, m.act_bits, m.options, m.device, m.tensors[2] is None)
+                 for m in members]
+        for i, member in enumerate(members):
+            if alike[i] != alike[0] or member.input_scale is not first.input_scale:
+                fail(_OP, f"projection {i}", f"width, bits, group_size and activations {alike[i]}",
+                     "those of the first")
+        self.members, self.producer = members, producer
+        self._round: CudaRounding | None = None
+
+    @property
+    def rounding(self) -> CudaRounding:
+        if self._round is None:
+            first = self.members[0]
+            self._round = CudaRounding(self.producer, first.shape[1], first.bits, first.group_size,
+                                       first.tensors[2] is not None, first.act_bits, *first.options, first.input_scale,
+                                       first.device)
+        return self._round
+
+    def __call__(self, x: Tensor, biases: list[Tensor | None], other: Tensor | None = None) -> list[Tensor]:
+        first = self.members[0]
+        check_input(_OP, x, first.act_bits)
+        if x.shape[-1] != first.shape[1] or x.device != first.device:
+            fail(_OP, "x", f"{list(x.shape)} on {x.device}", f"[..., {first.shape[1]}] on {first.device}")
+        for member, bias in zip(self.members, biases, strict=True):
+            check_bias(_OP, x, bias, member.shape[0])
+        codes = self.rounding(x, other)
+        return [_multiply_codes(x, codes, *member.tensors, bias, member.shape[0], member.bits, member.group_size)
+                for member, bias in zip(self.members, biases)]
+
+
+def bound_fused(members: list, producer: Producer) -> BoundIntLinearFused | BoundFusedCuda:
+    """The fused call on weights that were bound on one device."""
+    return (BoundIntLinearFused if isinstance(members[0], ops.BoundIntLinear) else BoundFusedCuda)(members, producer)
+
+
+def _multiply_codes(x, codes, qweight, scales, zero_points, bias, n, bits, group_size) -> Tensor:
+    from .ops_lowbit_gemm_cuda import lowbit_linear
+
+    y = lowbit_linear(codes, qweight, scales, zero_points, bias, n, bits, group_size, x.dtype)
+    return y.view(*x.shape[:-1], n)
+
+
 def _fused_cuda(x, other, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits, act_group=32,
                 act_clip=1.0, act_sym=True, input_scale=None, norm_weight=None, epsilon=0.0, hadamard=-1, signs=None,
                 left=None, right=None, index=None, block_bits=None):
-    """No CUDA kernel transforms while it rounds: torch does both, then the weight-only kernels multiply."""
     from .formats.integer import quantize_activations
+    from .ops_lowbit_gemm_cuda import refusal
 
     producer = _producer(norm_weight, epsilon, other, hadamard, signs, left, right, index, block_bits)
     check_input(_OP, x, act_bits)
     producer.check(x, other)
-    _check_options(producer, x, act_bits, act_group, act_clip, act_sym, input_scale)
-    made = producer(x.float(), None if other is None else other.float())
-    seen = quantize_activations(made, act_bits, act_group, act_clip, act_sym, input_scale, block_bits).to(x.dtype)
-    return ops.int_linear_multi.dispatch(seen, qweights, scales, zero_points, biases, out_features, bits, group_size,
-                                         16)
+    options = act_bits, act_group, act_clip, act_sym, input_scale
+    _check_options(producer, x, *options)
+    check_projections(_OP, qweights, scales, zero_points, biases, out_features)
+    for i, n in enumerate(out_features):  # all checks come before the first launch
+        check_weight(_OP, x.shape[-1], qweights[i], scales[i], zero_points[i] if zero_points else None, n, bits,
+                     group_size, x.device)
+        check_bias(_OP, x, biases[i] if biases else None, n)
+    if refusal(x.shape[-1], bool(zero_points), act_bits, act_sym):  # rows too long for integer sums
+        made = producer(x.float(), None if other is None else other.float())
+        seen = quantize_activations(made, *options, block_bits).to(x.dtype)
+        return ops.int_linear_multi.dispatch(seen, qweights, scales, zero_points, biases, out_features, bits,
+                                             group_size, 16)
+    codes = CudaRounding(producer, x.shape[-1], bits, group_size, bool(zero_points), *options, x.device)(x, other)
+    return [_multiply_codes(x, codes, qweights[i], scales[i], zero_points[i] if zero_points else None,
+                            biases[i] if biases else None, n, bits, group_size)
+            for i, n in enumerate(out_features)]
 
 
 int_linear_fused = ops.Op(
@@ -263,5 +382,6 @@ int_linear_fused = ops.Op(
     "int hadamard=-1, Tensor? signs=None, Tensor? left=None, Tensor? right=None, Tensor? index=None, "
     "Tensor? block_bits=None) -> Tensor[]",
     _fused_cpu, _fused_fake, _fused_reference, _fused_cuda if _C.has_cuda_build else None,
-    "torch transforms and rounds, then int_linear cuda, once for each projection",
+    "producer_rows or producer_products cuda (quantize_rows cuda behind torch where neither takes the steps), then "
+    "lowbit_linear cuda, once for each projection",
 )

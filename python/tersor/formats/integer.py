@@ -256,10 +256,16 @@ class Int(Format):
                                       shape[0], self.num_bits, self.group_size, *self._input_arguments(tensors))
 
     def bind(self, tensors: Mapping[str, Tensor], shape: Shape):
-        if not tensors["qweight"].is_cpu:
+        device = tensors["qweight"].device
+        arguments = (tensors["qweight"], tensors["scales"], tensors.get("zero_points"), shape, self.num_bits,
+                     self.group_size, *self._input_arguments(tensors))
+        if device.type == "cpu":
+            return ops.BoundIntLinear(*arguments)
+        if device.type != "cuda" or self.activation == 16 or self.kernel(shape, device).startswith("reference"):
             return None
-        return ops.BoundIntLinear(tensors["qweight"], tensors["scales"], tensors.get("zero_points"), shape,
-                                  self.num_bits, self.group_size, *self._input_arguments(tensors))
+        from ..ops_fused import BoundLowbitCuda
+
+        return BoundLowbitCuda(*arguments)
 
     def producer(self, tensors: Mapping[str, Tensor]) -> dict | None:
         return {} if self.activation < 16 else None

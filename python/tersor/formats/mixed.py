@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
 from ..registry import register_format
 from .base import Around, Params, Shape, Tensors, TensorSpec
 from .integer import Int, quantize_activations
@@ -57,7 +56,7 @@ class MixedInputs(Around):
         if bound is None:
             return None
         fused = ops_fused()
-        call = fused.BoundIntLinearFused([bound], fused.Producer(**self.producer(tensors)))
+        call = fused.bound_fused([bound], fused.Producer(**self.producer(tensors)))
         return Bound(bound, call)
 
     def producer(self, tensors: Mapping[str, Tensor]) -> dict:
@@ -67,9 +66,7 @@ class MixedInputs(Around):
         return {**self.inner.spec(shape, dtype), "block_bits": TensorSpec((-(-shape[1] // BLOCK),), torch.uint8)}
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
-        if torch.device(device).type == "cuda":
-            return "reference: no CUDA kernel for mixed inputs, torch rounds them for int_linear cuda"
-        return ops.int_linear.kernel(torch.device(device))
+        return self.inner.kernel(shape, device)
 
     def text(self) -> str:
         return self.inner.text().replace(f"W{self.inner.num_bits}A4", f"W{self.inner.num_bits}Ax", 1)
