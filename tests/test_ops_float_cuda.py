@@ -4,19 +4,22 @@ import ctypes
 from types import SimpleNamespace
 
 import pytest
+import test_cuda_fp8_linear as fp8
 import torch
 from cuda_floats import FORMATS, Stored, kind_of, library
+from test_cpu_int_linear import Weight
 from test_cuda_float_linear import assert_near
 
 from tersor import ops_float, ops_float_cuda
-from tersor.formats import Float, Microscaling
+from tersor.formats import Float, Int, Microscaling
+from tersor.formats.inputs import Inputs
 
 
 class Launchers:
     """`_C`'s CUDA functions on the emulated library, with every buffer registered at the size it must have."""
 
     def __init__(self):
-        self.calls, self.sizes = [], {}
+        self.calls, self.most = [], 0
 
     def native(self, element, kind):
         return library(2 if kind == 4 else element).library
@@ -33,30 +36,64 @@ class Launchers:
         native = self.native(element, kind)
         _, partial_bytes, counter_bytes = ops_float_cuda._plan(m, n, k, element, kind, None)
         count = -(-n // scale_rows) * -(-k // group)
-        native.emulation_clear()
-        for address, size, writable in (
-                (x, 2 * ((m - 1) * ldx + k), 0), (codes, n * -(-k // 2) if element else n * k, 0),
-                (scales, count * {0: 4, 1: 2, 2: 2, 3: 1, 4: 1}[kind], 0), (one, 4, 0), (bias, 2 * n, 0),
-                (y, 2 * m * n, 1), (partials, partial_bytes, 1), (counters, counter_bytes, 1)):
-            if address and size:
-                native.emulation_register(address, size, b"buffer", writable)
+        buffers = [(x, 2 * ((m - 1) * ldx + k), 0), (codes, n * -(-k // 2) if element else n * k, 0),
+                   (scales, count * {0: 4, 1: 2, 2: 2, 3: 1, 4: 1}[kind], 0), (one, 4, 0), (bias, 2 * n, 0),
+                   (y, 2 * m * n, 1), (partials, partial_bytes, 1), (counters, counter_bytes, 1)]
         values = (x, x_dtype, m, k, ldx, codes, element, scales, kind, scale_rows, group, one, bias, y, n, ldy, ranges,
                   partials, counters, stream)
-        assert native.tersor_cuda_float_linear(*map(ctypes.c_int64, values)) == 0, native.emulation_error().decode()
-        self.calls.append(ranges)
+        self.launch(native, "tersor_cuda_float_linear", buffers, values)
+        self.most = max(self.most, ranges)
+
+
+    def fp8_plan(self, m, n, k, weight, multiprocessors, shared):
+        made = [ctypes.c_int64() for _ in range(3)]
+        sizes = [ctypes.c_int64(v) for v in (m, n, k)]
+        assert fp8.library(weight).library.tersor_cuda_fp8_linear_plan(
+            *sizes, weight, multiprocessors, ctypes.c_int64(shared), *map(ctypes.byref, made)) == 0
+        return tuple(value.value for value in made)
+
+    def fp8_rows(self, x, x_dtype, m, k, ldx, top, groups, interleaved, codes, scales, stream):
+        buffers = [(x, (4 if x_dtype == 0 else 2) * ((m - 1) * ldx + k), 0), (top, 4, 0),
+                   (codes, m * -(-k // 128) * 128, 1), (scales, 4 * m * groups, 1)]
+        values = (x, x_dtype, m, k, ldx, top, groups, interleaved, codes, scales, stream)
+        self.launch(fp8.library(0).library, "tersor_cuda_fp8_rows", buffers, values)
+
+    def fp8_linear(self, x, x_scales, x_groups, m, k, codes, weight, scales, scale_dtype, scale_rows, group, bias,
+                   y_dtype, y, n, ldy, ranges, partials, counters, stream):
+        _, partial_bytes, counter_bytes = ops_float_cuda._fp8_plan(m, n, k, weight, None)
+        groups = -(-k // group) if group else 1
+        sizes = (-(-n // 16) * -(-k // 32) * 256, -(-n // 16) * 16 * groups) if weight == 0 else \
+            (n * k, -(-n // scale_rows) * groups)
+        buffers = [(x, m * -(-k // 128) * 128, 0), (x_scales, 4 * m * x_groups, 0), (codes, sizes[0], 0),
+                   (scales, sizes[1] * (4 if scale_dtype == 0 else 2), 0), (bias, 2 * n, 0), (y, 2 * m * n, 1),
+                   (partials, partial_bytes, 1), (counters, counter_bytes, 1)]
+        values = (x, x_scales, x_groups, m, k, codes, weight, scales, scale_dtype, scale_rows, group, bias, y_dtype, y,
+                  n, ldy, ranges, partials, counters, stream)
+        self.launch(fp8.library(weight).library, "tersor_cuda_fp8_linear", buffers, values)
+
+    def launch(self, native, name, buffers, values):
+        native.emulation_clear()
+        for address, size, writable in buffers:
+            if address and size:
+                native.emulation_register(address, size, b"buffer", writable)
+        assert getattr(native, name)(*map(ctypes.c_int64, values)) == 0, native.emulation_error().decode()
+        self.calls.append(name)
 
 
 @pytest.fixture
 def launchers(monkeypatch):
     made = Launchers()
     monkeypatch.setattr(ops_float_cuda, "_C", SimpleNamespace(
-        cuda_float_linear_plan=made.plan, cuda_float_linear=made.linear))
+        cuda_float_linear_plan=made.plan, cuda_float_linear=made.linear, cuda_fp8_linear_plan=made.fp8_plan,
+        cuda_fp8_linear=made.fp8_linear, cuda_fp8_rows=made.fp8_rows))
     monkeypatch.setattr(ops_float_cuda, "_device", lambda index: (3, 100 * 1024))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     ops_float_cuda._plan.cache_clear()
+    ops_float_cuda._fp8_plan.cache_clear()
     yield made
     ops_float_cuda._plan.cache_clear()
+    ops_float_cuda._fp8_plan.cache_clear()
 
 
 def call(weight, x, bias=None, **changes):
@@ -77,7 +114,7 @@ def test_formats_and_inputs_of_any_shape(launchers, fmt):
     odd = torch.randn(6, k + 5).half()[1:, 3 : k + 3]
     assert_near(call(weight, odd), odd, weight, None)
     calls = len(launchers.calls)
-    assert calls == 7 and max(launchers.calls) > 1, "of 200 x 544 several ranges"
+    assert calls == 7 and launchers.most > 1, "of 200 x 544 several ranges"
     assert call(weight, odd[:0]).shape == (0, 200) and len(launchers.calls) == calls
 
 
@@ -90,6 +127,40 @@ def test_checks_come_before_pointers(launchers):
     assert not launchers.calls
 
 
+@pytest.mark.parametrize("scale", ("token", "group", "tensor"))
+@pytest.mark.parametrize("weights", (0, 1), ids=("int4", "e4m3"))
+def test_inputs_in_fp8(launchers, weights, scale):
+    n, k = 200, 300
+    weight = Weight(n, k, 4, 32, True, torch.float16) if weights == 0 else Stored(Float("e4m3", "block"), n, k)
+    stored = (weight.qweight, weight.scales) if weights == 0 else (weight.tensors["weight_packed"], weight.scales)
+    where = (1, 32) if weights == 0 else (weight.scale_rows, weight.group)
+    for shape in ((), (3,), (2, 9)):
+        wide = torch.randn(*shape, k + 3).bfloat16()[..., 3:]
+        wide[..., 0] *= 100
+        bias = torch.randn(n).bfloat16()
+        y = ops_float_cuda.fp8_linear(wide, *stored, bias, n, *where, scale)
+        seen = Inputs(Float(), "fp8", scale).quantize_input(wide.float()).double()
+        fp8.assert_near(y.reshape(-1, n), seen.reshape(-1, k), weight.truth, bias)
+        by_op = ops_float.fp8_linear(wide.float(), *stored, bias.float(), n, *where, scale)
+        assert (by_op.double() - y.double()).norm() < 5e-3 * y.double().norm()
+    assert set(launchers.calls) == {"tersor_cuda_fp8_rows", "tersor_cuda_fp8_linear"}
+    assert ops_float_cuda.fp8_linear(wide[:0], *stored, None, n, *where, scale).shape == (0, 9, n)
+    wide[0, 1, 5] = float("nan")
+    y = ops_float_cuda.fp8_linear(wide, *stored, None, n, *where, scale)
+    assert y[0, 1].isnan().all() and y[0, 0].isfinite().all() and y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("changes, name", [(dict(scale="row"), "scale"), (dict(x=torch.randn(2, 64)), "x"),
+                                           (dict(group=48), "group_size"), (dict(bias=torch.ones(3)), "bias")])
+def test_fp8_checks_come_before_pointers(launchers, changes, name):
+    weight = Weight(32, 64, 4, 32, True, torch.float16)
+    given = dict(x=torch.randn(2, 64).half(), codes=weight.qweight, scales=weight.scales, bias=None, n=32, rows=1,
+                 group=32, scale="token")
+    with pytest.raises(ValueError, match=f"fp8_linear: {name}.*: found"):
+        ops_float_cuda.fp8_linear(*(given | changes).values())
+    assert not launchers.calls
+
+
 def test_the_kernel_is_named():
     name = Float().kernel((4, 4), "cuda")
     if ops_float.float_linear.cuda is None:
@@ -98,3 +169,6 @@ def test_the_kernel_is_named():
         assert name.startswith("float_linear cuda (float32")
     assert Microscaling("e2m3").kernel((4, 4), "cuda").startswith("reference: ")
     assert kind_of(Float()) == 0
+    for fmt in (Inputs(Int(4)), Inputs(Float())):
+        name = fmt.kernel((4, 4), "cuda")
+        assert name.startswith("fp8_linear cuda" if ops_float_cuda.takes_fp8(torch.device("cuda")) else "reference: ")

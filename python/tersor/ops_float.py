@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C, ops, ops_float_cuda
+from . import _C, ops, ops_float_cuda, ops_round
 from .op_checks import CODE, FLOATS, as_rows, check_bias, fail
 
 _OP = "float_linear"
@@ -95,6 +95,43 @@ float_linear = ops.Op(
     "int group) -> Tensor",
     _float_linear_cpu, _float_linear_fake, _float_linear_reference,
     cuda=ops_float_cuda.float_linear if _C.has_cuda_build else None, cuda_kernel=ops_float_cuda.KERNEL,
+)
+
+
+# -- fp8_linear: inputs rounded to e4m3, weights of 4-bit integers or e4m3 -------------------------------------------
+
+_FP8_SCALES = {"token": ("largest", 0), "group": ("largest", 128), "tensor": ("whole", 0)}
+
+
+def check_fp8_scale(scale: str) -> None:
+    if scale not in _FP8_SCALES:
+        fail("fp8_linear", "scale", scale, ", ".join(_FP8_SCALES))
+
+
+def _fp8_linear_by(linear, int_linear, rounding):
+    """Rounding, then the product with what is left; one for each device."""
+
+    def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
+        check_fp8_scale(scale)
+        seen = rounding(x, "e4m3", *_FP8_SCALES[scale])
+        if codes.dtype is torch.uint8:
+            return int_linear(seen, codes, scales, None, bias, out_features, 4, group, 16)
+        return linear(seen, codes, scales, None, bias, out_features, scale_rows, group)
+
+    return fp8_linear
+
+
+def _fp8_linear_fake(x, codes, scales, bias, out_features, scale_rows, group, scale):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+fp8_linear = ops.Op(
+    "fp8_linear",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int out_features, int scale_rows, int group, str scale) "
+    "-> Tensor",
+    _fp8_linear_by(_float_linear_cpu, ops.int_linear.cpu, ops_round.float_round.cpu), _fp8_linear_fake,
+    _fp8_linear_by(_float_linear_reference, ops.int_linear.reference, ops_round.float_round.reference),
+    cuda=ops_float_cuda.fp8_linear if _C.has_cuda_build else None, cuda_kernel=ops_float_cuda.FP8_KERNEL,
 )
 
 

@@ -1,4 +1,4 @@
-"""`float_linear` on CUDA: checks, scratch memory, the current stream, then the kernels of cuda/."""
+"""`float_linear` and `fp8_linear` on CUDA: checks, scratch memory, the current stream, then the kernels of cuda/."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .op_checks import CODE, as_rows, check_bias, fail
-from .ops_cuda import _aligned_rows, _device, _workspace
+from .op_checks import CODE, as_rows, check_bias, check_weight, fail
+from .ops_cuda import _aligned_rows, _device, _workspace, capability
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNEL = "float_linear cuda"
+FP8_KERNEL = "fp8_linear cuda"
+_FP8 = (8, 9)  # the first compute capability whose mma takes e4m3
 
 
 @functools.lru_cache(maxsize=4096)
@@ -48,6 +50,78 @@ def float_linear(x, codes, scales, global_scale, bias, out_features, scale_rows,
     _C.cuda_float_linear(
         rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, codes.data_ptr(), element,
         scales.data_ptr(), kind, scale_rows, group, pointer(global_scale), pointer(bias), y.data_ptr(), n, n, ranges,
+        partials.data_ptr(), counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
+    )
+    return y
+
+
+# -- e4m3 activations ---------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def _fp8_plan(m, n, k, weight, index):
+    return _C.cuda_fp8_linear_plan(m, n, k, weight, *_device(index))
+
+
+def takes_fp8(device: torch.device) -> bool:
+    """Whether `fp8_linear` has a kernel on this device."""
+    if device.type != "cuda" or not _C.has_cuda_build or not torch.cuda.is_available():
+        return False
+    return capability(torch.cuda.current_device() if device.index is None else device.index) >= _FP8
+
+
+def _largest_finite(rows: Tensor) -> Tensor:
+    """The largest magnitude in the rows that are finite throughout, float32 ``[1]``; nothing waits for the GPU."""
+    top = rows.abs().amax(1).float()
+    return top.where(top.isfinite(), 0.0).amax().view(1)
+
+
+def fp8_rows(rows: Tensor, scale: str, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Codes uint8 ``[m, K]`` and scales float32 ``[m, groups]`` (cuda/tile/fp8_codes.h) of ``rows [m, k]``, m >= 1,
+    with a scale for each ``token``, ``group`` of 128 channels or the whole ``tensor``."""
+    m, k = rows.shape
+    padded = -(-k // 128) * 128
+    groups = padded // 128 if scale == "group" else 1
+    codes = torch.empty((m, padded), dtype=torch.uint8, device=rows.device)
+    scales = torch.empty((m, groups), dtype=torch.float32, device=rows.device)
+    top = _largest_finite(rows) if scale == "tensor" else None
+    _C.cuda_fp8_rows(rows.data_ptr(), CODE[rows.dtype], m, k, rows.stride(0) if m > 1 else k, pointer(top), groups,
+                     interleaved, codes.data_ptr(), scales.data_ptr(),
+                     torch._C._cuda_getCurrentRawStream(rows.device.index))
+    return codes, scales
+
+
+def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
+    from .ops_float import check_fp8_scale, check_operands
+
+    op, index = "fp8_linear", x.device.index
+    if x.dtype not in HALVES or x.dim() < 1:
+        fail(op, "x", f"{x.dtype} {list(x.shape)}", "on CUDA torch.bfloat16, torch.float16 [..., in_features]")
+    check_fp8_scale(scale)
+    k, n = x.shape[-1], out_features
+    integers = codes.dtype is torch.uint8
+    if integers:
+        check_weight(op, k, codes, scales, None, n, 4, group, x.device)
+    else:
+        check_operands(codes, scales, None, n, k, scale_rows, group, x.device)
+        if scales.dtype not in CODE:
+            fail(op, "scales", scales.dtype, "floats")
+    check_bias(op, x, bias, n)
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return fp8_linear(x, codes, scales, bias, n, scale_rows, group, scale)
+    rows = as_rows(x)
+    m = rows.shape[0]
+    y = x.new_empty((*x.shape[:-1], n))
+    if not y.numel():
+        return y
+    seen, of_tokens = fp8_rows(rows, scale, integers)
+    weight = 0 if integers else 1
+    ranges, partial_bytes, counter_bytes = _fp8_plan(m, n, k, weight, index)
+    partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
+    _C.cuda_fp8_linear(
+        seen.data_ptr(), of_tokens.data_ptr(), of_tokens.shape[1], m, k, codes.data_ptr(), weight, scales.data_ptr(),
+        CODE[scales.dtype], scale_rows, group, pointer(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges,
         partials.data_ptr(), counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
     )
     return y

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops_round
+from .. import ops_float, ops_float_cuda, ops_round
 from ..registry import register_format
 from .base import Around, Shape, reference_kernel
-from .floating import NVFP4, Microscaling
+from .floating import NVFP4, Float, Microscaling
+from .integer import Int
 
 _KINDS = ("fp8", "mxfp4", "mxfp8", "nvfp4")
 _SCALES = ("token", "tensor", "group")
@@ -51,10 +52,25 @@ class Inputs(Around):
         return ops_round.float_round(x, *_ROUNDING[self.kind if self.kind != "fp8" else self.scale])
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
+        if x.is_cuda and x.dtype in ops_float_cuda.HALVES and self._in_fp8(x.device):
+            if isinstance(self.inner, Int):
+                stored = tensors["qweight"], tensors["scales"], bias, shape[0], 1, self.inner.group_size
+            else:
+                codes, scales, _, rows, group = self.inner._operands(tensors, shape)
+                stored = codes, scales, bias, shape[0], rows, group
+            return ops_float.fp8_linear(x, *stored, self.scale)
         return self.inner.linear(self.quantize_input(x), tensors, bias, shape)
+
+    def _in_fp8(self, device: torch.device) -> bool:
+        """Whether rounded inputs stay e4m3 in the product on this device."""
+        inner = self.inner
+        weights = type(inner) is Float or type(inner) is Int and inner.num_bits == 4 and inner.symmetric
+        return self.kind == "fp8" and weights and ops_float_cuda.takes_fp8(device)
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         device = torch.device(device)
+        if self._in_fp8(device):
+            return f"{ops_float_cuda.FP8_KERNEL} (float32 inputs: rounded by torch, the unpacked weight)"
         inner, rounding = self.inner.kernel(shape, device), ops_round.float_round.kernel(device)
         if reference_kernel(inner) or reference_kernel(rounding):
             return f"reference: no kernel for {self.kind} activations"
