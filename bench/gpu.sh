@@ -51,7 +51,7 @@ build() {
 sanitize() {
   local failed=0
   for tool in memcheck racecheck initcheck synccheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name regex=int_ \
+    compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name "regex=int_|lowbit|quantize" \
       "$VENV/bin/python" bench/small_gpu_calls.py || failed=1
   done
   return $failed
@@ -67,6 +67,7 @@ step sanitize 240 bash -c sanitize
 step record 60 "$VENV/bin/python" bench/record_ptx.py && [[ $OUT != "$PWD/bench/results" ]] &&
   cp tests/data/ptx_replay.npz "$OUT/"
 step bench 240 "$VENV/bin/python" bench/linear.py --device cuda --out "$OUT/linear-cuda.json"
+step bench:lowbit 240 "$VENV/bin/python" bench/lowbit_cuda.py --out "$OUT/lowbit-cuda.json"
 step bench:attention 120 "$VENV/bin/python" bench/attention_cuda.py --out "$OUT/attention-cuda.json"
 printf '%s\n' "${TOLD[@]}"
 [[ "${TOLD[*]}" != *FAILED* ]]

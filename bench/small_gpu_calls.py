@@ -29,6 +29,14 @@ def main() -> None:
             w = ops.int_dequantize(qweight, scales, zeros, n, k, bits, group, torch.float32)
             error = float((y.float() - x.float() @ w.T).norm() / y.float().norm())
             assert error < 5e-3, (bits, m, n, k, group, error)
+            # The same with rounded activations; the CPU kernel on the same tensors is the reference.
+            there = tuple(t.cpu() for t in (x, qweight, scales, zeros))
+            for act_bits, act_group, act_sym in ((8, 0, True), (6, 64, True), (4, 0, True), (8, 32, False)):
+                options = None, n, bits, group, act_bits, act_group, 1.0, act_sym
+                y = ops.int_linear(x, qweight, scales, zeros, *options).cpu()
+                expected = ops.int_linear(*there, *options)
+                error = float((y.float() - expected.float()).norm() / expected.float().norm())
+                assert error < 6e-3, (bits, m, n, k, group, act_bits, act_group, act_sym, error)
     qweight, scales, zeros = stored(96, 256, 4, 64, experts=5)
     ends = torch.tensor([0, 3, 3, 12, 13], dtype=torch.int32, device="cuda")
     x = torch.randn(14, 256, dtype=torch.bfloat16, device="cuda")

@@ -148,8 +148,8 @@ class Launchers:
 
     def linear(self, *arguments):
         names = ("codes width row_bytes act_scales act_scale_stride sums act_zero_points stage_starts row_cost "
-                 "act_group m k qweight scales scale_dtype zero_points bias residual ldr y y_dtype n ldy bits group_size ranges "
-                 "partials counters stream").split()
+                 "act_group m k qweight scales scale_dtype zero_points bias residual ldr y y_dtype n ldy bits "
+                 "group_size ranges partials counters stream").split()
         a = dict(zip(names, arguments, strict=True))
         m, n, k, group, act_group = (a[name] for name in ("m", "n", "k", "group_size", "act_group"))
         tiles, blocks, stages = -(-n // 16), -(-k // 32), -(-k // 128)
