@@ -57,12 +57,12 @@ void define_float_cuda(py::module_& module) {
   module.def(
       "cuda_fp8_rows",
       [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, Address top, int64_t groups, bool interleaved,
-         Address codes, Address scales, Address stream) {
+         Address codes, Address scales, Address values, Address stream) {
         check(tersor_cuda_fp8_rows(pointer(x), x_dtype, m, k, ldx, pointer<const float>(top), groups, interleaved,
-                                   pointer<uint8_t>(codes), pointer<float>(scales), pointer(stream)));
+                                   pointer<uint8_t>(codes), pointer<float>(scales), pointer(values), pointer(stream)));
       },
       py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("top"), py::arg("groups"),
-      py::arg("interleaved"), py::arg("codes"), py::arg("scales"), py::arg("stream"), "rows rounded to e4m3 on a GPU");
+      py::arg("interleaved"), py::arg("codes"), py::arg("scales"), py::arg("values"), py::arg("stream"), "rows rounded to e4m3 on a GPU");
   module.def(
       "cuda_fp8_linear_plan",
       [](int64_t m, int64_t n, int64_t k, int weight, int multiprocessors, int64_t shared_memory_per_multiprocessor) {

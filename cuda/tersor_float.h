@@ -25,9 +25,11 @@ int tersor_cuda_float_linear(const void* x, int x_dtype, int64_t m, int64_t k, i
 
 /* x [m, k] of x_dtype (enum tersor_dtype) to e4m3 codes [m][128 ceil(k/128)] and fp32 scales [m][groups] of
  * cuda/tile/fp8_codes.h: groups 1, or ceil(k/128). top: the largest magnitude that all tokens share, or NULL for each
- * group's own. interleaved: channels in the order of 4-bit weights. */
+ * group's own. interleaved: channels in the order of 4-bit weights. values: codes times scales, [m][k] of x_dtype,
+ * instead of codes and scales, or NULL. */
 int tersor_cuda_fp8_rows(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx, const float* top,
-                         int64_t groups, int interleaved, uint8_t* codes, float* scales, void* stream);
+                         int64_t groups, int interleaved, uint8_t* codes, float* scales, void* values,
+                         void* stream);
 
 int tersor_cuda_fp8_linear_plan(int64_t m, int64_t n, int64_t k, int weight, int multiprocessors,
                                 int64_t shared_memory_per_multiprocessor, int64_t* ranges, int64_t* partial_bytes,

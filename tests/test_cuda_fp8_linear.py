@@ -26,6 +26,16 @@ def library(kind, edits=()):
     return build(SOURCES, {"TERSOR_FP8": kind}, edits=edits)
 
 
+def rounded_values(native, x, groups=1, top=None):
+    """What the rounding kernel makes of x in x's own type."""
+    m, k = x.shape
+    out = torch.full((m, k), 99.0, dtype=x.dtype)
+    names = ["x", *(["top"] if top is not None else []), "values"]
+    native.call("tersor_cuda_fp8_rows", x, ctypes.c_int(CODE[x.dtype]), m, k, x.stride(0), top, groups,
+                ctypes.c_int(0), None, None, out, None, names=names, outputs=[out])
+    return out
+
+
 def rounded(native, x, groups=1, interleaved=False, top=None, seeds=(0,), count=False):
     """Codes, scales and counters of the rounding kernel."""
     m, k = x.shape
@@ -34,7 +44,7 @@ def rounded(native, x, groups=1, interleaved=False, top=None, seeds=(0,), count=
     scales = torch.full((m, groups), float("nan"))
     names = ["x", *(["top"] if top is not None else []), "codes", "scales"]
     counters = native.call("tersor_cuda_fp8_rows", x, ctypes.c_int(CODE[x.dtype]), m, k, x.stride(0), top, groups,
-                           ctypes.c_int(interleaved), codes, scales, None, names=names, outputs=[codes, scales],
+                           ctypes.c_int(interleaved), codes, scales, None, None, names=names, outputs=[codes, scales],
                            seeds=seeds, count=count)
     return codes, scales, counters
 
@@ -84,6 +94,8 @@ def test_rounding_is_the_definition_bit_for_bit(dtype):
                                                128 if scale == "group" else 0)
                 # the definition multiplies back in fp32
                 assert torch.equal(found.float(), wanted), (m, k, scale, interleaved)
+                mine = rounded_values(library(1), x, groups, top)
+                assert torch.equal(mine, wanted.to(dtype)), (m, k, scale, "values")
                 padding = codes.view(m, -1, 8)[..., ORDER.argsort()].flatten(1) if interleaved else codes
                 assert not padding[:, k:].any()
 
@@ -187,7 +199,7 @@ def refusal(name, **changes):
     weight, scales, y = torch.zeros(2, 2, 256, dtype=torch.uint8), torch.ones(32), torch.empty(2, 32).half()
     if name == "rows":
         a = dict(x=scales.data_ptr(), x_dtype=0, m=2, k=16, ldx=16, top=0, groups=1, interleaved=0,
-                 codes=x.data_ptr(), out=scales.data_ptr(), stream=0)
+                 codes=x.data_ptr(), out=scales.data_ptr(), values=0, stream=0)
     else:
         a = dict(x=x.data_ptr(), x_scales=scales.data_ptr(), x_groups=1, m=2, k=64, codes=weight.data_ptr(), weight=0,
                  scales=scales.data_ptr(), scale_dtype=0, scale_rows=1, group=0, bias=0, y_dtype=2, y=y.data_ptr(), n=32,

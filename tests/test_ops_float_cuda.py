@@ -52,11 +52,12 @@ class Launchers:
             *sizes, weight, multiprocessors, ctypes.c_int64(shared), *map(ctypes.byref, made)) == 0
         return tuple(value.value for value in made)
 
-    def fp8_rows(self, x, x_dtype, m, k, ldx, top, groups, interleaved, codes, scales, stream):
+    def fp8_rows(self, x, x_dtype, m, k, ldx, top, groups, interleaved, codes, scales, values, stream):
         buffers = [(x, (4 if x_dtype == 0 else 2) * ((m - 1) * ldx + k), 0), (top, 4, 0),
-                   (codes, m * -(-k // 128) * 128, 1), (scales, 4 * m * groups, 1)]
-        values = (x, x_dtype, m, k, ldx, top, groups, interleaved, codes, scales, stream)
-        self.launch(fp8.library(0).library, "tersor_cuda_fp8_rows", buffers, values)
+                   (codes, m * -(-k // 128) * 128, 1), (scales, 4 * m * groups, 1),
+                   (values, (4 if x_dtype == 0 else 2) * m * k, 1)]
+        given = (x, x_dtype, m, k, ldx, top, groups, interleaved, codes, scales, values, stream)
+        self.launch(fp8.library(0).library, "tersor_cuda_fp8_rows", buffers, given)
 
     def fp8_linear(self, x, x_scales, x_groups, m, k, codes, weight, scales, scale_dtype, scale_rows, group, bias,
                    y_dtype, y, n, ldy, ranges, partials, counters, stream):

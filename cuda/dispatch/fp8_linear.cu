@@ -35,7 +35,7 @@ int check_weight(int weight, int scale_dtype, int64_t k, int64_t group) {
 using namespace tersor;
 
 extern "C" int tersor_cuda_fp8_rows(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx, const float* top,
-                                    int64_t groups, int interleaved, uint8_t* codes, float* scales, void* stream) {
+                                    int64_t groups, int interleaved, uint8_t* codes, float* scales, void* values, void* stream) {
   if (int status = check_stream(kRows, m, 1, k)) return status;
   if (x_dtype < 0 || x_dtype > 2) {
     return fail(TERSOR_INVALID, "%s: x_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", kRows, x_dtype);
@@ -46,7 +46,7 @@ extern "C" int tersor_cuda_fp8_rows(const void* x, int x_dtype, int64_t m, int64
                 (long long)groups, (long long)(padded / kFp8Group));
   }
   if (m == 0) return TERSOR_OK;
-  if (!x || !codes || !scales || !is_aligned(codes, 16)) {
+  if (!x || (!values && (!codes || !scales || !is_aligned(codes, 16)))) {
     return fail(TERSOR_INVALID, "%s: x, codes or scales is absent, or codes no multiple of 16", kRows);
   }
   if (m > 1 && ldx < k) {
@@ -56,7 +56,8 @@ extern "C" int tersor_cuda_fp8_rows(const void* x, int x_dtype, int64_t m, int64
   Fp8Rows a{};
   a.x = x;
   a.codes = codes;
-  a.scales = scales;
+  a.scales = values ? nullptr : scales;
+  a.values = values;
   a.top = top;
   a.ldx = m > 1 ? ldx : 0;
   a.k = static_cast<int>(k);
@@ -64,6 +65,7 @@ extern "C" int tersor_cuda_fp8_rows(const void* x, int x_dtype, int64_t m, int64
   a.groups = static_cast<int>(groups);
   a.interleaved = interleaved;
   a.aligned = is_aligned(x, 16) && a.ldx * bytes % 16 == 0;
+  a.aligned_values = is_aligned(values, 16) && k * bytes % 16 == 0;
   const int error = launch(fp8_rows_kernel(x_dtype), dim3(static_cast<unsigned>(m)), dim3(kFp8RowThreads), 16,
                            static_cast<cudaStream_t>(stream), a);
   if (error) return fail(TERSOR_CUDA_ERROR, "%s: the kernel did not start: CUDA error %d", kRows, error);

@@ -1,4 +1,5 @@
-// Activations rounded to e4m3: codes and scales of tile/fp8_codes.h from x [m, k] in bf16, fp16 or fp32.
+// Activations rounded to e4m3: codes and scales of tile/fp8_codes.h from x [m, k] in bf16, fp16 or fp32, or the rounded
+// numbers (codes times scales) in x's type, for products that take 16 bits.
 //
 // A block of 128 threads takes a token; a thread takes eight channels at a time, 16 or 32 contiguous bytes, and stores
 // their codes as 8. With a scale for each 128 channels 16 lanes share one and x is read once; with one for a token the
@@ -15,61 +16,10 @@
 #include "kernels/quantize_fp8_rows.h"
 
 #include "tile/fp8_codes.h"
-#include "tile/number.h"
+#include "tile/row_numbers.h"
 
 namespace tersor {
 namespace {
-
-constexpr uint32_t kInfinity = 0x7f800000;
-
-struct Float32 {};
-
-template <class Type>
-struct Source {
-  static constexpr int kBytes = 2;
-  static TERSOR_DEVICE void load_eight(const void* p, float (&out)[8]) {
-    const auto pairs = ptx::load_global_constant(static_cast<const ptx::Vec<uint32_t, 4>*>(p));
-    for (int i = 0; i < 4; ++i) {
-      out[2 * i] = Type::low(pairs[i]);
-      out[2 * i + 1] = Type::high(pairs[i]);
-    }
-  }
-  static TERSOR_DEVICE float load(const void* p) {
-    return Type::low(ptx::load_global_constant(static_cast<const uint16_t*>(p)));
-  }
-};
-template <>
-struct Source<Float32> {
-  static constexpr int kBytes = 4;
-  static TERSOR_DEVICE void load_eight(const void* p, float (&out)[8]) {
-    for (int half = 0; half < 2; ++half) {
-      const auto four = ptx::load_global_constant(static_cast<const ptx::Vec<float, 4>*>(p) + half);
-      for (int i = 0; i < 4; ++i) out[4 * half + i] = four[i];
-    }
-  }
-  static TERSOR_DEVICE float load(const void* p) { return ptx::load_global_constant(static_cast<const float*>(p)); }
-};
-
-// Channels channel .. channel + 7 of a row; zeros behind k.
-template <class Type>
-TERSOR_DEVICE void load_channels(const Fp8Rows& a, const char* row, int channel, float (&x)[8]) {
-  const char* from = row + int64_t(channel) * Source<Type>::kBytes;
-  if (a.aligned && channel + 8 <= a.k) {
-    Source<Type>::load_eight(from, x);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = channel + i < a.k ? Source<Type>::load(from + i * Source<Type>::kBytes) : 0.0f;
-}
-
-TERSOR_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-
-TERSOR_DEVICE uint32_t largest_of(const float (&x)[8]) {
-  uint32_t top = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) top = larger(top, ptx::float_to_bits(x[i]) & 0x7fffffff);
-  return top;
-}
 
 // NaN where the group is not finite.
 TERSOR_DEVICE float scale_of(uint32_t group_top, uint32_t top) {
@@ -78,17 +28,23 @@ TERSOR_DEVICE float scale_of(uint32_t group_top, uint32_t top) {
   return scale < least ? least : scale;
 }
 
-TERSOR_DEVICE void store_codes(const Fp8Rows& a, int64_t row, int channel, const float (&x)[8], float scale) {
+// The codes of eight channels, or, where the rounded numbers are wanted, codes times scale.
+template <class Type>
+TERSOR_DEVICE void store_codes(const Fp8Rows& a, int64_t row, int channel, float (&x)[8], float scale) {
   uint32_t words[2] = {};
-  if (scale == scale) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float ratio = x[i] / scale, inside = ratio > 448.0f ? 448.0f : ratio < -448.0f ? -448.0f : ratio;
-      const int at = a.interleaved ? 2 * (i % 4) + i / 4 : i;
-      const uint32_t code = e4m3_code(inside) << (8 * (at % 4));
-      words[0] |= at < 4 ? code : 0;
-      words[1] |= at < 4 ? 0 : code;
-    }
+  for (int i = 0; i < 8; ++i) {
+    const float ratio = x[i] / scale, inside = ratio > 448.0f ? 448.0f : ratio < -448.0f ? -448.0f : ratio;
+    const uint32_t code = scale == scale ? e4m3_code(inside) : 0;
+    const int at = a.interleaved ? 2 * (i % 4) + i / 4 : i;
+    words[0] |= at < 4 ? code << (8 * (at % 4)) : 0;
+    words[1] |= at < 4 ? 0 : code << (8 * (at % 4));
+    x[i] = e4m3_value(code) * scale;
+  }
+  if (a.values != nullptr) {
+    char* to = static_cast<char*>(a.values) + row * a.k * RowNumbers<Type>::kBytes;
+    store_channels<Type>(to, channel, a.k, a.aligned_values != 0, x);
+    return;
   }
   ptx::store_global(reinterpret_cast<ptx::Vec<uint32_t, 2>*>(a.codes + row * a.padded + channel),
                     ptx::Vec<uint32_t, 2>{{words[0], words[1]}});
@@ -99,25 +55,25 @@ __global__ void __launch_bounds__(kFp8RowThreads) quantize_fp8_rows(const Fp8Row
   constexpr int step = 8 * kFp8RowThreads;
   const int thread = threadIdx.x, lane = thread % 32;
   const int64_t row = blockIdx.x;
-  const char* source = static_cast<const char*>(a.x) + row * a.ldx * Source<Type>::kBytes;
+  const char* source = static_cast<const char*>(a.x) + row * a.ldx * RowNumbers<Type>::kBytes;
   const int rounds = (a.padded + step - 1) / step;
   float x[8];
   if (a.groups > 1) {
     for (int i = 0; i < rounds; ++i) {
       const int channel = i * step + 8 * thread;
-      load_channels<Type>(a, source, channel, x);
+      load_channels<Type>(source, channel, a.k, a.aligned != 0, x);
       uint32_t top = largest_of(x);
       for (int mask = 8; mask > 0; mask /= 2) top = larger(top, ptx::shuffle_xor(top, mask));
       if (channel >= a.padded) continue;
       const float scale = scale_of(top, top);
-      store_codes(a, row, channel, x, scale);
-      if (lane % 16 == 0) ptx::store_global(a.scales + row * a.groups + channel / kFp8Group, scale);
+      store_codes<Type>(a, row, channel, x, scale);
+      if (lane % 16 == 0 && a.scales != nullptr) ptx::store_global(a.scales + row * a.groups + channel / kFp8Group, scale);
     }
     return;
   }
   uint32_t top = 0;
   for (int i = 0; i < rounds; ++i) {
-    load_channels<Type>(a, source, i * step + 8 * thread, x);
+    load_channels<Type>(source, i * step + 8 * thread, a.k, a.aligned != 0, x);
     top = larger(top, largest_of(x));
   }
   for (int mask = 16; mask > 0; mask /= 2) top = larger(top, ptx::shuffle_xor(top, mask));
@@ -128,12 +84,12 @@ __global__ void __launch_bounds__(kFp8RowThreads) quantize_fp8_rows(const Fp8Row
     top = larger(top, ptx::load_shared<uint32_t>(shared + 4 * warp));
   }
   const float scale = scale_of(top, a.top ? ptx::float_to_bits(ptx::load_global_constant(a.top)) : top);
-  if (thread == 0) ptx::store_global(a.scales + row, scale);
+  if (thread == 0 && a.scales != nullptr) ptx::store_global(a.scales + row, scale);
   for (int i = 0; i < rounds; ++i) {
     const int channel = i * step + 8 * thread;
     if (channel >= a.padded) break;
-    load_channels<Type>(a, source, channel, x);
-    store_codes(a, row, channel, x, scale);
+    load_channels<Type>(source, channel, a.k, a.aligned != 0, x);
+    store_codes<Type>(a, row, channel, x, scale);
   }
 }
 

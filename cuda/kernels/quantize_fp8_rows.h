@@ -12,11 +12,12 @@ struct Fp8Rows {
   const void* x;     // [m, ldx]
   uint8_t* codes;    // [m, padded]
   float* scales;     // [m, groups]
+  void* values;      // [m, k] of x's type instead of codes and scales, or null
   const float* top;  // the largest magnitude that all tokens share, or null
   int64_t ldx;
   int k, padded, groups;  // groups: 1, or ceil(k / 128)
   int interleaved;        // the order of channels is that of 4-bit weights
-  int aligned;            // rows of x start at multiples of 16 bytes
+  int aligned, aligned_values;  // rows of x, of values, start at multiples of 16 bytes
 };
 
 using Fp8RowsKernel = void(Fp8Rows);

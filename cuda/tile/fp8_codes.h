@@ -23,6 +23,24 @@ TERSOR_DEVICE uint32_t e4m3_code(float value) {
   return sign | (((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3));
 }
 
+// The number that a code of e4m3 stands for: its bits are those of an f16 2^8 times smaller.
+TERSOR_DEVICE float e4m3_value(uint32_t code) {
+  return ptx::unpack_f16x2((code & 0x80) << 8 | (code & 0x7f) << 7)[0] * 256.0f;
+}
+
+// The e2m1 code nearest to value, ties to even; |value| <= 6.
+TERSOR_DEVICE uint32_t e2m1_code(float value) {
+  const uint32_t bits = ptx::float_to_bits(value), sign = bits >> 28 & 8, magnitude = bits & 0x7fffffff;
+  if (magnitude < 0x3f800000) {  // below 1 numbers are multiples of a half, the last place of 2^22
+    return sign | (ptx::float_to_bits(ptx::bits_to_float(magnitude) + 4194304.0f) & 3);
+  }
+  return sign | (((magnitude + 0x1fffff + (magnitude >> 22 & 1)) >> 22) - (126 << 1));
+}
+// The number that a code of e2m1 stands for: its bits are those of an f16 2^14 times smaller.
+TERSOR_DEVICE float e2m1_value(uint32_t code) {
+  return ptx::unpack_f16x2((code & 8) << 12 | (code & 7) << 9)[0] * 16384.0f;
+}
+
 // Four 4-bit codes (one in the low half of each byte) less 8 as e4m3 numbers times 2^-9. The bits of an e4m3 number
 // below 16 times its least are that multiple: 0 .. 8 need no table, and negative ones are 0x88 - (code & 7).
 // `tops`: the same codes in the high halves of the bytes, whose first bit says which.

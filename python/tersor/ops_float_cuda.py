@@ -86,7 +86,7 @@ def fp8_rows(rows: Tensor, scale: str, interleaved: bool) -> tuple[Tensor, Tenso
     scales = torch.empty((m, groups), dtype=torch.float32, device=rows.device)
     top = _largest_finite(rows) if scale == "tensor" else None
     _C.cuda_fp8_rows(rows.data_ptr(), CODE[rows.dtype], m, k, rows.stride(0) if m > 1 else k, pointer(top), groups,
-                     interleaved, codes.data_ptr(), scales.data_ptr(),
+                     interleaved, codes.data_ptr(), scales.data_ptr(), 0,
                      torch._C._cuda_getCurrentRawStream(rows.device.index))
     return codes, scales
 
