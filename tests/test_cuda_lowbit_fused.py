@@ -1,6 +1,7 @@
 """`int_linear_fused` on CUDA, and the layers that call it: what reaches the launchers, run on CPU tensors with the
 host-compiled kernels."""
 
+import copy
 from types import SimpleNamespace
 
 import cuda_lowbit
@@ -101,6 +102,22 @@ def test_a_step_that_no_kernel_takes_is_run_by_torch(launchers):
     assert "shared memory; this GPU has 1024" in bound.rounding.refusal
 
 
+def test_zeros_what_is_not_finite_and_no_rows(launchers):
+    """A row of zeros gives the bias, one that is not finite NaN; no row changes another."""
+    torch.manual_seed(0)
+    for zeros, (bits, group, symmetric) in ((True, (8, 0, False)), (False, (4, 64, True)), (True, (6, 32, True))):
+        held, *lists = weights(192, (24,), zeros=zeros)
+        bound = BoundFusedCuda([BoundLowbitCuda(held[0].qweight, held[0].scales, held[0].zeros, (24, 192), 4, 64, bits,
+                                                group, 1.0, symmetric)], Producer(hadamard=0))
+        x, bias = torch.randn(5, 192).bfloat16(), torch.randn(24).bfloat16()
+        y = bound(x, [bias])[0]
+        x[1], x[2, 191], x[3, 0] = 0, float("inf"), float("nan")
+        z = bound(x, [bias])[0]
+        assert torch.equal(z[1], bias) and z[2:4].isnan().all()
+        assert torch.equal(z[[0, 4]], y[[0, 4]])
+        assert bound(x[:0], [bias])[0].shape == (0, 24) and bound(x[None, :2], [None])[0].shape == (1, 2, 24)
+
+
 def test_checks_come_before_launches(launchers):
     held, *lists = weights(256, (24,))
     x = torch.randn(3, 256).bfloat16()
@@ -153,6 +170,20 @@ def test_a_layer_on_a_gpu_is_the_layer_on_a_cpu(launchers, monkeypatch, step, fo
             assert y.shape == wanted.shape and (y.double() - wanted).norm() < 5e-3 * wanted.norm()
         assert launchers.rows.calls == 2 and launchers.products.calls == 2
         assert isinstance(getattr(held._bind(), "weights", held._bind()), BoundLowbitCuda)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("format", ("W4A8", "W4A4[act_group=0]", "W6A6[act_group=128]", "W4Ax[act_group=128]"))
+@pytest.mark.parametrize("step", STEPS)
+def test_a_layer_on_hardware_is_the_layer_on_a_cpu(step, format):
+    torch.manual_seed(1)
+    held = layer(256, 40, format, STEPS[step](256))
+    there = copy.deepcopy(held).cuda()
+    assert there.kernel == "quantize_rows cuda, lowbit_linear cuda"
+    for rows in (0, 1, 5, 200):
+        x = torch.randn(rows, 256).bfloat16()
+        wanted, y = held(x).double(), there(x.cuda()).cpu().double()
+        assert y.shape == wanted.shape and (y - wanted).norm() <= 5e-3 * wanted.norm()
 
 
 def test_a_step_without_a_kernel_leaves_the_layer_right(on_gpu):

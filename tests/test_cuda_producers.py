@@ -178,6 +178,15 @@ def test_only_codes_scales_and_sums_are_written(launchers, name, repeated):
     assert total["shared"]["extra_cycles"] == 0
 
 
+def test_products_take_three_mma_for_each_tile(launchers):
+    """Two in front of butterflies, whose matrix is exact."""
+    q = produce(torch.randn(1, 2048).bfloat16(), None, Producer(**kron(32, 64)), 4, 0, width=4)
+    assert q.codes.any()
+    assert launchers.counters["total"]["mma"] == {"m16n8k16_bf16": 3 * (2 * 2 * 8 + 4 * 4 * 4)}
+    produce(torch.randn(1, 28 * 64).bfloat16(), None, Producer(hadamard=0), 8)
+    assert launchers.counters["total"]["mma"] == {"m16n8k16_bf16": 2 * (2 * 2 * 8)}
+
+
 def test_numbers_of_products_in_two_parts(launchers):
     """What the small matrices lose: nothing of bfloat16 numbers, 2^-16 of others; and the order of fragments."""
     matrix = torch.randn(20, 20)

@@ -9,8 +9,8 @@
 //
 //   Work of a row of n1 x n2: 3 n1 n2 (n1 + n2) multiply-adds, and 2 n1 n2 n1 in front of butterflies. 8192 channels
 //   as 64 x 128: 4.7 M, 2304 mma, 384 KB of fragments from L1: about 4000 cycles of a multiprocessor of sm_90, and
-//   4096 rows 75 us on 132 of them at 1.7 GHz; 4 % of a layer of 8192 x 28672 that takes 1.9 ms. Not measured on
-//   hardware.
+//   4096 rows 75 us on 132 of them at 1.7 GHz; 4 % of a layer of 8192 x 28672 that takes 1.9 ms. A single row waits for
+//   its fragments: 64 bytes a cycle from L2 are 4 us for 64 x 128, 8 us for 112 x 128. Not measured on hardware.
 //
 //   Shared memory: lines = k / (n1 n2) ceil16(n1) of 4 ceil16(n2) + 16 bytes, and what rounding needs
 //   (quantize_rows.cu): 33 KB for 64 x 128, 59 KB for 112 x 128, 66 KB for 28 x 512.
