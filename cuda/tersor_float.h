@@ -44,6 +44,23 @@ int tersor_cuda_fp8_linear(const uint8_t* x, const float* x_scales, int64_t x_gr
                            int64_t group, const void* bias, int y_dtype, void* y, int64_t n, int64_t ldy,
                            int64_t ranges, float* partials, uint32_t* counters, void* stream);
 
+/* x [m, k] rounded in groups: kind 0 MXFP4, 1 NVFP4, 2 MXFP8. codes [m][64 ceil(k/128)], two of e2m1 in a byte, and
+ * scales [m][ceil(k/128) * (4 or 8)]: exponents with a bias of 127, or e4m3 numbers over *global (NVFP4); or values
+ * [m][k] of x_dtype instead, the only output of kind 2. */
+int tersor_cuda_block_rows(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx, int kind,
+                           const float* global, uint8_t* codes, uint8_t* scales, void* values, void* stream);
+
+int tersor_cuda_fp4_linear_plan(int64_t m, int64_t n, int64_t k, int kind, int multiprocessors,
+                                int64_t shared_memory_per_multiprocessor, int64_t* ranges, int64_t* partial_bytes,
+                                int64_t* counter_bytes);
+
+/* y[m, n] = x weights^T + bias from such codes and weights [n][ceil(k/2)] with scales [n][ceil(k/group)] of the same
+ * kind, on sm_120a alone. bias and y are of y_dtype, 1 bfloat16 or 2 float16. counters are zero before and after. */
+int tersor_cuda_fp4_linear(const uint8_t* x, const uint8_t* x_scales, const float* x_global, int64_t m, int64_t k,
+                           const uint8_t* codes, const uint8_t* scales, const float* global, int kind,
+                           const void* bias, int y_dtype, void* y, int64_t n, int64_t ldy, int64_t ranges,
+                           float* partials, uint32_t* counters, void* stream);
+
 #ifdef __cplusplus
 }
 #endif
