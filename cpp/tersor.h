@@ -250,6 +250,19 @@ int tersor_cuda_lowbit_linear(const uint8_t* codes, int width, int64_t row_bytes
                               const void* bias, const void* residual, int64_t ldr, void* y, int y_dtype, int64_t n,
                               int64_t ldy, int bits, int64_t group_size, int64_t ranges, uint32_t* partials,
                               uint32_t* counters, void* stream);
+/* The same for rows sorted by expert, as in tersor_cuda_int_linear_grouped: codes in bytes, no residual. */
+int tersor_cuda_lowbit_linear_grouped_plan(int64_t rows, int64_t n, int64_t k, int bits, int64_t group_size,
+                                           int scale_dtype, int has_zero_points, int64_t act_group,
+                                           int act_has_zero_points, int64_t experts, int multiprocessors,
+                                           int64_t shared_memory_per_multiprocessor, int64_t* ranges,
+                                           int64_t* partial_bytes, int64_t* counter_bytes);
+int tersor_cuda_lowbit_linear_grouped(const uint8_t* codes, int64_t row_bytes, const float* act_scales,
+                                      int64_t act_scale_stride, const int16_t* sums, const int16_t* act_zero_points,
+                                      int64_t act_group, int64_t rows, int64_t k, const int32_t* ends, int64_t experts,
+                                      const uint8_t* qweight, const void* scales, int scale_dtype,
+                                      const uint8_t* zero_points, const void* bias, void* y, int y_dtype, int64_t n,
+                                      int64_t ldy, int bits, int64_t group_size, int64_t ranges, uint32_t* partials,
+                                      uint32_t* counters, void* stream);
 int tersor_cuda_int_dequantize(const uint8_t* qweight, const void* scales, int scale_dtype, const uint8_t* zero_points,
                                int64_t n, int64_t k, int bits, int64_t group_size, void* out, int out_dtype,
                                void* stream);

@@ -22,6 +22,7 @@ SOURCES = [
     "cpp/common/parallel.cpp", "cpp/cpu/int_layout.cpp",
 ]
 NIBBLE_SOURCES = [*SOURCES, "cuda/kernels/sm80_lowbit_linear_s4.cu"]
+EXPERT_SOURCES = ["cuda/kernels/sm80_lowbit_linear_experts.cu", *SOURCES[1:]]
 
 
 @functools.cache

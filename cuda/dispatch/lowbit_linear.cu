@@ -1,11 +1,12 @@
-// Launcher of kernels/sm80_lowbit_linear.cu and sm80_lowbit_linear_s4.cu: checks what can be checked from sizes and
-// addresses, chooses the instance and cuts the work into ranges.
+// Launcher of kernels/sm80_lowbit_linear.cu, sm80_lowbit_linear_s4.cu and sm80_lowbit_linear_experts.cu: checks what
+// can be checked from sizes and addresses, chooses the instance and cuts the work into ranges.
 #include <cstdint>
 
 #include "common/status.h"
 #include "cpu/int_layout.h"
 #include "dispatch/launch.h"
 #include "dispatch/lowbit_linear_tiles.h"
+#include "kernels/sm80_lowbit_linear_experts.h"
 #include "tersor.h"
 #include "tile/act_codes.h"
 
@@ -13,6 +14,7 @@ namespace tersor {
 
 LowbitLinearChooser* lowbit_linear_choosers[9] = {};
 LowbitLinearChooser* lowbit_linear_nibble_choosers[3] = {};
+LowbitExpertsChooser* lowbit_experts_choosers[9] = {};
 
 namespace {
 
@@ -25,7 +27,8 @@ struct Shape {
   int scale_dtype;
   bool zero_points, act_zero_points;
   int64_t act_group;
-  int width;  // enum LowbitWidth
+  int width;        // enum LowbitWidth
+  int64_t experts;  // 0: one weight for all rows
 };
 
 // What a launch needs to know about one problem.
@@ -83,8 +86,17 @@ int describe(const Shape& s, Problem* p) {
   p->act_group_blocks = static_cast<int>(whole ? p->weight.blocks : s.act_group / kBlockK);
   if (int status = check_groups(s, *p)) return status;
   p->grouped = p->weight.groups > 1 || p->act_groups > 1 || s.width == kLowbitMixed;
-  p->token_tiles = lowbit_token_tiles(s.m, p->grouped);
-  p->token_blocks = static_cast<int>(div_up(s.m, 8 * p->token_tiles));
+  if (s.experts < 0 || s.experts > 65535) {
+    return fail(TERSOR_INVALID, "experts is %lld; accepted: 0 to 65535", (long long)s.experts);
+  }
+  if (s.experts) {
+    // Rows belong to experts as they fall: each, and the rows of none, can leave one block unfilled.
+    p->token_tiles = lowbit_experts_token_tiles(s.m, s.experts);
+    p->token_blocks = static_cast<int>(s.m / (8 * p->token_tiles) + (s.m < s.experts + 1 ? s.m : s.experts + 1));
+  } else {
+    p->token_tiles = lowbit_token_tiles(s.m, p->grouped);
+    p->token_blocks = static_cast<int>(div_up(s.m, 8 * p->token_tiles));
+  }
   p->row_blocks = static_cast<int>(div_up(p->weight.tiles, kRowTiles));
   p->stages = static_cast<int>(div_up(p->weight.blocks, kLowbitStageBlocks));
   p->units = int64_t(p->row_blocks) * p->stages;
@@ -100,24 +112,16 @@ int describe(const Shape& s, Problem* p) {
 
 bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-}  // namespace
-}  // namespace tersor
-
-using namespace tersor;
-
-extern "C" int tersor_cuda_lowbit_linear_plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size,
-                                              int scale_dtype, int has_zero_points, int64_t act_group,
-                                              int act_has_zero_points, int width, int multiprocessors,
-                                              int64_t shared_memory_per_multiprocessor, int64_t* ranges,
-                                              int64_t* partial_bytes, int64_t* counter_bytes) {
+int plan(const Shape& shape, int multiprocessors, int64_t shared_memory_per_multiprocessor, int64_t* ranges,
+         int64_t* partial_bytes, int64_t* counter_bytes) {
   Problem p;
-  const Shape shape{m, n, k, bits, group_size, scale_dtype, has_zero_points != 0, act_has_zero_points != 0, act_group,
-                    width};
   if (int status = describe(shape, &p)) return status;
   if (multiprocessors < 1) return fail(TERSOR_INVALID, "multiprocessors is %d; accepted: 1 or more", multiprocessors);
   // The driver keeps 1 KB of each block's shared memory for itself.
   int64_t resident = shared_memory_per_multiprocessor / (p.shared_bytes + 1024);
-  const int64_t by_registers = lowbit_blocks_per_multiprocessor(p.token_tiles, width);
+  const int64_t by_registers = shape.experts
+                                   ? lowbit_experts_blocks_per_multiprocessor(p.token_tiles)
+                                   : lowbit_blocks_per_multiprocessor(p.token_tiles, shape.width);
   if (resident > by_registers) resident = by_registers;
   if (resident < 1) resident = 1;
   int64_t count = multiprocessors * resident / (p.token_blocks > 0 ? p.token_blocks : 1);
@@ -130,80 +134,97 @@ extern "C" int tersor_cuda_lowbit_linear_plan(int64_t m, int64_t n, int64_t k, i
   return TERSOR_OK;
 }
 
-extern "C" int tersor_cuda_lowbit_linear(
-    const uint8_t* codes, int width, int64_t row_bytes, const float* act_scales, int64_t act_scale_stride,
-    const int16_t* sums, const int16_t* act_zero_points, const int32_t* stage_starts, int64_t row_cost,
-    int64_t act_group, int64_t m, int64_t k, const uint8_t* qweight, const void* scales, int scale_dtype,
-    const uint8_t* zero_points, const void* bias, const void* residual, int64_t ldr, void* y, int y_dtype, int64_t n,
-    int64_t ldy, int bits, int64_t group_size, int64_t ranges, uint32_t* partials, uint32_t* counters, void* stream) {
-  Problem p;
-  const Shape shape{m, n, k, bits, group_size, scale_dtype, zero_points != nullptr, act_zero_points != nullptr,
-                    act_group, width};
-  if (int status = describe(shape, &p)) return status;
-  if (m == 0 || n == 0) return TERSOR_OK;
-  if (y_dtype < 0 || y_dtype > 2) {
-    return fail(TERSOR_INVALID, "y_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", y_dtype);
+// What a call brings; experts 0 and ends null: one weight for all rows.
+struct Call {
+  const uint8_t* codes;
+  int width;
+  int64_t row_bytes;
+  const float* act_scales;
+  int64_t act_scale_stride;
+  const int16_t *sums, *act_zero_points;
+  const int32_t* stage_starts;
+  int64_t row_cost, act_group, m, k;
+  const uint8_t* qweight;
+  const void* scales;
+  int scale_dtype;
+  const uint8_t* zero_points;
+  const void *bias, *residual;
+  int64_t ldr;
+  void* y;
+  int y_dtype;
+  int64_t n, ldy;
+  int bits;
+  int64_t group_size, ranges;
+  uint32_t *partials, *counters;
+  void* stream;
+  const int32_t* ends;
+  int64_t experts;
+};
+
+int check_call(const Call& c, const Problem& p) {
+  if (c.y_dtype < 0 || c.y_dtype > 2) {
+    return fail(TERSOR_INVALID, "y_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", c.y_dtype);
   }
-  if (!codes || !act_scales || !qweight || !scales || !y || (zero_points && !sums) ||
-      (width == kLowbitMixed && !stage_starts)) {
+  if (!c.codes || !c.act_scales || !c.qweight || !c.scales || !c.y || (c.zero_points && !c.sums) ||
+      (c.experts && !c.ends) || (c.width == kLowbitMixed && !c.stage_starts)) {
     return fail(TERSOR_INVALID, "%s is absent",
-                !codes ? "codes" : !act_scales ? "act_scales" : !qweight ? "qweight" : !scales ? "scales" : !y ? "y"
-                : zero_points && !sums ? "sums" : "stage_starts");
+                !c.codes ? "codes" : !c.act_scales ? "act_scales" : !c.qweight ? "qweight" : !c.scales ? "scales"
+                : !c.y ? "y" : c.experts && !c.ends ? "ends" : c.zero_points && !c.sums ? "sums" : "stage_starts");
   }
-  const bool aligned_to_16 = aligned(codes, 16) && row_bytes % 16 == 0 && aligned(qweight, 16) && aligned(scales, 16) &&
-                             (!zero_points || aligned(zero_points, 16));
-  if (!aligned_to_16 || (sums && !aligned(sums, 8)) || !aligned(act_scales, 4)) {
+  const bool aligned_to_16 = aligned(c.codes, 16) && c.row_bytes % 16 == 0 && aligned(c.qweight, 16) &&
+                             aligned(c.scales, 16) && (!c.zero_points || aligned(c.zero_points, 16));
+  if (!aligned_to_16 || (c.sums && !aligned(c.sums, 8)) || !aligned(c.act_scales, 4)) {
     return fail(TERSOR_INVALID, "codes, qweight, scales, zero_points: accepted are 16-byte aligned addresses and rows; "
                 "sums: 8-byte, act_scales: 4-byte");
   }
   // Rows of two widths are as long as the caller's table says.
-  const int64_t most = act_row_bytes(k, width == kLowbitNibbles ? 4 : 8);
-  const int64_t least = width == kLowbitMixed ? most / 2 : most;
-  if (row_bytes < least || (m > 1 && (ldy < n || (residual && ldr < n))) ||
-      (act_scale_stride != 0 && act_scale_stride < p.act_groups)) {
+  const int64_t most = act_row_bytes(c.k, c.width == kLowbitNibbles ? 4 : 8);
+  const int64_t least = c.width == kLowbitMixed ? most / 2 : most;
+  if (c.row_bytes < least || (c.m > 1 && (c.ldy < c.n || (c.residual && c.ldr < c.n))) ||
+      (c.act_scale_stride != 0 && c.act_scale_stride < p.act_groups)) {
     return fail(TERSOR_INVALID,
                 "row_bytes, ldy, ldr, act_scale_stride are %lld, %lld, %lld, %lld; accepted: at least %lld, %lld, "
-                "%lld, %d (or 0)", (long long)row_bytes, (long long)ldy, (long long)ldr, (long long)act_scale_stride,
-                (long long)least, (long long)n, (long long)n, p.act_groups);
+                "%lld, %d (or 0)",
+                (long long)c.row_bytes, (long long)c.ldy, (long long)c.ldr, (long long)c.act_scale_stride,
+                (long long)least, (long long)c.n, (long long)c.n, p.act_groups);
   }
-  const bool balanced = width == kLowbitMixed;
-  const int64_t longest = balanced ? p.row_blocks * row_cost / kLowbitMaxStageCost : p.units;
-  if (ranges < 1 || ranges > 65535 || (ranges > 1 && ranges > longest) || (balanced && row_cost < p.stages)) {
+  const bool balanced = c.width == kLowbitMixed;
+  const int64_t longest = balanced ? p.row_blocks * c.row_cost / kLowbitMaxStageCost : p.units;
+  if (c.ranges < 1 || c.ranges > 65535 || (c.ranges > 1 && c.ranges > longest) ||
+      (balanced && c.row_cost < p.stages)) {
     return fail(TERSOR_INVALID, "ranges is %lld with a row cost of %lld; accepted: 1 to %lld, and at least %d",
-                (long long)ranges, (long long)row_cost, (long long)(longest < 65535 ? longest : 65535), p.stages);
+                (long long)c.ranges, (long long)c.row_cost, (long long)(longest < 65535 ? longest : 65535), p.stages);
   }
-  if (ranges > 1 && (!partials || !counters || !aligned(partials, 16))) {
+  if (c.ranges > 1 && (!c.partials || !c.counters || !aligned(c.partials, 16))) {
     return fail(TERSOR_INVALID,
                 "partials and counters: accepted is the workspace, 16-byte aligned, for ranges above 1");
   }
-  LowbitLinearChooser* chooser = width == kLowbitBytes ? lowbit_linear_choosers[bits]
-                                                       : lowbit_linear_nibble_choosers[width];
-  LowbitLinearKernel* kernel = chooser ? chooser(p.grouped, p.token_tiles) : nullptr;
-  if (!kernel) {
-    return fail(TERSOR_INVALID, "bits %d, width %d with %d tokens at once: not in this build", bits, width,
-                8 * p.token_tiles);
-  }
+  return TERSOR_OK;
+}
+
+LowbitLinearArguments arguments_of(const Call& c, const Problem& p) {
+  const bool balanced = c.width == kLowbitMixed;
   LowbitLinearArguments a{};
-  a.codes = codes;
-  a.act_scales = act_scales;
-  a.sums = sums;
-  a.act_zero_points = act_zero_points;
-  a.stage_starts = stage_starts;
-  a.qweight = qweight;
-  a.scales = scales;
-  a.zero_points = zero_points;
-  a.bias = bias;
-  a.residual = residual;
-  a.y = y;
-  a.partials = partials;
-  a.counters = counters;
-  a.row_bytes = row_bytes;
-  a.act_scale_stride = act_scale_stride;
-  a.ldy = ldy;
-  a.ldr = ldr;
-  a.m = static_cast<int>(m);
-  a.n = static_cast<int>(n);
-  a.k = static_cast<int>(k);
+  a.codes = c.codes;
+  a.act_scales = c.act_scales;
+  a.sums = c.sums;
+  a.act_zero_points = c.act_zero_points;
+  a.stage_starts = c.stage_starts;
+  a.qweight = c.qweight;
+  a.scales = c.scales;
+  a.zero_points = c.zero_points;
+  a.bias = c.bias;
+  a.residual = c.residual;
+  a.y = c.y;
+  a.partials = c.partials;
+  a.counters = c.counters;
+  a.row_bytes = c.row_bytes;
+  a.act_scale_stride = c.act_scale_stride;
+  a.ldy = c.ldy;
+  a.ldr = c.ldr;
+  a.m = static_cast<int>(c.m);
+  a.n = static_cast<int>(c.n);
+  a.k = static_cast<int>(c.k);
   a.tiles = static_cast<int>(p.weight.tiles);
   a.blocks = static_cast<int>(p.weight.blocks);
   a.stages = p.stages;
@@ -215,15 +236,98 @@ extern "C" int tersor_cuda_lowbit_linear(
   a.act_slots = p.act_slots;
   a.group_bytes = p.group_bytes;
   a.stage_bytes = p.stage_bytes;
-  a.scale_dtype = scale_dtype;
-  a.y_dtype = y_dtype;
-  a.wide_stores = aligned(y, y_dtype == TERSOR_FLOAT32 ? 16 : 8) && (m == 1 || ldy % 4 == 0);
-  a.share = static_cast<uint32_t>(p.units / ranges);
-  a.extra = static_cast<uint32_t>(p.units % ranges);
-  a.row_cost = balanced ? row_cost : 0;
-  a.total_cost = balanced ? row_cost * p.row_blocks : 0;
-  const dim3 grid(p.token_blocks, static_cast<unsigned>(ranges));
-  const int error = launch(kernel, grid, dim3(kLowbitThreads), p.shared_bytes, static_cast<cudaStream_t>(stream), a);
+  a.scale_dtype = c.scale_dtype;
+  a.y_dtype = c.y_dtype;
+  a.wide_stores = aligned(c.y, c.y_dtype == TERSOR_FLOAT32 ? 16 : 8) && (c.m == 1 || c.ldy % 4 == 0);
+  a.share = static_cast<uint32_t>(p.units / c.ranges);
+  a.extra = static_cast<uint32_t>(p.units % c.ranges);
+  a.row_cost = balanced ? c.row_cost : 0;
+  a.total_cost = balanced ? c.row_cost * p.row_blocks : 0;
+  return a;
+}
+
+int start(const Call& c) {
+  Problem p;
+  const Shape shape{c.m, c.n, c.k, c.bits, c.group_size, c.scale_dtype, c.zero_points != nullptr,
+                    c.act_zero_points != nullptr, c.act_group, c.width, c.experts};
+  if (int status = describe(shape, &p)) return status;
+  if (c.m == 0 || c.n == 0) return TERSOR_OK;
+  if (int status = check_call(c, p)) return status;
+  const LowbitLinearArguments a = arguments_of(c, p);
+  const dim3 grid(p.token_blocks, static_cast<unsigned>(c.ranges)), block(kLowbitThreads);
+  const auto stream = static_cast<cudaStream_t>(c.stream);
+  LowbitExpertsKernel* grouped = nullptr;
+  LowbitLinearKernel* kernel = nullptr;
+  if (c.experts) {
+    LowbitExpertsChooser* chooser = lowbit_experts_choosers[c.bits];
+    grouped = chooser ? chooser(p.grouped, p.token_tiles) : nullptr;
+  } else {
+    LowbitLinearChooser* chooser =
+        c.width == kLowbitBytes ? lowbit_linear_choosers[c.bits] : lowbit_linear_nibble_choosers[c.width];
+    kernel = chooser ? chooser(p.grouped, p.token_tiles) : nullptr;
+  }
+  if (!kernel && !grouped) {
+    return fail(TERSOR_INVALID, "bits %d, width %d with %d tokens at once: not in this build", c.bits, c.width,
+                8 * p.token_tiles);
+  }
+  int error = 0;
+  if (c.experts) {
+    const int64_t entries = int64_t(a.tiles) * a.groups * kTileRows, scale_bytes = c.scale_dtype ? 2 : 4;
+    const LowbitExperts experts{c.ends, static_cast<int>(c.experts), a.m, int64_t(a.tiles) * a.blocks * 64 * c.bits,
+                                entries * scale_bytes, entries};
+    error = launch(grouped, grid, block, p.shared_bytes, stream, a, experts);
+  } else {
+    error = launch(kernel, grid, block, p.shared_bytes, stream, a);
+  }
   if (error) return fail(TERSOR_CUDA_ERROR, "lowbit_linear: the kernel did not start: CUDA error %d", error);
   return TERSOR_OK;
+}
+
+}  // namespace
+}  // namespace tersor
+
+using namespace tersor;
+
+extern "C" int tersor_cuda_lowbit_linear_plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size,
+                                              int scale_dtype, int has_zero_points, int64_t act_group,
+                                              int act_has_zero_points, int width, int multiprocessors,
+                                              int64_t shared_memory_per_multiprocessor, int64_t* ranges,
+                                              int64_t* partial_bytes, int64_t* counter_bytes) {
+  return plan({m, n, k, bits, group_size, scale_dtype, has_zero_points != 0, act_has_zero_points != 0, act_group, width,
+               /* experts */ 0},
+              multiprocessors, shared_memory_per_multiprocessor, ranges, partial_bytes, counter_bytes);
+}
+
+extern "C" int tersor_cuda_lowbit_linear(
+    const uint8_t* codes, int width, int64_t row_bytes, const float* act_scales, int64_t act_scale_stride,
+    const int16_t* sums, const int16_t* act_zero_points, const int32_t* stage_starts, int64_t row_cost,
+    int64_t act_group, int64_t m, int64_t k, const uint8_t* qweight, const void* scales, int scale_dtype,
+    const uint8_t* zero_points, const void* bias, const void* residual, int64_t ldr, void* y, int y_dtype, int64_t n,
+    int64_t ldy, int bits, int64_t group_size, int64_t ranges, uint32_t* partials, uint32_t* counters, void* stream) {
+  return start({codes, width, row_bytes, act_scales, act_scale_stride, sums, act_zero_points, stage_starts, row_cost,
+                act_group, m, k, qweight, scales, scale_dtype, zero_points, bias, residual, ldr, y, y_dtype, n, ldy,
+                bits, group_size, ranges, partials, counters, stream, nullptr, 0});
+}
+
+extern "C" int tersor_cuda_lowbit_linear_grouped_plan(int64_t rows, int64_t n, int64_t k, int bits, int64_t group_size,
+                                                      int scale_dtype, int has_zero_points, int64_t act_group,
+                                                      int act_has_zero_points, int64_t experts, int multiprocessors,
+                                                      int64_t shared_memory_per_multiprocessor, int64_t* ranges,
+                                                      int64_t* partial_bytes, int64_t* counter_bytes) {
+  if (experts < 1) return fail(TERSOR_INVALID, "experts is %lld; accepted: 1 or more", (long long)experts);
+  return plan({rows, n, k, bits, group_size, scale_dtype, has_zero_points != 0, act_has_zero_points != 0, act_group,
+               kLowbitBytes, experts},
+              multiprocessors, shared_memory_per_multiprocessor, ranges, partial_bytes, counter_bytes);
+}
+
+extern "C" int tersor_cuda_lowbit_linear_grouped(
+    const uint8_t* codes, int64_t row_bytes, const float* act_scales, int64_t act_scale_stride, const int16_t* sums,
+    const int16_t* act_zero_points, int64_t act_group, int64_t rows, int64_t k, const int32_t* ends, int64_t experts,
+    const uint8_t* qweight, const void* scales, int scale_dtype, const uint8_t* zero_points, const void* bias, void* y,
+    int y_dtype, int64_t n, int64_t ldy, int bits, int64_t group_size, int64_t ranges, uint32_t* partials,
+    uint32_t* counters, void* stream) {
+  if (experts < 1) return fail(TERSOR_INVALID, "experts is %lld; accepted: 1 or more", (long long)experts);
+  return start({codes, kLowbitBytes, row_bytes, act_scales, act_scale_stride, sums, act_zero_points, nullptr, 0,
+                act_group, rows, k, qweight, scales, scale_dtype, zero_points, bias, nullptr, 0, y, y_dtype, n, ldy,
+                bits, group_size, ranges, partials, counters, stream, ends, experts});
 }
