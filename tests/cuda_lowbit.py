@@ -173,10 +173,46 @@ class Launchers:
         assert status == 0, self.native.emulation_error().decode() or status
         self.calls += 1
 
+    def grouped_plan(self, *arguments):
+        found = [ctypes.c_int64() for _ in range(3)]
+        assert self.experts.tersor_cuda_lowbit_linear_grouped_plan(
+            *(ctypes.c_int64(int(a)) for a in arguments), *map(ctypes.byref, found)) == 0
+        return tuple(value.value for value in found)
+
+    def grouped(self, *arguments):
+        names = ("codes row_bytes act_scales act_scale_stride sums act_zero_points act_group rows k ends experts "
+                 "qweight scales scale_dtype zero_points bias y y_dtype n ldy bits group_size ranges partials counters "
+                 "stream")
+        a = dict(zip(names.split(), arguments, strict=True))
+        m, n, k, group, act_group, count = (a[x] for x in ("rows", "n", "k", "group_size", "act_group", "experts"))
+        tiles, blocks, stages = -(-n // 16), -(-k // 32), -(-k // 128)
+        groups = count * tiles * 16 * (-(-k // group) if group else 1)
+        act_groups, size = -(-k // act_group) if act_group else 1, 4 if a["y_dtype"] == 0 else 2
+        made = self.grouped_plan(m, n, k, a["bits"], group, a["scale_dtype"], bool(a["zero_points"]), act_group,
+                                 bool(a["act_zero_points"]), count, *ops_cuda._device(None))
+        assert made[0] == a["ranges"]
+        sizes = {"codes": m * a["row_bytes"], "act_scales": 4 * m * act_groups, "sums": 8 * m * stages,
+                 "act_zero_points": 2 * m * act_groups, "ends": 4 * count,
+                 "qweight": count * tiles * blocks * 64 * a["bits"],
+                 "scales": groups * (4 if a["scale_dtype"] == 0 else 2), "zero_points": groups,
+                 "bias": size * n * count, "y": size * m * n, "partials": made[1], "counters": made[2]}
+        self.experts.emulation_clear()
+        for name, bytes_ in sizes.items():
+            if a[name] and bytes_:
+                self.experts.emulation_register(a[name], bytes_, name.encode(), name in ("y", "partials", "counters"))
+        status = self.experts.tersor_cuda_lowbit_linear_grouped(*(ctypes.c_int64(value) for value in arguments))
+        assert status == 0, self.experts.emulation_error().decode() or status
+        self.calls += 1
+
+    @functools.cached_property
+    def experts(self):
+        return build(EXPERT_SOURCES, {"TERSOR_BITS": 4}).library
+
     def install(self, monkeypatch, capability=(8, 0)):
         """Makes `ops_cuda` and `ops_lowbit_gemm_cuda` run here."""
         monkeypatch.setattr(ops_lowbit_gemm_cuda, "_C", SimpleNamespace(
-            cuda_lowbit_linear_plan=self.plan, cuda_lowbit_linear=self.linear))
+            cuda_lowbit_linear_plan=self.plan, cuda_lowbit_linear=self.linear,
+            cuda_lowbit_linear_grouped_plan=self.grouped_plan, cuda_lowbit_linear_grouped=self.grouped))
         monkeypatch.setattr(ops_lowbit_cuda, "quantize_input", rounded)
         monkeypatch.setattr(ops_cuda, "capability", lambda index: capability)
         monkeypatch.setattr(ops_cuda, "_device", lambda index: (3, 100 * 1024))
@@ -185,3 +221,4 @@ class Launchers:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
         ops_lowbit_gemm_cuda._plan.cache_clear()
+        ops_lowbit_gemm_cuda._grouped_plan.cache_clear()

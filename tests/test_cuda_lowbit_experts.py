@@ -84,8 +84,9 @@ EDIT = "cuda/kernels/sm80_lowbit_linear_experts.cu"
 
 
 @pytest.mark.parametrize("old, new", [
-    ("  a.codes += shift * a.row_bytes;\n", ""), ("a.act_zero_points += shift * a.act_groups", "a.act_zero_points += 0"),
-    ("rows.expert * experts.scale_bytes", "0"), ("    clear_rows(a, rows.begin, count < tokens ? count : tokens);\n", ""),
+    ("  a.codes += shift * a.row_bytes;\n", ""), ("rows.expert * experts.scale_bytes", "0"),
+    ("a.act_zero_points += shift * a.act_groups", "a.act_zero_points += 0"),
+    ("    clear_rows(a, rows.begin, count < tokens ? count : tokens);\n", ""),
 ])  # fmt: skip
 def test_mutant_is_killed(old, new):
     mutant = build(EXPERT_SOURCES, {"TERSOR_BITS": 4}, edits=[(EDIT, old, new)])

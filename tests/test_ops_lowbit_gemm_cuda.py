@@ -151,6 +151,19 @@ def test_what_the_kernel_does_not_take(launchers):
                                                                    torch.randn(41)), torch.float32)
 
 
+def test_experts_reach_the_launcher(launchers):
+    count, weight = 3, Weight(80, 200, 4, 32, False, torch.float16)
+    stacked = [torch.stack([tensor] * count) for tensor in (weight.qweight, weight.scales, weight.zeros)]
+    bias, ends = torch.randn(count, 80), torch.tensor([2, 2, 9], dtype=torch.int32)
+    for dtype, options in ((torch.bfloat16, (8, 32)), (torch.float32, (6, 0)), (torch.float16, (8, 64, 0.9, False))):
+        x = torch.randn(11, 200).to(dtype)
+        given = (x, ends, *stacked, bias.to(dtype), 80, 4, 32, *options)
+        y, expected = ops_cuda.int_linear_grouped(*given), ops.int_linear_grouped.cpu(*given)
+        assert y.dtype is dtype and not y[9:].any() and near(y, expected.double(), dtype)
+    assert launchers.calls == 3
+    assert ops_cuda.int_linear_grouped(x[:0], ends * 0, *stacked, None, 80, 4, 32, 8).shape == (0, 80)
+
+
 def test_formats_name_the_kernel(monkeypatch):
     monkeypatch.setattr(ops.int_linear, "cuda", ops_cuda.int_linear)
     monkeypatch.setattr(ops.int_linear_grouped, "cuda", ops_cuda.int_linear_grouped)
@@ -159,4 +172,6 @@ def test_formats_name_the_kernel(monkeypatch):
     both = Int(4, symmetric=False, activation=8, act_sym=False)
     assert both.kernel((64, 40000), "cuda").startswith("reference: rows")
     assert Int(4).kernel((64, 128), "cuda").startswith("int_linear cuda")
-    assert Int(4, activation=8).kernel_grouped((64, 128), "cuda").startswith("reference: no CUDA kernel")
+    assert Int(4, activation=8).kernel_grouped((64, 128), "cuda") == "quantize_rows cuda, lowbit_linear_grouped cuda"
+    static = Int(4, activation=8, act_scale="static")
+    assert static.kernel_grouped((64, 128), "cuda").startswith("reference: no CUDA kernel for static")

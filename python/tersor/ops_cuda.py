@@ -2,7 +2,7 @@
 
 With 16-bit activations, above `MAX_ROWS` rows and for float32, `int_linear` is `int_dequantize` and a dense product;
 `Op.kernel` says so. Low-bit activations are rounded by `ops_lowbit_cuda` and multiplied as integers by
-`ops_lowbit_gemm_cuda`; those of experts are rounded by torch and multiplied as floats (`Int.kernel_grouped` says so).
+`ops_lowbit_gemm_cuda`; those of experts with static scales by torch and as floats (`Int.kernel_grouped` says so).
 """
 
 from __future__ import annotations
@@ -183,6 +183,12 @@ def int_linear_grouped(x, ends, qweight, scales, zero_points, bias, out_features
         owner = torch.bucketize(torch.arange(len(x), device=x.device), ends, right=True).clamp_max(ends.numel() - 1)
         x = _rounded(x, act_bits, act_group, 1.0, True, input_scale[owner])
     elif act_bits < 16:
+        from .ops_lowbit_cuda import quantize_input
+        from .ops_lowbit_gemm_cuda import lowbit_linear_grouped, refusal
+
+        if refusal(x.shape[-1], zero_points is not None, act_bits, act_sym) is None and x.shape[-1]:
+            codes = quantize_input(x, act_bits, act_group, act_clip, act_sym, sums=zero_points is not None)
+            return lowbit_linear_grouped(codes, ends, qweight, scales, zero_points, bias, n, bits, group_size, x.dtype)
         x = _rounded(x, act_bits, act_group, act_clip, act_sym)
     dtype = x.dtype
     if dtype not in _HALVES:

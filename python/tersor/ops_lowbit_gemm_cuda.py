@@ -38,6 +38,12 @@ def _plan(m, n, k, bits, group_size, scale_code, zero_points, act_group, act_zer
                                       width, *ops_cuda._device(index))
 
 
+@functools.lru_cache(maxsize=4096)
+def _grouped_plan(rows, n, k, bits, group_size, scale_code, zero_points, act_group, act_zero_points, experts, index):
+    return _C.cuda_lowbit_linear_grouped_plan(rows, n, k, bits, group_size, scale_code, zero_points, act_group,
+                                              act_zero_points, experts, *ops_cuda._device(index))
+
+
 def stage_tables(block_bits: Tensor) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
     """For few and for many tokens: int32 ``[2, blocks + 1]``, 64-byte units of a row before each block of 128
     channels and the cost before it (1, or with many tokens 2 for 8 bits), and the cost of all.
@@ -106,6 +112,44 @@ def lowbit_linear(quantized, qweight: Tensor, scales: Tensor, zero_points: Tenso
         scale_code, 0 if zero_points is None else zero_points.data_ptr(), 0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(), n if residual is None or q.m == 1 else residual.stride(0),
         y.data_ptr(), CODE[dtype], n, n, bits, group_size, ranges, partials.data_ptr(), counters.data_ptr(),
+        torch._C._cuda_getCurrentRawStream(index),
+    )
+    return y
+
+
+def lowbit_linear_grouped(quantized, ends: Tensor, qweight: Tensor, scales: Tensor, zero_points: Tensor | None,
+                          bias: Tensor | None, out_features: int, bits: int, group_size: int,
+                          dtype: torch.dtype) -> Tensor:
+    """`lowbit_linear` for rows sorted by expert, stored in 8 bits: weights and ``bias`` have experts first, ``ends``
+    int32 ``[experts]`` is the row after each expert's last. Rows of no expert give zeros. The caller has checked the
+    weights (`op_checks.check_experts`)."""
+    op, q, n = "lowbit_linear_grouped", quantized, out_features
+    device, index = q.codes.device, q.codes.device.index
+    _check(q, device)
+    if q.width != 8:
+        fail(op, "quantized.width", q.width, "8")
+    if why := refusal(q.k, zero_points is not None, 8 if q.zero_points is not None else 4, q.zero_points is None):
+        fail(op, "quantized", why, "shorter ones")
+    if zero_points is not None:
+        if q.sums is None:
+            fail(op, "quantized", "no sums of codes, but weights with zero points", "sums=True there")
+        ops_cuda._check_zero_points(op, zero_points, bits, "in integer products")
+    y = torch.empty((q.m, n), dtype=dtype, device=device)
+    if not q.m or not n:
+        return y
+    if not ends.numel() or not q.k:
+        return y.zero_()
+    scale_code = CODE[scales.dtype]
+    ranges, partial_bytes, counter_bytes = _grouped_plan(
+        q.m, n, q.k, bits, group_size, scale_code, zero_points is not None, q.act_group, q.zero_points is not None,
+        ends.numel(), index)
+    partials, counters = ops_cuda._workspace(device, partial_bytes, counter_bytes)
+    _C.cuda_lowbit_linear_grouped(
+        q.codes.data_ptr(), q.codes.stride(0), q.scales.data_ptr(), q.scale_stride,
+        0 if zero_points is None else q.sums.data_ptr(), 0 if q.zero_points is None else q.zero_points.data_ptr(),
+        q.act_group, q.m, q.k, ends.data_ptr(), ends.numel(), qweight.data_ptr(), scales.data_ptr(), scale_code,
+        0 if zero_points is None else zero_points.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        CODE[dtype], n, n, bits, group_size, ranges, partials.data_ptr(), counters.data_ptr(),
         torch._C._cuda_getCurrentRawStream(index),
     )
     return y

@@ -284,8 +284,10 @@ class Int(Format):
         kernel = ops.int_linear_grouped.kernel(torch.device(device))
         if self.activation == 16 or torch.device(device).type != "cuda" or kernel.startswith("reference"):
             return kernel
-        return (f"reference: no CUDA kernel for {self.activation}-bit activations of experts, torch rounds them for "
-                "int_linear_grouped cuda")
+        if self.act_scale == "static":
+            return ("reference: no CUDA kernel for static activation scales of experts, torch rounds them for "
+                    "int_linear_grouped cuda")
+        return self.kernel(shape, device).replace("lowbit_linear", "lowbit_linear_grouped")
 
     def text(self) -> str:
         shown = []
