@@ -21,9 +21,9 @@ int64_t tersor_cuda_kv_page_bytes(int64_t head_dim, int64_t key_bits, int64_t va
 /* What a format above 0 says (struct KvFormat of cuda/tile/kv_layout.h, enum tersor_kv_coding). */
 typedef struct tersor_cuda_kv_format {
   int64_t key_coding, value_coding; /* levels: of 2 to 4 bits, ascending, -127 to 127; E4M3: of 8 bits */
-  int64_t key_token;                /* scales of keys are tokens', over all channels */
-  int64_t value_whole;              /* scales of values are for all channels of a token */
-  int64_t separable;                /* channels of values have factors; value_whole too */
+  int64_t key_axis;                 /* scales of keys: 0 channels', 1 tokens' over all channels, 2 channels' of 32 tokens */
+  int64_t value_records;            /* scales of values are for so many times 16 channels of a token; 0: as plain pages */
+  int64_t separable;                /* channels of values have factors; scales are then for all channels */
   int64_t key_outliers, value_outliers;
   int8_t key_levels[16], value_levels[16];
 } tersor_cuda_kv_format;
@@ -34,7 +34,7 @@ typedef struct tersor_cuda_kv_cache {
   int64_t batch, table_pages, kv_heads, head_dim, dtype;
   int64_t biased;  /* pages have a float32 for each token of a head, which is added to its logits */
   /* Packed keys are turned back to their page's first slot: rotary [64, rotary_dim / 2, 2], 16-byte aligned, cosines
-   * and sines of slots; rotary_dim 0: not, or a multiple of 16. Not interleaved: channels i and i + rotary_dim / 2 are a
+   * and sines of slots; rotary_dim 0: not, or a multiple of 4. Not interleaved: channels i and i + rotary_dim / 2 are a
    * pair, and pages, raw ones too, hold keys' channels in the order of pairs. */
   int64_t rotary_dim, rotary_interleaved;
   const float* rotary;
@@ -87,6 +87,12 @@ typedef struct tersor_cuda_kv_query {
   int64_t splits;
   float* partials;          /* 16-byte aligned; both of workspace's sizes, used by one launch at a time */
   uint32_t* counters;       /* zero before the first launch, and again after each */
+  /* What is added to packed keys and values: NULL, or [batch, table_pages] of struct KvResidual of
+   * cuda/tile/kv_layout.h, of the page at position / 64 (pages are full, from 0 on), 16-byte aligned; and queries times
+   * the right factors of keys, [batch, heads, queries, residual_width], not scaled. */
+  const void* residuals;
+  const float* residual_query;
+  int64_t residual_width;
 } tersor_cuda_kv_query;
 
 /* out = softmax(cap(q k^T scale) + bias) v; softcap 0: none. A query that sees nothing gives 0 and -infinity. */

@@ -230,8 +230,9 @@ def _fill(made, sequences, encoded, scale, seed):
 
 
 def attend(library, cache, q, splits=1, *, window=0, causal=True, softcap=0.0, sinks=None, first=None, positions=None,
-           scale=None, mask=None, mask_first=0, seeds=(0,), count=False):
-    """``(out, log_sum_exp, counters)`` of the emulated kernel. ``q [batch, heads, queries, dim]``."""
+           scale=None, mask=None, mask_first=0, residual=(None, None), seeds=(0,), count=False):
+    """``(out, log_sum_exp, counters)`` of the emulated kernel. ``q [batch, heads, queries, dim]``; ``residual``: its
+    table and the products of queries."""
     batch, heads, queries, dim = q.shape
     table, pages = cache.table
     scale = dim**-0.5 if scale is None else scale
@@ -249,10 +250,11 @@ def attend(library, cache, q, splits=1, *, window=0, causal=True, softcap=0.0, s
     arguments = [
         cache_fields(cache, table, pages),
         fields(q, heads, queries, *q.stride()[:3], out, lse, positions, first, window, causal, *hidden, sinks, splits,
-               partials, counters),
+               partials, counters, *residual, 0 if residual[1] is None else residual[1].shape[-1]),
         ctypes.c_float(scale), ctypes.c_float(softcap), ctypes.c_void_p(None)]
     buffers = {"table": table, "pages": pages, "q": q, "out": out, "log_sum_exp": lse, "positions": positions,
-               "first": first, "mask": mask, "sinks": sinks, **cache.pages}
+               "first": first, "mask": mask, "sinks": sinks, "residuals": residual[0], "products": residual[1],
+               **cache.pages}
     outputs = ["out", "log_sum_exp"]
     if splits > 1:
         buffers |= {"partials": partials, "counters": counters}
@@ -275,7 +277,7 @@ def attention_mass(library, cache, q, log_sum_exp, tokens, splits=1, *, window=0
     arguments = [
         cache_fields(cache, table, pages),
         fields(q, heads, queries, *q.stride()[:3], None, log_sum_exp, positions, first, window, causal, *hidden, None,
-               splits, None, None),
+               splits, None, None, None, None, 0),
         ctypes.c_float(dim**-0.5 if scale is None else scale), ctypes.c_float(softcap), address(mass), *ints(tokens),
         ctypes.c_void_p(None)]
     buffers = {"table": table, "pages": pages, "q": q, "log_sum_exp": log_sum_exp, "positions": positions,
@@ -362,8 +364,8 @@ class Launchers:
         return tuple(value.value for value in made)
 
     def attention(self, cache, formats, query, scale, softcap, stream):
-        self.splits = query[-3]
-        self.run(attention_library(cache[5], bool(formats or cache[7] or cache[8])), "tersor_cuda_kv_attention", [
+        self.splits = query[-6]
+        self.run(attention_library(cache[5], bool(formats or cache[7] or cache[8] or query[-3])), "tersor_cuda_kv_attention", [
             with_formats(cache, formats), fields(*query), ctypes.c_float(scale), ctypes.c_float(softcap),
             *ints(stream)])
 

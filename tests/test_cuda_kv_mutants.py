@@ -50,14 +50,26 @@ def check_formats(library, dim=64):
                PageFormat(4, 4, key_axis="token", value_axis="separable", value_outliers=9),
                PageFormat(8, 4, key_outliers=30, value_group=64))
     made = layout_of(*formats, dim=dim, kv_heads=2, biased=True)
-    turned = layout_of(formats[0], formats[3], dim=dim, rotary=rotary_of(48))
+    halves = PageFormat(4, 4, key_tokens=32, value_group=32)
+    turned = layout_of(formats[0], formats[3], formats[1], halves, dim=dim, rotary=rotary_of(48))
     for cache in (cached_layout(made, [[(64, 1), (64, 2), (64, 3), (64, 4), (40, 1), (7, 0)]]),
-                  cached_layout(turned, [[(64, 1), (64, 2), (9, 0)]])):
+                  cached_layout(turned, [[(64, 1), (64, 2), (64, 3), (64, 4), (9, 0)]]),
+                  cached_layout(layout_of(halves, dim=dim), [[(64, 1), (64, 1), (5, 0)]])):
         q = queries(1, 2 * cache.kv_heads, 3, dim, torch.float16)
         expected, total = truth(cache, q)
         out, lse, _ = attend(library, cache, q, 2, seeds=(0, 1))
         assert relative_error(out, expected) < 3e-4
         assert torch.allclose(lse.double(), total, atol=2e-4, rtol=0)
+
+
+def check_residuals(library):
+    import test_cuda_kv_formats as formats
+
+    before, formats.attention_library = formats.attention_library, lambda *_: library
+    try:
+        formats.test_residuals(64, 0)
+    finally:
+        formats.attention_library = before
 
 
 def check_mass(library):
@@ -75,7 +87,7 @@ def check_packing(library):
 
     before, formats.page_library = formats.page_library, lambda: library
     try:
-        for name in ("outliers", "outliers nuq", "nuq 3, 2", "e4m3", "token", "token e4m3"):
+        for name in ("outliers", "outliers nuq", "nuq 3, 2", "e4m3", "token", "token e4m3", "halves outliers"):
             formats.test_pack_equals_the_reference(name)
         formats.test_pack_of_separable_values("outliers separable")
         formats.test_pack_of_turned_keys("nuq 4")
@@ -196,6 +208,8 @@ PACK_OF_FORMATS = {
         "kv_key_bytes(a.dim, 16)) + (slot ^ 1), bias"),
     "raw keys as they come": (APPEND, "a.rotary.halves ? a.rotary.pairs : 0", "0"),
     "keys turned on": (PACK_FORMATS, "(channel % 2 == 0 ? y : -y)", "(channel % 2 == 0 ? -y : y)"),
+    "scales of the first half": (PACK_FORMATS, "(f.key_halves ? token / 32 * kKvKeyParameters : 0)", "0"),
+    "outliers of the first half": (PACK_FORMATS, "key_at(v % each * length + i, v / each)", "key_at(i, v / each)"),
     "no sync of gains": (CHOOSE,
         "    for (int n = 0; n < count; ++n) {\n      ptx::sync_warp();",
         "    for (int n = 0; n < count; ++n) {"),
@@ -233,7 +247,15 @@ FORMAT_MUTANTS = {
         "x * cosine + y * sine, y * cosine - x * sine"),
     "remainders of turned keys": (SCORES, "BFloat16::mma(sum[kTile], q.first, rest);", ""),
     "queries as they come": (ROWS, "kFormats && a.rotary.halves ? a.rotary.pairs : 0", "0"),
-    "one group's weights for all": (VALUES, "if (f.value_whole && group > 0) return;", "if (group > 0) return;"),
+    "one group's weights for all": (VALUES, "(f.value_begins >> (n / 2) & 1) != 0", "n == 0"),
+    "groups of a unit without parameters": (STREAM, "step_ += unit / records * extra_;", "step_ += extra_;"),
+    "scales of the first half": (SCORES, "record - kKvKeyParameters, first", "record - 2 * kKvKeyParameters, first"),
+    "minima of the first half": (SCORES, "(j < 4 ? constant[row] : second[row])", "constant[row]"),
+    "the offset of codes of halves": (SCORES, "constant[row] -= 128.0f * (first", "constant[row] -= 127.0f * (first"),
+    "turned keys of the first half": (SCORES, "if (f.key_halves) turned.load(", "if (false) turned.load("),
+    "scales of a pair's first turned token": (SCORES, "4 * kTile + 2 * (g % 2)", "4 * kTile"),
+    "no sync of turned tokens' scales": (SCORES, "        ptx::sync_warp();\n        record += kKv",
+                                         "        record += kKv"),
     "minima without factors": (VALUES,
         "two[i % 2] * (page_out[n][i] + constant)",
         "two[i % 2] * page_out[n][i] + constant"),
@@ -242,6 +264,15 @@ FORMAT_MUTANTS = {
     "no sync of weights": (VALUES,
         "(g % 4 * 8)), two);\n      }\n      ptx::sync_warp();", "(g % 4 * 8)), two);\n      }"),
     "entries of tokens that nobody sees": (VALUES, "weight == 0 ? 0.0f : weight", "weight"),
+}  # fmt: skip
+
+RESIDUAL_MUTANTS = {
+    "residuals of the first head": (SCORES, "int64_t(this->head()) * 2 + values", "int64_t(values)"),
+    "keys' left factors for values": (VALUES, "residual_pair(r, i, j, true)", "residual_pair(r, i, j, false)"),
+    "products of another segment": (SCORES, "a.residual_width + r.column + i", "a.residual_width + i"),
+    "residuals of the first page": (SCORES, "a.table_pages + page.position / kKvTokens", "a.table_pages"),
+    "a lane's own tokens": (VALUES, "sum[row] += ptx::shuffle_xor(sum[row], 2);\n      }\n      const int64_t right",
+                            "}\n      const int64_t right"),
 }  # fmt: skip
 
 MASS = "cuda/kernels/kv_mass.cu"
@@ -262,7 +293,9 @@ def test_the_unchanged_kernels_pass():
     check_attention(build(SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=INSTANCE))
     check_pages(build(PAGE_SOURCES))
     check_packing(build(PAGE_SOURCES))
-    check_formats(build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=FORMAT_INSTANCE))
+    formats = build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=FORMAT_INSTANCE)
+    check_formats(formats)
+    check_residuals(build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": 64}))
     check_mass(build(MASS_SOURCES, {"TERSOR_HEAD_DIM": 64}))
 
 
@@ -279,6 +312,13 @@ def test_mutant_of_formats_is_killed(name):
     mutant = build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": dim}, edits=[*FORMAT_INSTANCE, FORMAT_MUTANTS[name]])
     with pytest.raises(AssertionError):
         check_formats(mutant, dim)
+
+
+@pytest.mark.parametrize("name", RESIDUAL_MUTANTS)
+def test_mutant_of_residuals_is_killed(name):
+    mutant = build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=[*FORMAT_INSTANCE, RESIDUAL_MUTANTS[name]])
+    with pytest.raises(AssertionError):
+        check_residuals(mutant)
 
 
 @pytest.mark.parametrize("name", MASS_MUTANTS)

@@ -47,7 +47,7 @@ def stand_ins(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "data_ptr", address)
     monkeypatch.setattr(devices, "on_cuda", lambda device: device == CUDA)
-    monkeypatch.setattr("tersor.kv.cuda_pages.host_like", torch.empty_like)
+    monkeypatch.setattr("tersor.kv.cuda_slabs.host_like", torch.empty_like)
     for name, function in (("kv_attention", attention), ("kv_append", append), ("kv_mass", mass),
                            ("kv_pack_jobs", lambda jobs, *args, **options: None)):
         monkeypatch.setattr(ops, name, function)
@@ -107,6 +107,8 @@ STORES = {
     "h2o": lambda: with_method("h2o", budget=130),
     "h2o, keys turned back": lambda: with_method("h2o", "K4V4[rope=pre]", budget=130),
     "ems": lambda: with_method("ems", budget=130),
+    "gear": lambda: with_method("gear", "K2V2"),
+    "groups of 32": lambda: PagedStore(shape("K2V2")),
     "zipcache": lambda: with_method("zipcache", gap=64),
     "cskv": lambda: with_features(),
     "xkv": lambda: with_method("xkv", layers=1, keys=0.5, values=0.75),
@@ -130,7 +132,7 @@ def test_a_step_waits_for_nothing(name):
     store.attend(step(1))
     store.offload()
     store.prefetch()
-    if not name.startswith(("h2o", "ems", "streaming", "razor", "zipcache")):
+    if not name.startswith(("h2o", "ems", "streaming", "razor", "zipcache", "gear")):
         store.attend(step(1))
         store.crop(2)
         held -= 1

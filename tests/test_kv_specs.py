@@ -4,7 +4,7 @@ and on CUDA, host-executed, in float16: batches with padding of their own, page 
 import pytest
 import torch
 from cuda_cache import device  # noqa: F401
-from kv_specs import CPU_ONLY, METHODS, PLAIN, expected, step_of, store_of, tokens_of
+from kv_specs import METHODS, PLAIN, expected, step_of, store_of, tokens_of
 
 LIMIT = 2e-3
 LENGTH, PADDING = 215, (0, 11)
@@ -37,17 +37,11 @@ def test_on_the_cpu(spec, one_thread):
     check(spec, torch.float32)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in PLAIN + METHODS if spec not in CPU_ONLY])
+@pytest.mark.parametrize("spec", PLAIN + METHODS)
 def test_on_cuda(spec, device):  # noqa: F811
     device.calls.clear()
     check(spec, torch.float16)
     assert device.calls.count("attention") >= len(STEPS)
-
-
-@pytest.mark.parametrize("spec", CPU_ONLY)
-def test_refused_on_cuda(spec, device):  # noqa: F811
-    with pytest.raises(ValueError, match="layer 0: .*found .*, accepted .*on CUDA"):
-        store_of(spec, torch.float16)
 
 
 WINDOWED = ["K4V4", "K8V8[levels=e4m3]", "K4V4[rope=pre]", "K4V4[hadamard=true]"]

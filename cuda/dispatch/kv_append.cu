@@ -75,7 +75,7 @@ extern "C" int tersor_cuda_kv_pack(const tersor_cuda_kv_cache* cache, int64_t fo
   }
   KvPackArguments a{};
   a.format = formats[format];
-  if (int status = check_kv_codings(a.format, key_bits, value_bits)) return status;
+  if (int status = check_kv_codings(a.format, c.head_dim, key_bits, value_bits)) return status;
   if (int status = read_kv_rotary(c, &a.rotary)) return status;
   const bool plain = format == 0 && !c.biased && c.rotary_dim == 0;
   KvPackKernel* kernel = plain ? kv_pack_kernel : kv_pack_formats_kernel;

@@ -129,7 +129,19 @@ int read_query(const tersor_cuda_kv_cache& c, const tersor_cuda_kv_query& q, flo
   if (q.splits < 1 || q.splits > 65535) {
     return fail(TERSOR_INVALID, "splits is %lld; accepted: 1 to 65535", (long long)q.splits);
   }
+  if (q.residuals && (!kv_aligned(q.residuals, 16) || !q.residual_query || !kv_aligned(q.residual_query, 4))) {
+    return fail(TERSOR_INVALID, "residuals and residual_query: accepted are addresses, 16- and 4-byte aligned, or none");
+  }
+  if (q.residuals && !kv_adds_residuals(static_cast<int>(c.head_dim))) {
+    return fail(TERSOR_INVALID, "residuals: accepted on CUDA is none where head_dim is %lld", (long long)c.head_dim);
+  }
+  if (q.residual_width < 0 || q.residual_width > INT32_MAX) {
+    return fail(TERSOR_INVALID, "residual_width is %lld; accepted: 0 to 2^31 - 1", (long long)q.residual_width);
+  }
   KvAttentionArguments& a = *arguments;
+  a.residuals = static_cast<const KvResidual*>(q.residuals);
+  a.residual_query = q.residual_query;
+  a.residual_width = static_cast<int>(q.residual_width);
   if (int status = read_kv_formats(c, a.formats)) return status;
   if (int status = read_kv_rotary(c, &a.rotary)) return status;
   a.biased = c.biased != 0;
@@ -169,7 +181,7 @@ extern "C" int tersor_cuda_kv_attention(const tersor_cuda_kv_cache* cache, const
   const tersor_cuda_kv_cache& c = *cache;
   const tersor_cuda_kv_query& q = *query;
   Problem p;
-  const bool formats = c.formats > 0 || c.biased || c.rotary_dim > 0;
+  const bool formats = c.formats > 0 || c.biased || c.rotary_dim > 0 || q.residuals;
   if (int status = describe(c.batch, q.heads, c.kv_heads, c.head_dim, q.queries, formats, &p)) return status;
   if (c.batch == 0 || q.queries == 0) return TERSOR_OK;
   KvAttentionArguments a{};

@@ -48,8 +48,8 @@ inline int check_kv_table(const void* table, const int32_t* pages, int64_t table
 
 // Of a cache whose packed keys are turned back, as kernels have it.
 inline int read_kv_rotary(const tersor_cuda_kv_cache& c, KvRotary* rotary) {
-  if (c.rotary_dim < 0 || c.rotary_dim > c.head_dim || c.rotary_dim % 16 != 0) {
-    return fail(TERSOR_INVALID, "rotary_dim is %lld; accepted on CUDA: multiples of 16 to head_dim = %lld",
+  if (c.rotary_dim < 0 || c.rotary_dim > c.head_dim || c.rotary_dim % 4 != 0) {
+    return fail(TERSOR_INVALID, "rotary_dim is %lld; accepted on CUDA: multiples of 4 to head_dim = %lld",
                 (long long)c.rotary_dim, (long long)c.head_dim);
   }
   if (c.rotary_dim > 0 && !kv_turns_keys(static_cast<int>(c.head_dim))) {
@@ -68,8 +68,11 @@ inline int read_kv_formats(const tersor_cuda_kv_cache& c, KvFormat (&formats)[kK
   if (c.formats < 0 || c.formats >= kKvFormats || (c.formats > 0 && !c.format)) {
     return fail(TERSOR_INVALID, "formats is %lld; accepted on CUDA: 0 to %d", (long long)c.formats, kKvFormats - 1);
   }
-  for (int i = 0; i < kKvFormats; ++i) formats[i] = KvFormat{};
   const int dim = static_cast<int>(c.head_dim);
+  for (int i = 0; i < kKvFormats; ++i) {
+    formats[i] = KvFormat{};
+    formats[i].value_begins = static_cast<uint16_t>(kv_value_begins(dim, 0));
+  }
   for (int i = 0; i < c.formats; ++i) {
     const tersor_cuda_kv_format& from = c.format[i];
     KvFormat& f = formats[i + 1];
@@ -86,9 +89,20 @@ inline int read_kv_formats(const tersor_cuda_kv_cache& c, KvFormat (&formats)[kK
     }
     f.key_coding = static_cast<uint8_t>(from.key_coding);
     f.value_coding = static_cast<uint8_t>(from.value_coding);
-    f.key_token = from.key_token != 0;
-    f.value_whole = from.value_whole != 0 || from.separable != 0;
+    const int all = dim / kKvRecordChannels, least = kv_least_group_records(dim);
+    if (from.key_axis < 0 || from.key_axis > 2) {
+      return fail(TERSOR_INVALID, "format %d: key_axis is %lld; accepted: 0, 1, 2", i + 1, (long long)from.key_axis);
+    }
+    if (from.value_records < 0 || from.value_records > all ||
+        (from.value_records > 0 && (all % from.value_records != 0 || from.value_records % least != 0))) {
+      return fail(TERSOR_INVALID, "format %d: value_records is %lld; accepted: 0, and multiples of %d that divide %d",
+                  i + 1, (long long)from.value_records, least, all);
+    }
+    f.key_token = from.key_axis == 1;
+    f.key_halves = from.key_axis == 2;
     f.separable = from.separable != 0;
+    f.value_records = static_cast<uint8_t>(f.separable ? all : from.value_records);
+    f.value_begins = static_cast<uint16_t>(kv_value_begins(dim, f.value_records));
     f.key_outliers = static_cast<uint16_t>(from.key_outliers);
     f.value_outliers = static_cast<uint16_t>(from.value_outliers);
     std::memcpy(f.key_levels, from.key_levels, 16);
@@ -97,8 +111,11 @@ inline int read_kv_formats(const tersor_cuda_kv_cache& c, KvFormat (&formats)[kK
   return TERSOR_OK;
 }
 
-// Codings that the bits of a page's parts can have.
-inline int check_kv_codings(const KvFormat& f, int64_t key_bits, int64_t value_bits) {
+// Codings that the bits of a page's parts can have, and groups of values that units of the stream can.
+inline int check_kv_codings(const KvFormat& f, int64_t head_dim, int64_t key_bits, int64_t value_bits) {
+  if (head_dim == 96 && value_bits == 8 && f.value_records == 3) {
+    return fail(TERSOR_INVALID, "value_records is 3 of 8 bits in 96 channels; accepted on CUDA: 0 and 6");
+  }
   const auto fits = [](int coding, int64_t bits) {
     return coding == kKvUniform || (coding == kKvLevels ? bits <= 4 : bits == 8);
   };

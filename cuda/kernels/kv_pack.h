@@ -12,7 +12,7 @@ constexpr int kKvPackWarps = 4;
 // Shared memory of pages of formats: two choosers (tile/kv_choose.h), a bit for each number of keys and of
 // values, levels of both.
 constexpr int kKvTakenBytes = 64 * 256 / 8;
-constexpr int kKvPackShared = 2 * 12 * 256 + 2 * kKvTakenBytes + 2 * 128;
+constexpr int kKvPackShared = 2 * 12 * 512 + 2 * kKvTakenBytes + 2 * 128;
 
 struct KvPackArguments {
   const int64_t* jobs;  // [count, 2]: addresses of a raw page and of its packed one

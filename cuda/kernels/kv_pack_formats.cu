@@ -13,7 +13,7 @@
 //   done in fp32, and differences are rounded to fp32 before float16: one place in some thousands may differ from
 //   float64 there.
 //
-//   SHARED MEMORY: 10496 bytes. Outliers take some 1500 cycles each, one after another.
+//   SHARED MEMORY: 16640 bytes. Outliers take some 1500 cycles each, one after another.
 //
 // gate: registers 128
 // gate: wants LDG.E.128.CONSTANT STG.E.128 SHFL
@@ -48,12 +48,12 @@ struct KvPackFormats {
         raw_keys(raw),
         raw_values(raw + kv_values_at(a.dim, 16, {}, a.biased)),
         keys(packed),
-        key_tail(packed + kv_key_bytes(a.dim, a.key_bits, f.key_token)),
+        key_tail(packed + kv_key_bytes(a.dim, a.key_bits, f.key_token, f.key_halves)),
         value_tail(key_tail + kv_key_tail_bytes(f.key_outliers, a.biased)),
         values(value_tail + kv_value_tail_bytes(a.dim, f.value_outliers)) {}
 
   TERSOR_DEVICE int value_records() const {
-    return f.value_whole ? a.dim / kKvRecordChannels : kv_group_records(a.dim);
+    return f.value_records > 0 ? f.value_records : kv_group_records(a.dim);
   }
   TERSOR_DEVICE int value_channels() const { return value_records() * kKvRecordChannels; }
   TERSOR_DEVICE KvCoder key_coder() const { return {a.key_bits, f.key_coding, value_taken + kKvTakenBytes}; }
@@ -62,7 +62,7 @@ struct KvPackFormats {
   }
   TERSOR_DEVICE char* value_record(int record) const {
     const int records = value_records();
-    return values + record / records * kv_value_group_bytes(a.dim, a.value_bits, f.value_whole, f.separable) +
+    return values + record / records * kv_value_group_bytes(a.dim, a.value_bits, f.value_records, f.separable) +
            kKvValueParameters + record % records * kv_value_record_bytes(a.value_bits, f.separable);
   }
 
@@ -99,12 +99,14 @@ struct KvPackFormats {
     return f.separable ? divided(x, factor_of(channel)) : x;
   }
 
-  // Keys' vectors are channels of 64 tokens, or tokens of all channels; values' are tokens of a group's channels.
+  // Keys' vectors are channels of 64 tokens, or of each half, or tokens of all channels; values' are tokens of a group's
+  // channels. A channel's halves have a word each, one after another.
   TERSOR_DEVICE bool key_is_taken(int token, int channel) const {
     if (f.key_outliers == 0) return false;
     const int v = f.key_token ? token : channel, i = f.key_token ? channel : token;
     return is_taken(key_taken, v * (f.key_token ? kTokenWords : kChannelWords) + i / 32, i);
   }
+  TERSOR_DEVICE int halves() const { return f.key_halves ? 2 : 1; }
   TERSOR_DEVICE bool value_is_taken(int token, int channel) const {
     if (f.value_outliers == 0) return false;
     const int groups = a.dim / value_channels(), i = channel % value_channels();
@@ -141,9 +143,10 @@ struct KvPackFormats {
 
   TERSOR_DEVICE void choose_keys() const {
     const bool token = f.key_token;
-    const auto number = [&](int v, int i) { return token ? key_at(v, i) : key_at(i, v); };
-    const KvChooser<decltype(number)> chooser = {shared, key_taken, token ? kTokenWords : kChannelWords,
-                                                 token ? kKvTokens : a.dim, token ? a.dim : kKvTokens,
+    const int each = halves(), length = kKvTokens / each;
+    const auto number = [&](int v, int i) { return token ? key_at(v, i) : key_at(v % each * length + i, v / each); };
+    const KvChooser<decltype(number)> chooser = {shared, key_taken, token ? kTokenWords : kChannelWords / each,
+                                                 token ? kKvTokens : a.dim * each, token ? a.dim : length,
                                                  f.key_coding == kKvE4M3, number};
     chooser.run(f.key_outliers);
   }
@@ -160,13 +163,13 @@ struct KvPackFormats {
   // Where the scale of a number is, with its minimum so much further.
   TERSOR_DEVICE char* key_scale(int token, int channel) const {
     if (f.key_token) return keys + token_parameter(token);
-    return keys + channel / kKvRecordChannels * kv_key_record_bytes(a.key_bits) +
-           channel % kKvRecordChannels / 4 * 16 + channel % 4 * 2;
+    return keys + channel / kKvRecordChannels * kv_key_record_bytes(a.key_bits, false, f.key_halves) +
+           (f.key_halves ? token / 32 * kKvKeyParameters : 0) + channel % kKvRecordChannels / 4 * 16 + channel % 4 * 2;
   }
   TERSOR_DEVICE int key_minimum() const { return f.key_token ? kKvValueParameters / 2 : 8; }
   TERSOR_DEVICE char* value_scale(int token, int channel) const {
     return values + token_parameter(token) +
-           channel / value_channels() * kv_value_group_bytes(a.dim, a.value_bits, f.value_whole, f.separable);
+           channel / value_channels() * kv_value_group_bytes(a.dim, a.value_bits, f.value_records, f.separable);
   }
   static constexpr int kValueMinimum = kKvValueParameters / 2;
   TERSOR_DEVICE static int token_parameter(int token) {
@@ -192,10 +195,13 @@ struct KvPackFormats {
   }
   TERSOR_DEVICE void fit_keys() const {
     const bool token = f.key_token;
-    for (int v = warp; v < (token ? kKvTokens : a.dim); v += kKvPackWarps) {
-      const auto number = [&](int i) { return token ? key_at(v, i) : key_at(i, v); };
-      const auto taken = [&](int i) { return token ? key_is_taken(v, i) : key_is_taken(i, v); };
-      fit_vector(key_coder(), token ? a.dim : kKvTokens, key_scale(v, v), key_minimum(), number, taken);
+    const int each = halves(), length = kKvTokens / each;
+    for (int v = warp; v < (token ? kKvTokens : a.dim * each); v += kKvPackWarps) {
+      const int channel = v / each, from = v % each * length;
+      const auto number = [&](int i) { return token ? key_at(v, i) : key_at(from + i, channel); };
+      const auto taken = [&](int i) { return token ? key_is_taken(v, i) : key_is_taken(from + i, channel); };
+      fit_vector(key_coder(), token ? a.dim : length, token ? key_scale(v, 0) : key_scale(from, channel),
+                 key_minimum(), number, taken);
     }
   }
   TERSOR_DEVICE void fit_values() const {
@@ -239,8 +245,8 @@ struct KvPackFormats {
   }
   // Pair 2j + h: token 8j + g, channels 4t + 2h and + 1.
   TERSOR_DEVICE void store_key_record(int record) const {
-    char* to = keys + record * kv_key_record_bytes(a.key_bits, f.key_token) +
-               (f.key_token ? kKvValueParameters : kKvKeyParameters);
+    char* to = keys + record * kv_key_record_bytes(a.key_bits, f.key_token, f.key_halves) +
+               (f.key_token ? kKvValueParameters : halves() * kKvKeyParameters);
     store_codes(a.key_bits, to, [&](int pair, int which) {
       return key_code(pair / 2 * 8 + g, record * kKvRecordChannels + 4 * t + pair % 2 * 2 + which);
     });

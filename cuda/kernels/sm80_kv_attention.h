@@ -28,6 +28,9 @@ struct KvAttentionArguments {
   int window, causal, is_bfloat16;
   int mask_first, mask_end;  // positions that the mask covers
   int biased;                // pages have tails with float32 of their tokens
+  int residual_width;
+  const KvResidual* residuals;  // [batch, table_pages], by position / 64; or null. With formats alone
+  const float* residual_query;  // [batch, heads, queries, residual_width]
   float scale, softcap;
   KvRotary rotary;
   KvFormat formats[kKvFormats];

@@ -11,19 +11,23 @@
 //   outliers         a lane adds those of its own tokens to its scores, and those of its own channels to its sums, for
 //                    which the probabilities of 8 rows lie in shared memory
 //   biases           are added to logits, before what is hidden
+//   scales of halves (keys)       make two queries of a record, one for each 32 tokens
+//   groups of values              begin where the format says; units of the stream hold whole groups, or parts of one
+//   residuals        rank by rank, from global memory: what the host made of the query, times the left factor, is added
+//                    to scores; probabilities times the other left factor, summed over a quad, times the right one, to
+//                    the sums: some 200 instructions for each page and rank at 128 channels
 //   turned keys      a pair of channels is a pair of codes: codes to fp32, scaled, turned by the cosine and sine of
 //                    slot and pair (L1), and multiplied as two bf16; about 16 instructions a pair instead of 3
 //
 // SHARED MEMORY, bytes: 4 warps x (3 x unit + 512 + 2048) + query + limits; 64, 80, 96, 128, 256 channels:
-//     40528  40016  40272  41552  43600
+//     42064  42320  40272  43088  45136
 // gate: defines TERSOR_HEAD_DIM=64,80,96,128,256
 // gate: registers 255
 // gate: wants HMMA.16816.F32 HMMA.16816.F32.BF16 LDGSTS.E.BYPASS LDS.128 MUFU.EX2 PRMT
 //
 // LIMITS. Those of sm80_kv_attention.cu, but tiles of 8 rows alone, to halve the code: more rows read the pages again.
-// Outliers of a page and head are one unit: up to some 500 for keys and for values (kv_most_key_outliers). Keys have
-// scales of channels, or of tokens over all channels and then are not turned; values share scales over 64 channels or
-// over all. Keys of 256 channels are not turned: no registers are left. There is no low-rank residual.
+// Outliers of a page and head are one unit: up to some 550 for keys and for values (kv_most_key_outliers). Keys of 256
+// channels are not turned, and have no residuals: no registers are left. Residuals are read from L2 as they are needed, which nothing hides.
 #include "kernels/sm80_kv_attention.h"
 
 #include "tile/kv_attention.h"

@@ -8,7 +8,7 @@
 
 namespace tersor {
 
-constexpr int kKvMostVectors = 256;
+constexpr int kKvMostVectors = 512;
 constexpr int kKvChooseBytes = 12 * kKvMostVectors;  // of shared memory: a gain and a place for each vector
 
 // One warp's work, vector by vector; ties go to the first. number(v, i) is the i-th number of a vector.

@@ -30,7 +30,8 @@
 //
 //   key_token     scales of keys belong to tokens, over all channels: parameters of 256 bytes, as those of values, lie
 //                 before the records, which have none
-//   value_whole   a token's scale of values is for all channels: the records are one group
+//   key_halves    keys by channel have scales for tokens 0 to 31, and after them others for tokens 32 to 63: 128 bytes
+//   value_records  so many records of values are a group, whose scales are a token's (all: one for all channels)
 //   separable     a value is times a factor of its channel: a record of values begins with 16 of them, float16
 //   coding        levels: code c of b bits is minimum + scale (2^b - 1) (level[c] + 127) / 254; E4M3: a byte as it is
 //   outliers      entries (uint16 token * dim + channel, float16 what to add to that number), after the keys: those of
@@ -62,11 +63,20 @@ static_assert(sizeof(KvPage) == 16, "an entry is one 16-byte load");
 // How the numbers of a packed page are stored; nothing of it holds for what has 16 bits. Enum tersor_kv_coding.
 enum KvCoding : uint8_t { kKvUniform = 0, kKvLevels = 1, kKvE4M3 = 2 };
 struct KvFormat {
-  uint8_t key_coding, value_coding, key_token, value_whole, separable;
+  uint8_t key_coding, value_coding, key_token, key_halves, separable;
+  uint8_t value_records;  // 0: as plain pages have it
+  uint16_t value_begins;  // bit r: record r is the first of a group
   uint16_t key_outliers, value_outliers;  // of a page and head
   uint32_t key_levels[4], value_levels[4];  // int8 [16]
 };
 constexpr int kKvFormats = 8;  // with the plain one, 0
+
+// A page's part of a low-rank residual: keys are left[0]^T times a right factor that queries have been multiplied by,
+// values left[1]^T right. float16 of each head: left [2][rank][64], right [rank][dim].
+struct alignas(16) KvResidual {
+  int64_t left, right;   // addresses of the first head's
+  int64_t column, rank;  // the first of the products of queries; 0: no residual
+};
 
 // Keys that are stored as before their rotary embedding, but for their page's first slot. A pair of channels is one of
 // stored channels 2i and 2i + 1: channels i and i + pairs, where halves are paired (in raw pages too).
@@ -77,31 +87,39 @@ struct KvRotary {
 };
 // With 256 channels there are not enough registers.
 __host__ __device__ constexpr bool kv_turns_keys(int dim) { return dim < 256; }
+__host__ __device__ constexpr bool kv_adds_residuals(int dim) { return dim < 256; }
 
 constexpr bool kv_bits_exist(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8 || bits == 16; }
 constexpr bool kv_dim_exists(int dim) { return dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256; }
 
-// Records whose values share parameters, but for formats with value_whole.
+// Records whose values share parameters, but for formats with value_records; and the fewest that may.
 __host__ __device__ constexpr int kv_group_records(int dim) { return dim % 64 == 0 ? 4 : dim / kKvRecordChannels; }
-__host__ __device__ constexpr int kv_code_bytes(int bits) { return 128 * bits; }
-__host__ __device__ constexpr int kv_key_record_bytes(int bits, bool token = false) {
-  return kv_code_bytes(bits) + (bits < 16 && !token ? kKvKeyParameters : 0);
+__host__ __device__ constexpr int kv_least_group_records(int dim) { return dim % 64 == 0 ? 2 : dim == 96 ? 3 : 1; }
+__host__ __device__ constexpr int kv_value_begins(int dim, int records) {
+  int begins = 0;
+  for (int r = 0; r < dim / kKvRecordChannels; r += records > 0 ? records : kv_group_records(dim)) begins |= 1 << r;
+  return begins;
 }
-__host__ __device__ constexpr int kv_key_bytes(int dim, int bits, bool token = false) {
-  return dim / kKvRecordChannels * kv_key_record_bytes(bits, token) + (bits < 16 && token ? kKvValueParameters : 0);
+__host__ __device__ constexpr int kv_code_bytes(int bits) { return 128 * bits; }
+__host__ __device__ constexpr int kv_key_record_bytes(int bits, bool token = false, bool halves = false) {
+  return kv_code_bytes(bits) + (bits < 16 && !token ? (halves ? 2 : 1) * kKvKeyParameters : 0);
+}
+__host__ __device__ constexpr int kv_key_bytes(int dim, int bits, bool token = false, bool halves = false) {
+  return dim / kKvRecordChannels * kv_key_record_bytes(bits, token, halves) +
+         (bits < 16 && token ? kKvValueParameters : 0);
 }
 __host__ __device__ constexpr int kv_value_record_bytes(int bits, bool separable = false) {
   return kv_code_bytes(bits) + (bits < 16 && separable ? kKvRecordChannels * 2 : 0);
 }
-__host__ __device__ constexpr int kv_value_groups(int dim, bool whole = false) {
-  return whole ? 1 : dim / kKvRecordChannels / kv_group_records(dim);
+__host__ __device__ constexpr int kv_value_groups(int dim, int records = 0) {
+  return dim / kKvRecordChannels / (records > 0 ? records : kv_group_records(dim));
 }
-__host__ __device__ constexpr int kv_value_group_bytes(int dim, int bits, bool whole = false, bool separable = false) {
-  return dim / kKvRecordChannels / kv_value_groups(dim, whole) * kv_value_record_bytes(bits, separable) +
+__host__ __device__ constexpr int kv_value_group_bytes(int dim, int bits, int records = 0, bool separable = false) {
+  return dim / kKvRecordChannels / kv_value_groups(dim, records) * kv_value_record_bytes(bits, separable) +
          (bits < 16 ? kKvValueParameters : 0);
 }
-__host__ __device__ constexpr int kv_value_bytes(int dim, int bits, bool whole = false, bool separable = false) {
-  return kv_value_groups(dim, whole) * kv_value_group_bytes(dim, bits, whole, separable);
+__host__ __device__ constexpr int kv_value_bytes(int dim, int bits, int records = 0, bool separable = false) {
+  return kv_value_groups(dim, records) * kv_value_group_bytes(dim, bits, records, separable);
 }
 // Of a list of outliers: where the entries of each pair of tokens (or channels) begin, then the entries.
 __host__ __device__ constexpr int kv_outlier_starts_bytes(int pairs) { return (2 * (pairs + 1) + 15) / 16 * 16; }
@@ -121,11 +139,11 @@ __host__ __device__ constexpr int kv_page_bytes(int dim, int key_bits, int value
 }
 // Where the values begin, and the end, of one of any format.
 __host__ __device__ constexpr int kv_values_at(int dim, int key_bits, const KvFormat& f, bool biased) {
-  return kv_key_bytes(dim, key_bits, f.key_token) + kv_key_tail_bytes(f.key_outliers, biased) +
+  return kv_key_bytes(dim, key_bits, f.key_token, f.key_halves) + kv_key_tail_bytes(f.key_outliers, biased) +
          kv_value_tail_bytes(dim, f.value_outliers);
 }
 __host__ __device__ constexpr int kv_page_bytes(int dim, int key_bits, int value_bits, const KvFormat& f, bool biased) {
-  return kv_values_at(dim, key_bits, f, biased) + kv_value_bytes(dim, value_bits, f.value_whole, f.separable);
+  return kv_values_at(dim, key_bits, f, biased) + kv_value_bytes(dim, value_bits, f.value_records, f.separable);
 }
 
 // Byte of a lane's word in a record's codes.

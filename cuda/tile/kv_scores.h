@@ -4,7 +4,8 @@
 // bf16 of 16 bits together. Codes become bf16 integers, exactly. Below 8 bits a key's is 128 + code: a product with a
 // column of ones gives what the 128 add up to, which takes eight instructions for a page instead of one for each pair.
 // Minima: q times them is the same for a page's tokens, one fp32 sum for a row. Raw pages multiply q as it is, in its
-// own type. Formats: scales of tokens multiply the sums, whose columns are tokens; levels become signed bytes by prmt,
+// own type. Formats: scales of tokens multiply the sums, whose columns are tokens; scales of 32 tokens make two queries
+// of a record, the second for its last four tiles; levels become signed bytes by prmt,
 // and then what 8 bits become; outliers add q times their difference to the scores of their token; keys from before
 // their rotary embedding are turned in fp32 (their two channels are a pair of codes) and multiplied as two bf16.
 #pragma once
@@ -118,10 +119,11 @@ struct KvScores : KvRows<kDim, kRows> {
   }
 
   // The queries' channels of record `index` as A: as they are, or times the scales of a packed record. `constant`: what
-  // belongs to every token, or, where scales are the tokens', the sum of the queries.
+  // belongs to every token (`halves`: of a half, what codes below 8 bits have too much too), or, where scales are the
+  // tokens', the sum of the queries.
   template <int kCode>
   TERSOR_DEVICE void load_query(Operand& q, float (&constant)[kOwn], shared_t record, int index, KvUnits units,
-                                bool token) const {
+                                bool token, bool halves) const {
     const auto pairs = ptx::load_shared<ptx::Vec<uint32_t, 2 * kOwn>>(query + (index * 32 + lane) * 8 * kOwn);
     if constexpr (kCode == 16) {
 #pragma unroll
@@ -153,18 +155,22 @@ struct KvScores : KvRows<kDim, kRows> {
           uint32_t remainder;
           const uint32_t pair = split_pair<BFloat16>(low_scaled, high_scaled, remainder);
           q.set(half, row, pair, remainder);
+          if (kFormats && kCode < 8 && halves) {  // of what the products have, to the bit
+            const auto first = ptx::unpack_bf16x2(pair), rest = ptx::unpack_bf16x2(remainder);
+            constant[row] -= 128.0f * (first[0] + first[1] + (rest[0] + rest[1]));
+          }
         }
       }
     }
   }
 
-  template <int kCode, class Type, int kTile = 0>
+  template <int kCode, class Type, int kTile, int kEnd>
   TERSOR_DEVICE void multiply_keys(float (&sum)[8][4], const Operand& q, KvWords<kv_code_words(kCode)>& codes,
                                    shared_t record, int bits, const uint32_t (&levels)[4]) const {
     load_ahead<kCode, kTile>(codes, record, bits, levels);
     const uint32_t b[2] = {kv_key_pair<kCode, 2 * kTile>(codes), kv_key_pair<kCode, 2 * kTile + 1>(codes)};
     q.template multiply<Type, kCode != 16>(sum[kTile], b);
-    if constexpr (kTile < 7) multiply_keys<kCode, Type, kTile + 1>(sum, q, codes, record, bits, levels);
+    if constexpr (kTile + 1 < kEnd) multiply_keys<kCode, Type, kTile + 1, kEnd>(sum, q, codes, record, bits, levels);
   }
 
   // q k^T: score[j][2 row + column] of tokens 8j + 2t and + 1.
@@ -173,9 +179,9 @@ struct KvScores : KvRows<kDim, kRows> {
     constexpr int unit = kv_unit_records(kDim, kCode == kKvBytes ? 4 : kCode == kKvFloats ? 8 : kCode, kFormats);
     const KvFormat& f = format(page);
     const int bits = kCode == kKvBytes ? page.key_bits : kv_code_words(kCode);
-    const bool token = kFormats && kCode != 16 && f.key_token;
+    const bool token = kFormats && kCode != 16 && f.key_token, halves = kFormats && kCode != 16 && f.key_halves;
     const KvUnits units = kv_units<kCode>(bits);
-    float sum[8][4] = {}, ones[4] = {}, constant[kOwn] = {};
+    float sum[8][4] = {}, ones[4] = {}, constant[kOwn] = {}, second[kOwn] = {};
 #pragma unroll 1
     for (int first = 0; first < kRecords; first += unit) {
       shared_t record = next_unit();
@@ -188,17 +194,19 @@ struct KvScores : KvRows<kDim, kRows> {
       for (int i = 0; i < unit; ++i) {
         if (kRecords % unit != 0 && first + i >= kRecords) break;
         Operand q;
-        load_query<kCode>(q, constant, record, first + i, units, token);
-        if (kCode != 16 && !token) record += kKvKeyParameters;
+        load_query<kCode>(q, constant, record, first + i, units, token, halves);
+        if (kCode != 16 && !token) record += halves ? 2 * kKvKeyParameters : kKvKeyParameters;
         KvWords<kv_code_words(kCode)> codes;
         if constexpr (kCode != 16) {
           const uint32_t column[2] = {kOnes, kOnes};
-          if (kCode < 8) q.template multiply<BFloat16>(ones, column);
-          multiply_keys<kCode, BFloat16>(sum, q, codes, record, bits, f.key_levels);
+          if (kCode < 8 && !halves) q.template multiply<BFloat16>(ones, column);
+          multiply_keys<kCode, BFloat16, 0, 4>(sum, q, codes, record, bits, f.key_levels);
+          if (halves) load_query<kCode>(q, second, record - kKvKeyParameters, first + i, units, false, true);
+          multiply_keys<kCode, BFloat16, 4, 8>(sum, q, codes, record, bits, f.key_levels);
         } else if (a.is_bfloat16) {
-          multiply_keys<kCode, BFloat16>(sum, q, codes, record, bits, f.key_levels);
+          multiply_keys<kCode, BFloat16, 0, 8>(sum, q, codes, record, bits, f.key_levels);
         } else {
-          multiply_keys<kCode, Float16>(sum, q, codes, record, bits, f.key_levels);
+          multiply_keys<kCode, Float16, 0, 8>(sum, q, codes, record, bits, f.key_levels);
         }
         record += kv_code_bytes(bits);
       }
@@ -210,6 +218,10 @@ struct KvScores : KvRows<kDim, kRows> {
         constant[row] += ptx::shuffle_xor(constant[row], 1);
         constant[row] += ptx::shuffle_xor(constant[row], 2);
       }
+      if (kFormats && halves) {
+        second[row] += ptx::shuffle_xor(second[row], 1);
+        second[row] += ptx::shuffle_xor(second[row], 2);
+      }
       if (kCode < 8) base[row] = 128.0f * (kPaired ? ones[0] + ones[2] : ones[2 * row]);
     }
     if (kFormats && token) {
@@ -219,11 +231,12 @@ struct KvScores : KvRows<kDim, kRows> {
 #pragma unroll
     for (int row = 0; row < kOwn; ++row) {
       if (kCode < 8) constant[row] -= base[row];
+      if (!halves) second[row] = constant[row];
 #pragma unroll
       for (int j = 0; j < 8; ++j)
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-          score[j][2 * row + column] = sum_of(sum[j], row, column) + constant[row];
+          score[j][2 * row + column] = sum_of(sum[j], row, column) + (j < 4 ? constant[row] : second[row]);
         }
     }
   }
@@ -287,7 +300,41 @@ struct KvScores : KvRows<kDim, kRows> {
     return unpack_query(ptx::load_shared<uint16_t>(query + place * 8 * kOwn + 8 * row + channel % 4 * 2))[0];
   }
 
-  // Scores of packed keys that are turned: by channel, of any coding and bits, which a record's words become bytes of.
+  // A page's residual, which there may be none of (rank 0).
+  TERSOR_DEVICE KvResidual residual_of(const KvPage& page) const {
+    const auto* at = reinterpret_cast<const ptx::Vec<int64_t, 2>*>(
+        a.residuals + int64_t(this->sequence()) * a.table_pages + page.position / kKvTokens);
+    const auto addresses = ptx::load_global_constant(at), numbers = ptx::load_global_constant(at + 1);
+    return {addresses[0], addresses[1], numbers[0], numbers[1]};
+  }
+  // Two tokens of a row of its left factors: those of keys, or `values`.
+  TERSOR_DEVICE ptx::Vec<float, 2> residual_pair(const KvResidual& r, int i, int j, bool values) const {
+    const int64_t row = (int64_t(this->head()) * 2 + values) * r.rank + i;
+    return ptx::unpack_f16x2(ptx::load_global_constant(
+        reinterpret_cast<const uint32_t*>(r.left + (row * kKvTokens + 8 * j + 2 * t) * 2)));
+  }
+  TERSOR_DEVICE void add_residual(float (&score)[8][2 * kOwn], const KvPage& page) const {
+    const KvResidual r = residual_of(page);
+#pragma unroll 1
+    for (int i = 0; i < r.rank; ++i) {
+      float q[kOwn];
+#pragma unroll
+      for (int row = 0; row < kOwn; ++row) {
+        const int index = this->index_of(g + 8 * row);
+        const int64_t of = (int64_t(this->sequence()) * a.heads + this->query_head(index)) * a.queries + index / a.group;
+        q[row] = ptx::load_global_constant(a.residual_query + of * a.residual_width + r.column + i);
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const auto two = residual_pair(r, i, j, false);
+#pragma unroll
+        for (int n = 0; n < 2 * kOwn; ++n) score[j][n] += q[n / 2] * two[n % 2];
+      }
+    }
+  }
+
+  // Scores of packed keys that are turned: of any coding and bits, which a record's words become bytes of. Scales of
+  // tokens lie behind those bytes.
   TERSOR_DEVICE void score_turned_keys(float (&score)[8][2 * kOwn], const KvPage& page) {
     const KvFormat& f = format(page);
     const int bits = page.key_bits, unit = kv_unit_records(kDim, bits, true);
@@ -302,10 +349,14 @@ struct KvScores : KvRows<kDim, kRows> {
 #pragma unroll 1
     for (int index = 0; index < kRecords; ++index) {
       if (index % unit == 0) record = next_unit();
+      if (f.key_token && index == 0) {
+        ptx::store_shared(scratch() + kTurnedBytes + 8 * lane,
+                          ptx::load_shared<ptx::Vec<uint32_t, 2>>(record + 8 * lane));
+        ptx::sync_warp();
+        record += kKvValueParameters;
+      }
       const auto pairs = ptx::load_shared<ptx::Vec<uint32_t, 2 * kOwn>>(query + (index * 32 + lane) * 8 * kOwn);
-      const auto parameters = ptx::load_shared<ptx::Vec<uint32_t, 4>>(record + 16 * t);
       Operand q;
-      ptx::Vec<float, 2> scales[2], lowest[2];
 #pragma unroll
       for (int i = 0; i < 2 * kOwn; ++i) {
         const auto x = unpack_query(pairs[i]);
@@ -313,17 +364,8 @@ struct KvScores : KvRows<kDim, kRows> {
         const uint32_t pair = split_pair<BFloat16>(x[0], x[1], remainder);
         q.set(i % 2, i / 2, pair, remainder);
       }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        scales[half] = ptx::unpack_f16x2(parameters[half]);
-        lowest[half] = ptx::unpack_f16x2(parameters[2 + half]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          lowest[half][i] += scales[half][i] * units.offset;
-          scales[half][i] *= units.unit;
-        }
-      }
-      record += kKvKeyParameters;
+      const shared_t parameters = record;
+      if (!f.key_token) record += f.key_halves ? 2 * kKvKeyParameters : kKvKeyParameters;
       KvWords<8> codes;
       const auto load_piece = [&](auto piece, int at) { return ptx::load_shared<decltype(piece)>(record + at); };
       if (bits == 8) {
@@ -334,7 +376,11 @@ struct KvScores : KvRows<kDim, kRows> {
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) ptx::store_shared(scratch() + 128 * i + 4 * lane, codes.words[i]);
-      multiply_turned(sum, q, scales, lowest, index, floats);
+      KvTurned turned = {index, floats, f.key_token != 0, units, {}, {}};
+      if (!f.key_token) turned.load(parameters + 16 * t);
+      multiply_turned<0, 4>(sum, q, turned);
+      if (f.key_halves) turned.load(parameters + kKvKeyParameters + 16 * t);
+      multiply_turned<4, 8>(sum, q, turned);
       record += kv_code_bytes(bits);
     }
 #pragma unroll
@@ -343,16 +389,55 @@ struct KvScores : KvRows<kDim, kRows> {
       for (int i = 0; i < 2 * kOwn; ++i) score[j][i] = sum_of(sum[j], i / 2, i % 2);
   }
 
-  template <int kTile = 0>
-  TERSOR_DEVICE void multiply_turned(float (&sum)[8][4], const Operand& q, const ptx::Vec<float, 2> (&scales)[2],
-                                     const ptx::Vec<float, 2> (&lowest)[2], int record, bool floats) const {
+  static constexpr int kTurnedBytes = 1024;  // of a record's codes in scratch memory
+
+  // A record of keys that are turned, with the lane's scales and minima of channels.
+  struct KvTurned {
+    int record;
+    bool floats, token;
+    KvUnits units;
+    ptx::Vec<float, 2> scales[2], lowest[2];
+
+    TERSOR_DEVICE void load(shared_t at) {
+      const auto parameters = ptx::load_shared<ptx::Vec<uint32_t, 4>>(at);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scales[half] = ptx::unpack_f16x2(parameters[half]);
+        lowest[half] = ptx::unpack_f16x2(parameters[2 + half]);
+        mend(half);
+      }
+    }
+    // Those of one token, of which there are two in a pair of 16 bits.
+    TERSOR_DEVICE void load_token(shared_t at) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float scale = ptx::unpack_f16x2(ptx::load_shared<uint16_t>(at))[0];
+        const float least = ptx::unpack_f16x2(ptx::load_shared<uint16_t>(at + kKvValueParameters / 2))[0];
+        scales[half] = {{scale, scale}};
+        lowest[half] = {{least, least}};
+        mend(half);
+      }
+    }
+    TERSOR_DEVICE void mend(int half) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        lowest[half][i] += scales[half][i] * units.offset;
+        scales[half][i] *= units.unit;
+      }
+    }
+  };
+
+  template <int kTile, int kEnd>
+  TERSOR_DEVICE void multiply_turned(float (&sum)[8][4], const Operand& q, KvTurned& turned) const {
+    if (turned.token) turned.load_token(scratch() + kTurnedBytes + 32 * (g / 2) + 4 * kTile + 2 * (g % 2));
     KvWords<8> codes;
     codes.words[kTile] = ptx::load_shared<uint32_t>(scratch() + 128 * kTile + 4 * lane);
+    const bool floats = turned.floats;
     const uint32_t both[2] = {floats ? kv_float_pair<2 * kTile>(codes) : kv_pair<8, 2 * kTile>(codes),
                               floats ? kv_float_pair<2 * kTile + 1>(codes) : kv_pair<8, 2 * kTile + 1>(codes)};
-    const int pair = record * (kKvRecordChannels / 2) + 2 * t;
+    const int pair = turned.record * (kKvRecordChannels / 2) + 2 * t;
     ptx::Vec<float, 4> turns = {{1, 0, 1, 0}};
-    if (record * kKvRecordChannels < 2 * a.rotary.pairs) {
+    if (pair < a.rotary.pairs) {
       // In order, tile by tile: loaded all at once they would need 32 registers.
       turns = ptx::load_global(reinterpret_cast<const ptx::Vec<float, 4>*>(
           a.rotary.table + 2 * ((8 * kTile + g) * a.rotary.pairs + pair)));
@@ -361,13 +446,14 @@ struct KvScores : KvRows<kDim, kRows> {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto code = ptx::unpack_bf16x2(both[half]);
-      const float x = code[0] * scales[half][0] + lowest[half][0], y = code[1] * scales[half][1] + lowest[half][1];
+      const float x = code[0] * turned.scales[half][0] + turned.lowest[half][0];
+      const float y = code[1] * turned.scales[half][1] + turned.lowest[half][1];
       const float cosine = turns[2 * half], sine = turns[2 * half + 1];
       b[half] = split_pair<BFloat16>(x * cosine - y * sine, y * cosine + x * sine, rest[half]);
     }
     q.template multiply<BFloat16>(sum[kTile], b);
     BFloat16::mma(sum[kTile], q.first, rest);
-    if constexpr (kTile < 7) multiply_turned<kTile + 1>(sum, q, scales, lowest, record, floats);
+    if constexpr (kTile + 1 < kEnd) multiply_turned<kTile + 1, kEnd>(sum, q, turned);
   }
 
   // Logits in units of log 2, -infinity where a row does not see a token; for what is returned see `mask`.
@@ -390,6 +476,7 @@ struct KvScores : KvRows<kDim, kRows> {
     }
     shared_t biases = 0;
     if constexpr (kFormats) {
+      if (kv_adds_residuals(kDim) && a.residuals != nullptr && page.key_bits < 16) add_residual(score, page);
       const int outliers = format(page).key_outliers;
       if (outliers > 0 || a.biased) biases = next_unit();
       if (outliers > 0) add_outliers(score, biases);

@@ -19,11 +19,14 @@ __host__ __device__ constexpr int kv_unit_records(int dim, int bits, bool format
 constexpr int kv_slot_bytes(int dim, bool formats = false) {
   int most = 0;
   for (int bits = 2; bits <= 16; ++bits) {
-    const int records = kv_unit_records(dim, bits, formats);
-    const int keys = records * kv_key_record_bytes(bits);
+    const int records = kv_unit_records(dim, bits, formats), least = kv_least_group_records(dim);
+    const int keys = records * kv_key_record_bytes(bits, false, formats);
     const int values = records * kv_value_record_bytes(bits, formats) + (bits < 16 ? kKvValueParameters : 0);
+    const int groups = formats && bits < 16 && records > least ? records / least : 1;  // of a unit
+    const int grouped = records * kv_value_record_bytes(bits) + groups * kKvValueParameters;
     if (kv_bits_exist(bits) && keys > most) most = keys;
     if (kv_bits_exist(bits) && values > most) most = values;
+    if (kv_bits_exist(bits) && bits < 16 && grouped > most) most = grouped;
   }
   return most;
 }
@@ -105,11 +108,18 @@ class KvStream {
         tails_ = of_keys != 0 ? tails_ - of_keys : 0;
       } else if (values_ != 0) {
         const int bits = kFormats ? values_ & 0xff : values_;
-        const bool whole = kFormats && (values_ & kWhole) != 0, separable = kFormats && (values_ & kSeparable) != 0;
-        runs_ = kv_value_groups(kDim, whole);
-        run_bytes_ = kv_value_group_bytes(kDim, bits, whole, separable);
-        step_ = kv_unit_records(kDim, bits, kFormats) * kv_value_record_bytes(bits, separable);
+        const bool separable = kFormats && (values_ & kSeparable) != 0;
+        const int records = kFormats ? values_ >> kRecordsShift : 0, unit = kv_unit_records(kDim, bits, kFormats);
+        runs_ = kv_value_groups(kDim, records);
+        run_bytes_ = kv_value_group_bytes(kDim, bits, records, separable);
+        step_ = unit * kv_value_record_bytes(bits, separable);
         extra_ = bits < 16 ? kKvValueParameters : 0;
+        if (kFormats && records > 0 && records < unit) {  // several groups a unit, all of them a run
+          run_bytes_ *= runs_;
+          step_ += unit / records * extra_;
+          runs_ = 1;
+          extra_ = 0;
+        }
         values_ = 0;
       } else {
         if (fetched_ == listed_) list_pages(from, to);
@@ -129,12 +139,12 @@ class KvStream {
     if constexpr (kFormats) {
       const KvFormat& f = formats_[page.format];
       source_ += int64_t(head_) * kv_page_bytes(kDim, key_bits, page.value_bits, f, biased_);
-      run_bytes_ = kv_key_bytes(kDim, key_bits, f.key_token);
-      step_ = kv_unit_records(kDim, key_bits, true) * kv_key_record_bytes(key_bits, f.key_token);
+      run_bytes_ = kv_key_bytes(kDim, key_bits, f.key_token, f.key_halves);
+      step_ = kv_unit_records(kDim, key_bits, true) * kv_key_record_bytes(key_bits, f.key_token, f.key_halves);
       if (f.key_token && key_bits < 16) extra_ = kKvValueParameters;
       tails_ = kv_key_tail_bytes(f.key_outliers, biased_);
       if (kValues) tails_ |= kv_value_tail_bytes(kDim, f.value_outliers) << 16;
-      values_ = kValues ? page.value_bits | (f.value_whole ? kWhole : 0) | (f.separable ? kSeparable : 0) : 0;
+      values_ = kValues ? page.value_bits | (f.separable ? kSeparable : 0) | f.value_records << kRecordsShift : 0;
     } else {
       source_ += int64_t(head_) * kv_page_bytes(kDim, key_bits, page.value_bits);
       run_bytes_ = kv_key_bytes(kDim, key_bits);
@@ -171,7 +181,7 @@ class KvStream {
   int left_ = 0, step_ = 0, extra_ = 0, run_bytes_ = 0, runs_ = 0;
   // Of the page, as long as they have not begun: bytes of the tails of keys and, 16 bits up, of values; and the values'
   // bits, with what else is to be known of them.
-  static constexpr int kWhole = 0x100, kSeparable = 0x200;
+  static constexpr int kSeparable = 0x100, kRecordsShift = 9;
   int tails_ = 0, values_ = 0;
   int slot_ = 0;
 };

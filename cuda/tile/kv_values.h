@@ -113,19 +113,20 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
 #pragma unroll
       for (int first = 0; first < kGroupRecords; first += unit) {
         shared_t record = this->next_unit();
-        if constexpr (kCode != 16) {
+        if constexpr (kCode != 16 && !kFormats) {
           if (first == 0) {
-            if constexpr (kFormats) {
-              begin_group<kCode>(weights, whole, p, record, valid, units, f, group);
-            } else {
-              scaled_weights<kCode>(weights, minima[group], p, record, valid, units);
-              record += kKvValueParameters;
-            }
+            scaled_weights<kCode>(weights, minima[group], p, record, valid, units);
+            record += kKvValueParameters;
           }
         }
 #pragma unroll
         for (int i = first; i < first + unit && i < kGroupRecords; ++i) {
           const int n = 2 * (group * kGroupRecords + i);
+          if constexpr (kCode != 16 && kFormats) {
+            if (n / 2 % kv_least_group_records(kDim) == 0 && (f.value_begins >> (n / 2) & 1) != 0) {
+              begin_group<kCode>(weights, whole, p, record, valid, units);
+            }
+          }
           KvWords<kv_code_words(kCode)> codes;
           if (kFormats && kCode != 16) {
             const shared_t factors = record;
@@ -143,11 +144,10 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
       }
   }
 
-  // The weights of a group of a format (the first one's, where all share them), and what minima come to in the page.
+  // The weights of a group of a format, and what minima come to in the page.
   template <int kCode>
   TERSOR_DEVICE void begin_group(Operand (&weights)[4], float (&whole)[kOwn], const float (&p)[8][2 * kOwn],
-                                 shared_t& record, uint32_t valid, KvUnits units, const KvFormat& f, int group) {
-    if (f.value_whole && group > 0) return;
+                                 shared_t& record, uint32_t valid, KvUnits units) {
     float sum[kOwn] = {};
     scaled_weights<kCode>(weights, sum, p, record, valid, units);
     record += kKvValueParameters;
@@ -204,9 +204,43 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
     }
   }
 
+  // The residual: p times its left factor, times the right one.
+  TERSOR_DEVICE void add_residual(const float (&p)[8][2 * kOwn], const KvPage& page) {
+    const KvResidual r = this->residual_of(page);
+#pragma unroll 1
+    for (int i = 0; i < r.rank; ++i) {
+      float sum[kOwn] = {};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const auto two = this->residual_pair(r, i, j, true);
+#pragma unroll
+        for (int n = 0; n < 2 * kOwn; ++n) sum[n / 2] += p[j][n] * two[n % 2];
+      }
+#pragma unroll
+      for (int row = 0; row < kOwn; ++row) {
+        sum[row] += ptx::shuffle_xor(sum[row], 1);
+        sum[row] += ptx::shuffle_xor(sum[row], 2);
+      }
+      const int64_t right = r.right + (int64_t(this->head()) * r.rank + i) * kDim * 2;
+#pragma unroll
+      for (int n = 0; n < 2 * kRecords; ++n) {
+        const auto two = ptx::unpack_f16x2(
+            ptx::load_global_constant(reinterpret_cast<const uint32_t*>(right + (8 * n + 2 * t) * 2)));
+#pragma unroll
+        for (int row = 0; row < kOwn; ++row) {
+          out[n][2 * row] += sum[row] * two[0];
+          out[n][2 * row + 1] += sum[row] * two[1];
+        }
+      }
+    }
+  }
+
   // Adds p v of a page, whose keys have been used up.
   TERSOR_DEVICE void add_page(const float (&p)[8][2 * kOwn], uint32_t valid, const KvPage& page) {
     const KvFormat& f = this->format(page);
+    if constexpr (kFormats) {
+      if (kv_adds_residuals(kDim) && a.residuals != nullptr && page.value_bits < 16) add_residual(p, page);
+    }
     if (kFormats && f.value_outliers > 0) add_outliers(p, this->next_unit());
     const int coding = kFormats && page.value_bits < 16 ? f.value_coding : int(kKvUniform);
     if (kFormats && coding == kKvLevels) {

@@ -213,6 +213,24 @@ def _mask(op: str, mask: Tensor | None, first: int, shape: tuple[int, int, int],
     return [mask.data_ptr() or 1, *strides, first, mask.shape[3]]
 
 
+def _residual(op: str, residual: tuple[Tensor, Tensor] | None, table: Tensor,
+              shape: tuple[int, int, int]) -> list[int]:
+    """The address of its table, that of the products of queries, and their width."""
+    if residual is None:
+        return [0, 0, 0]
+    pages, products = residual
+    wanted = (*table.shape[:2], 4)
+    if pages.dtype is not torch.int64 or pages.shape != wanted or not pages.is_contiguous() \
+            or pages.device != table.device:
+        fail(op, "residual", f"{pages.dtype} {list(pages.shape)} on {pages.device}",
+             f"contiguous torch.int64 {list(wanted)} on {table.device}")
+    if products.dtype is not torch.float32 or products.shape[:-1] != shape or not products.is_contiguous() \
+            or products.device != table.device:
+        fail(op, "residual", f"{products.dtype} {list(products.shape)} on {products.device}",
+             f"contiguous torch.float32 {[*shape, 'width']} on {table.device}")
+    return [pages.data_ptr(), products.data_ptr(), products.shape[-1]]
+
+
 def _query(op: str, query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, softcap: float, window: int,
            positions: Tensor | None, first: Tensor | None, mask: Tensor | None, mask_first: int,
            layout: Layout | None) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -233,20 +251,25 @@ def _query(op: str, query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, 
 
 def kv_attention(query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, scale: float, *, softcap: float = 0.0,
                  causal: bool = True, window: int = 0, positions: Tensor | None = None, first: Tensor | None = None,
-                 sinks: Tensor | None = None, mask: Tensor | None = None,
-                 mask_first: int = 0, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
+                 sinks: Tensor | None = None, mask: Tensor | None = None, mask_first: int = 0,
+                 residual: tuple[Tensor, Tensor] | None = None,
+                 layout: Layout | None = None) -> tuple[Tensor, Tensor]:
     """``(out [batch, queries, heads, head_dim], log_sum_exp [batch, heads, queries])`` of attention of ``query [batch,
     heads, queries, head_dim]`` over all tokens of the table. The queries are each sequence's last tokens, or begin at
     ``positions`` int32 ``[batch]``; ``first`` int32 ``[batch]``: the first position that is seen (left padding);
     ``window``: positions that a query sees, its own included, 0 for all; ``sinks`` float32 ``[heads]``: logits that
     only take part in the denominator; ``mask``: bool ``[batch or 1, heads or 1, queries, tokens]``, of any strides,
-    which of the positions from ``mask_first`` on a query sees, others it does not. A query that sees nothing gives 0
-    and -infinity."""
+    which of the positions from ``mask_first`` on a query sees, others it does not; ``residual``: int64 ``[batch, pages,
+    4]``, for the packed page at each position / 64 the addresses of its left factors float16 ``[kv_heads, 2, rank, 64]``
+    of keys and values and of the right ones of values ``[kv_heads, rank, head_dim]``, the first column and the rank (0:
+    none) of its products of queries with the right factors of keys, float32 ``[batch, heads, queries, width]``, all of
+    which the caller vouches for. A query that sees nothing gives 0 and -infinity."""
     op, device = "kv_attention", table.device
     cache, formats, places, hidden = _query(op, query, table, pages, kv_heads, softcap, window, positions, first, mask,
                                             mask_first, layout)
     batch, heads, queries, dim = query.shape
     sink_address = _optional(op, "sinks", sinks, torch.float32, heads, device)
+    extra = _residual(op, residual, table, (batch, heads, queries))
     query = _rows(query)
     out = query.new_empty((batch, queries, heads, dim))
     log_sum_exp = query.new_empty((batch, heads, queries), dtype=torch.float32)
@@ -259,7 +282,7 @@ def kv_attention(query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, sca
             cache, formats,
             [query.data_ptr(), heads, queries, *query.stride()[:3], out.data_ptr(), log_sum_exp.data_ptr(), *places,
              window, int(causal), *hidden, sink_address, splits, partials.data_ptr() if splits > 1 else 0,
-             counters.data_ptr() if splits > 1 else 0], scale, softcap, _stream(device))
+             counters.data_ptr() if splits > 1 else 0, *extra], scale, softcap, _stream(device))
     return out, log_sum_exp
 
 
@@ -288,6 +311,6 @@ def kv_mass(query: Tensor, table: Tensor, pages: Tensor, log_sum_exp: Tensor, kv
     with _on(device):
         _C.cuda_kv_mass(
             cache, formats, [query.data_ptr(), heads, queries, *query.stride()[:3], 0, log_sum_exp.data_ptr(), *places,
-                             window, int(causal), *hidden, 0, splits, 0, 0], scale, softcap, mass.data_ptr(), tokens,
+                             window, int(causal), *hidden, 0, splits, 0, 0, 0, 0, 0], scale, softcap, mass.data_ptr(), tokens,
             _stream(device))
     return mass

@@ -2,7 +2,7 @@
 
 The layout is that of ``cuda/tile/kv_layout.h``: 64 tokens in the order of the fragments of ``mma.m16n8k16``, so that
 what a lane unpacks is an operand. The numbers are those of `tersor.kv.layout`: keys are integers per channel over the tokens
-of a page, values per token over a group of channels, both with a float16 scale and minimum.
+of a page, or of each half of it, values per token over a group of channels, both with a float16 scale and minimum.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ _RECORD = 16  # channels
 def value_group(dim: int) -> int:
     """Channels that share the scale of a value: 64, or all of 80 and 96."""
     return 64 if dim % 64 == 0 else dim
+
+
+def value_groups(dim: int, bits: int) -> list[int]:
+    """Channels that may share the scale of a value: those of whole units of the kernels' stream, or whole parts of one."""
+    least = {80: 16, 96: 48}.get(dim, 32)
+    found = [group for group in range(least, dim + 1, least) if dim % group == 0]
+    return [group for group in found if (dim, bits, group) != (96, 8, 48)]
 
 
 def key_bytes(dim: int, bits: int) -> int:
@@ -125,31 +132,29 @@ def check(op: str, layout: Layout) -> Layout:
         fail(op, "page_tokens", layout.page_tokens, f"{TOKENS} on CUDA")
     if layout.rotary is not None and dim == 256:
         fail(op, "rotary", "keys stored before rotary embedding, of 256 channels", "head dimensions to 128 on CUDA")
-    if layout.rotary is not None and layout.rotary.dim % 16:
-        fail(op, "rotary", f"{layout.rotary.dim} channels that are turned", "a multiple of 16 on CUDA")
+    if layout.rotary is not None and layout.rotary.dim % 4:
+        fail(op, "rotary", f"{layout.rotary.dim} channels that are turned", "a multiple of 4 on CUDA")
     if len(layout.formats) > 7:
         fail(op, "formats", f"{len(layout.formats)} formats", "at most 7 on CUDA")
     for page in layout.formats:
-        if page.key_bits < 16 and page.key_axis == "token" and layout.rotary is not None:
-            fail(op, "key_axis", "token, of keys stored before rotary embedding", "channel for them on CUDA")
         if page.key_bits < 16 and page.key_axis == "token" and layout.key_group(page) != dim:
             fail(op, "key_group", page.key_group, f"{dim} (0), all channels of a token, on CUDA")
-        groups = sorted({value_group(dim), dim})
+        groups = value_groups(dim, page.value_bits)
         if page.value_bits < 16 and layout.value_group(page) not in groups:
-            fail(op, "value_group", layout.value_group(page), f"{' or '.join(map(str, groups))} channels on CUDA")
+            fail(op, "value_group", layout.value_group(page),
+                 f"{', '.join(map(str, groups))} channels of {page.value_bits} bits on CUDA")
+        if page.rank and dim == 256:
+            fail(op, "rank", f"{page.rank} of 256 channels", "0 for head dimensions above 128 on CUDA")
         for part, count, most in (("key", page.key_outliers, most_outliers(dim)[0]),
                                   ("value", page.value_outliers, most_outliers(dim)[1])):
             if count > most:
                 fail(op, f"{part}_outliers", f"{count} of a page and head", f"at most {most} on CUDA")
-        if page.rank:
-            fail(op, "rank", page.rank, "0 on CUDA")
     return layout
 
 
 def most_outliers(dim: int) -> tuple[int, int]:
     """Outliers that a page and head may have, of keys and of values: what a unit of the kernels' stream holds."""
-    records = 3 if dim % 64 else 4
-    unit = max(records * 544 + 256, -(-records // 2) * 1088, -(-records // 2) * 1056 + 256, 2048)
+    unit = 2368 if dim == 96 else 2560
     return (unit - 4 * TOKENS - _starts(TOKENS // 2)) // 4, (unit - _starts(dim // 2)) // 4
 
 
@@ -173,11 +178,11 @@ def format_numbers(layout: Layout) -> tuple[int, ...]:
     numbers: list[int] = []
     for page in layout.formats:
         keys, values = page.key_bits < 16, page.value_bits < 16
-        whole = values and layout.value_group(page) != value_group(layout.value_dim)
-        separable = values and page.value_axis == "separable"
-        numbers += [coding(page.key_levels) * keys, coding(page.value_levels) * values,
-                    int(keys and page.key_axis == "token"), int(whole or separable), int(separable), page.key_outliers,
-                    page.value_outliers]
+        group = layout.value_group(page)
+        records = 0 if group == value_group(layout.value_dim) or not values else group // _RECORD
+        axis = 1 if page.key_axis == "token" else 2 if page.key_tokens else 0
+        numbers += [coding(page.key_levels) * keys, coding(page.value_levels) * values, axis * keys, records,
+                    int(values and page.value_axis == "separable"), page.key_outliers, page.value_outliers]
         for levels in (page.key_levels, page.value_levels):
             table = bytes(level & 255 for level in levels) if isinstance(levels, tuple) else b""
             table = table.ljust(16, b"\0")
@@ -198,11 +203,11 @@ def parts(layout: Layout, kind: int) -> dict[str, tuple[int, int]]:
     parameters and codes together."""
     page, dim = layout.format(kind) or PageFormat(16, 16), layout.key_dim
     lengths = {"keys": key_bytes(dim, page.key_bits), "values": value_bytes(dim, page.value_bits)}
-    if page.key_bits < 16 and page.key_axis == "token":
-        lengths["keys"] = dim * 8 * page.key_bits + 256
-    separable = page.value_axis == "separable"
-    if page.value_bits < 16 and (separable or layout.value_group(page) != value_group(dim)):
-        lengths["values"] = dim * 8 * page.value_bits + 256 + dim * 2 * separable
+    if page.key_bits < 16 and (page.key_axis == "token" or page.key_tokens):
+        lengths["keys"] = dim * 8 * page.key_bits + (dim * 8 if page.key_tokens else 256)
+    if page.value_bits < 16:
+        lengths["values"] = dim * 8 * page.value_bits + dim // layout.value_group(page) * 256 \
+            + dim * 2 * (page.value_axis == "separable")
     keys, values = page.key_outliers, page.value_outliers
     tails = {"key_outliers": keys and _starts(TOKENS // 2) + -(-4 * keys // 16) * 16,
              "bias": 4 * TOKENS * layout.biased,
@@ -301,18 +306,23 @@ def _to_tokens(data: Tensor) -> Tensor:
 
 def _encode_keys(x: Tensor, page: PageFormat) -> tuple[Tensor, Tensor]:
     channel, bits, levels = page.key_axis == "channel", page.key_bits, page.key_levels
-    vectors = x.transpose(-1, -2) if channel else x
+    vectors, halves = x.transpose(-1, -2) if channel else x, 2 if page.key_tokens else 1
+    if halves == 2:
+        vectors = vectors.unflatten(-1, (2, -1)).flatten(-3, -2)  # [..., channels * 2, 32]
     removed = choose_outliers(vectors, page.key_outliers, levels) if page.key_outliers else None
     codes, scales, minima = quantize(vectors, bits, levels, removed)
     dense = dequantize(codes, scales.double(), None if minima is None else minima.double(), levels)
     if channel:
-        codes, dense = codes.transpose(-1, -2), dense.transpose(-1, -2)
-        removed = None if removed is None else removed.transpose(-1, -2)
+        def back(t):
+            return t.unflatten(-2, (-1, halves)).flatten(-2).transpose(-1, -2)
+        codes, dense = back(codes), back(dense)
+        removed = None if removed is None else back(removed)
     packed = _pack_codes(_to_lanes(_exchanged(codes, bits, levels), False), bits)  # [..., records, bytes]
     minima = torch.zeros_like(scales) if minima is None else minima
     if channel:
-        four = [p.squeeze(-1).unflatten(-1, (-1, 4, 4)) for p in (scales, minima)]
-        data = torch.cat((torch.cat(four, -1).flatten(-2).contiguous().view(torch.uint8), packed), -1).flatten(-2)
+        # [..., records, halves, 4 times scales and minima of 4 channels]
+        four = [p.squeeze(-1).unflatten(-1, (-1, 4, 4, halves)).movedim(-1, -3) for p in (scales, minima)]
+        data = torch.cat((torch.cat(four, -1).flatten(-3).contiguous().view(torch.uint8), packed), -1).flatten(-2)
     else:
         data = torch.cat((*(_of_tokens(p.squeeze(-1)) for p in (scales, minima)), packed.flatten(-2)), -1)
     return data, _entries(x - dense, removed, page.key_outliers, False)
@@ -321,10 +331,12 @@ def _encode_keys(x: Tensor, page: PageFormat) -> tuple[Tensor, Tensor]:
 def _decode_keys(data: Tensor, dim: int, page: PageFormat) -> Tensor:
     bits, levels = page.key_bits, page.key_levels
     if page.key_axis == "channel":
-        records = data.unflatten(-1, (dim // _RECORD, -1))
-        four = records[..., :64].contiguous().view(torch.float16).unflatten(-1, (4, 2, 4)).double()
-        scales, minima = (four[..., i, :].flatten(-3).unsqueeze(-2) for i in (0, 1))
-        packed = records[..., 64:]
+        records, halves = data.unflatten(-1, (dim // _RECORD, -1)), 2 if page.key_tokens else 1
+        four = records[..., :64 * halves].contiguous().view(torch.float16).unflatten(-1, (halves, 4, 2, 4)).double()
+        scales, minima = (four[..., i, :].movedim(-3, -4).flatten(-3) for i in (0, 1))  # [..., halves, channels]
+        if halves == 2:
+            scales, minima = (p.repeat_interleave(TOKENS // 2, -2) for p in (scales, minima))
+        packed = records[..., 64 * halves:]
     else:
         scales, minima = (_to_tokens(data[..., at:at + 128]).unsqueeze(-1) for at in (0, 128))
         packed = data[..., 256:].unflatten(-1, (dim // _RECORD, -1))

@@ -18,7 +18,9 @@ from torch import Tensor
 from .. import ops_kv_cuda as ops
 from ..op_checks import fail
 from . import cuda_layout
-from .devices import capturing, host_like, staged
+from .cuda_residuals import Residuals
+from .cuda_slabs import Slab
+from .devices import capturing, staged
 from .layout import Layout
 
 TOKENS = cuda_layout.TOKENS
@@ -28,41 +30,7 @@ SCRATCH = 32 << 20  # bytes of raw pages through which a prompt is packed
 
 def check_layout(where: str, layout: Layout) -> Layout:
     """Itself; ValueError that begins with ``tersor.where`` for a layout that no CUDA kernel takes."""
-    if layout.page_tokens != TOKENS:
-        fail(where, "group", layout.page_tokens, f"{TOKENS} on CUDA")
     return cuda_layout.check(where, layout)
-
-
-class Slab:
-    """One allocation of several pages, uint8 ``[pages, sequences, kv_heads, bytes]``."""
-
-    __slots__ = ("memory", "host", "current")
-
-    def __init__(self, memory: Tensor):
-        self.memory: Tensor | None = memory
-        self.host: Tensor | None = None  # what it was when it left last; packed pages do not change
-        self.current = False  # whether the host's copy still is what the device has
-
-    def offload(self, keep: bool) -> None:
-        """Leave the device; ``keep``: the pages stay as they are, so that the copy serves again."""
-        if self.memory is None:
-            return
-        if self.host is None:
-            self.host = host_like(self.memory)
-        if not self.current:
-            self.host.copy_(self.memory, non_blocking=True)
-        self.memory, self.current = None, keep
-
-    def prefetch(self, device: torch.device) -> None:
-        if self.memory is None:
-            self.memory = torch.empty(self.host.shape, dtype=torch.uint8, device=device)
-            self.memory.copy_(self.host, non_blocking=True)
-            if not self.current:
-                self.host = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in (self.memory, self.host) if t is not None)
 
 
 @dataclass
@@ -116,6 +84,7 @@ class CudaPages:
         self.tokens = 0
         self.settled = 0  # pages that need no more looking at
         self.resident = True
+        self.residuals = Residuals(batch, layout.kv_heads, layout.key_dim, self.device) if layout.rank else None
         self._start(batch)
 
     def _start(self, batch: int) -> None:
@@ -131,7 +100,8 @@ class CudaPages:
     @property
     def nbytes(self) -> int:
         slabs = {id(slab): slab for slab in [page.slab for page in self.pages] + [slab for slab, _ in self.spare]}
-        return sum(slab.nbytes for slab in slabs.values()) + self.table.nbytes + self.used.nbytes
+        apart = 0 if self.residuals is None else self.residuals.nbytes
+        return sum(slab.nbytes for slab in slabs.values()) + self.table.nbytes + self.used.nbytes + apart
 
     @property
     def page_bits(self) -> float:
@@ -343,7 +313,7 @@ class CudaPages:
         if positions is not None:
             self._accept_positions(positions, query, fresh, causal, window, mask)
             found = [ops.kv_attention(query[:, :, part], self.table, self.used, self.layout.kv_heads, scale,
-                                      softcap=softcap, sinks=sinks, **own, **self.described)
+                                      softcap=softcap, sinks=sinks, **own, **self._described(query[:, :, part]))
                      for part, own in self._scattered(positions)]
             out, lse = torch.cat([o for o, _ in found], 1), torch.cat([s for _, s in found], 2)
             return (out, lse) if log_sum_exp else out
@@ -354,7 +324,7 @@ class CudaPages:
             self._launch_append(self.table, self.used, keys, values, bias)
         out, lse = ops.kv_attention(query, self.table, self.used, self.layout.kv_heads, scale, softcap=softcap,
                                     causal=causal, window=window, sinks=sinks, mask=mask, mask_first=mask_first,
-                                    **self.described)
+                                    **self._described(query))
         if len(self.pages) > self.settled + 1 or self.pages and self.pages[-1].tokens == TOKENS:
             self._settle()
         return (out, lse) if log_sum_exp else out
@@ -376,6 +346,28 @@ class CudaPages:
         return ops.kv_mass(query, self.table, self.used, log_sum_exp.contiguous(), self.layout.kv_heads, scale,
                            self.tokens, softcap=softcap, causal=causal, window=window, positions=first, mask=mask,
                            mask_first=mask_first, **self.described)
+
+    def _described(self, query: Tensor) -> dict:
+        """What a launch of attention is told about the pages."""
+        residual = None if self.residuals is None else self.residuals.for_attention(query, self.table.shape[1])
+        return self.described if residual is None else self.described | {"residual": residual}
+
+    def set_segment(self, first_page: int, count: int, pk: Tensor, pv: Tensor, qk: Tensor, qv: Tensor) -> None:
+        """As `Pages.set_segment`, once for each page; all pages before are full, and the first is at position 0."""
+        layout = self.layout
+        pages = self.pages[first_page:first_page + count]
+        ranks = {layout.format(page.kind).rank if page.kind else 0 for page in pages}
+        if count < 1 or len(pages) != count or len(ranks) > 1 or 0 in ranks \
+                or any(page.position != (first_page + i) * TOKENS for i, page in enumerate(pages)):
+            fail("cache", "first_page, count", [first_page, count], "a run of packed pages of one rank, all before full")
+        rank = ranks.pop()
+        for name, x, size in (("pk", pk, layout.key_dim), ("pv", pv, layout.key_dim), ("qk", qk, count * TOKENS),
+                              ("qv", qv, count * TOKENS)):
+            wanted = (self.batch, layout.kv_heads, rank, size)
+            if x.shape != wanted or not x.is_floating_point() or x.device != self.device:
+                fail("cache", name, f"{x.dtype} {list(x.shape)} on {x.device}",
+                     f"floating-point {list(wanted)} on {self.device}")
+        self.residuals.add(first_page, count, pk, pv, qk, qv)
 
     def _accept_positions(self, positions: Tensor, query: Tensor, fresh: int, causal: bool, window: int,
                           mask: Tensor | None) -> None:
@@ -443,6 +435,8 @@ class CudaPages:
             fail("cache", "sequences", sequences, f"indices of {self.batch} sequences")
         self.prefetch()
         old, moved = self.table, False
+        if self.residuals is not None:
+            self.residuals.select(sequences)
         self._start(len(sequences))
         for page in self.pages:
             page.rows = tuple(page.rows[s] for s in sequences)
@@ -470,6 +464,8 @@ class CudaPages:
             packed = {id(page.slab) for page in self.pages if page.packed}
             for slab in {id(page.slab): page.slab for page in self.pages}.values():
                 slab.offload(keep=id(slab) in packed)
+            if self.residuals is not None:
+                self.residuals.offload()
             self.resident = False
 
     def prefetch(self) -> None:
@@ -477,6 +473,8 @@ class CudaPages:
         if not self.resident:
             for page in self.pages:
                 page.slab.prefetch(self.device)
+            if self.residuals is not None:
+                self.residuals.prefetch()
             self.resident = True
             self._publish(0)
 
@@ -485,8 +483,10 @@ class CudaPages:
     def decode_page(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values ``[batch, kv_heads, tokens, dim]`` of one page."""
         page = self.pages[index]
-        keys, values = cuda_layout.decode_page(self.layout, self._rows(page), page.kind, dtype)
-        return keys[:, :, :page.tokens], values[:, :, :page.tokens]
+        keys, values = cuda_layout.decode_page(self.layout, self._rows(page), page.kind, torch.float64)
+        more = self.residuals.of_page(index) if self.residuals is not None and page.packed else None
+        keys, values = (keys, values) if more is None else (keys + more[0], values + more[1])
+        return keys[:, :, :page.tokens].to(dtype), values[:, :, :page.tokens].to(dtype)
 
     def _rows(self, page: CudaPage, sequences: list[int] | None = None) -> Tensor:
         rows = page.rows if sequences is None else [page.rows[s] for s in sequences]

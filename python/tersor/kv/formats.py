@@ -29,7 +29,7 @@ class PageFormat:
     """How the numbers of a packed page are stored.
 
     ``key_bits``, ``value_bits``: 2, 3, 4, 8, or 16 for as the model computes. ``key_axis``: ``"channel"`` (a scale for
-    each channel over the page's tokens) or ``"token"`` (a scale for each token and ``key_group`` channels; 0: all, as
+    each channel over the page's tokens, or every ``key_tokens`` of them: CUDA alone) or ``"token"`` (a scale for each token and ``key_group`` channels; 0: all, as
     in QServe, arXiv 2405.04532). ``value_axis``: ``"token"`` (a scale for each token and ``value_group`` channels; 0:
     all) or ``"separable"`` (values are divided by sqrt(max |x|) of their channel in the page, then have one scale a
     token: ZipCache, arXiv 2405.14256). ``key_levels``, ``value_levels``: None (uniform), ascending int8 levels, as many
@@ -49,6 +49,7 @@ class PageFormat:
     key_outliers: int = 0
     value_outliers: int = 0
     rank: int = 0
+    key_tokens: int = 0
 
     @property
     def packs(self) -> bool:

@@ -216,7 +216,7 @@ class StaticStore(Store):
         s = shape.settings
         self.shape, self.window = shape, shape.window
         self.pages = StaticPages(make_layout(shape), shape.batch, shape.max_tokens, s.recent,
-                                 0 if shape.window else -(-s.sinks // s.group), shape.window, shape.device,
+                                 0 if shape.window else -(-s.sinks // TOKENS), shape.window, shape.device,
                                  f"StaticCache: layer {shape.layer}")
 
     @property

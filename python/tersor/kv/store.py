@@ -169,13 +169,21 @@ def value_group(dim: int, wanted: int) -> int:
     return max(g for g in range(16, dim + 1, 16) if dim % g == 0 and (g <= wanted * 3 // 2 or g == 16))
 
 
+def page_tokens(shape: Shape) -> int:
+    """Tokens of a page: the group of the spec, on CUDA always 64, whose keys share scales in groups of 32 or 64."""
+    return 64 if devices.on_cuda(shape.device) else shape.settings.group
+
+
 def page_format(shape: Shape, settings: Settings | None = None, rank: int = 0) -> PageFormat:
     """How packed pages of the shape are stored, with ``settings`` in place of its own."""
     s = settings or shape.settings
-    parts = {}
+    parts, tokens = {}, page_tokens(shape)
     separable, group = s.values == "separable", value_group(shape.value_dim, s.group)
+    if s.keys == "channel" and s.group < tokens and s.key_bits < 16:
+        parts["key_tokens"] = s.group
     for part, bits, dim, levels, length in (
-            ("key", s.key_bits, shape.key_dim, s.key_levels, s.group if s.keys == "channel" else shape.key_dim),
+            ("key", s.key_bits, shape.key_dim, s.key_levels,
+             min(s.group, tokens) if s.keys == "channel" else shape.key_dim),
             ("value", s.value_bits, shape.value_dim, s.value_levels, shape.value_dim if separable else group)):
         packed = bits < 16
         if s.levels == "nuq" and packed:
@@ -184,7 +192,7 @@ def page_format(shape: Shape, settings: Settings | None = None, rank: int = 0) -
         elif s.levels == "e4m3" and packed:
             parts[f"{part}_levels"] = E4M3
         if s.outliers and packed:
-            parts[f"{part}_outliers"] = max(1, round(s.outliers * s.group * dim))
+            parts[f"{part}_outliers"] = max(1, round(s.outliers * tokens * dim))
     return PageFormat(s.key_bits, s.value_bits, key_axis=s.keys, value_axis=s.values,
                       value_group=0 if separable else group, rank=rank, **parts)
 
@@ -196,7 +204,8 @@ def make_layout(shape: Shape, *formats: PageFormat) -> Layout:
         turned = shape.rotary
     if not formats and s.packs:
         formats = (page_format(shape),)
-    return Layout(shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype, s.group, formats, turned, shape.biased)
+    return Layout(shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype, page_tokens(shape), formats, turned,
+                  shape.biased)
 
 
 def make_pages(shape: Shape, layout: Layout, recent: int = 0, sink_pages: int = 0):
@@ -216,7 +225,8 @@ class PagedStore(Store):
         check_shape(shape)
         s = shape.settings
         self.shape, self.window, self.keeps = shape, shape.window, False
-        self.pages = make_pages(shape, make_layout(shape), s.recent, 0 if shape.window else -(-s.sinks // s.group))
+        self.pages = make_pages(shape, make_layout(shape), s.recent,
+                                0 if shape.window else -(-s.sinks // page_tokens(shape)))
 
     @property
     def seen(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import BlockStore
 from ..settings import Settings
-from ..store import Inner, Shape, Store, make_layout, page_format
+from ..store import Inner, Shape, Store, make_layout, page_format, page_tokens
 from .base import CacheMethod, register_cache_method
 
 
@@ -28,6 +29,7 @@ class Gear(CacheMethod):
     loops: int = 3
 
     innermost = True
+    cuda = True
 
     def check(self, model: nn.Module, settings: Settings) -> None:
         if not settings.packs or settings.key_bits == 16 or settings.value_bits == 16:
@@ -48,14 +50,14 @@ class GearStore(BlockStore):
     def __init__(self, shape: Shape, method: Gear):
         ranks = method.rank, method.decode_rank
         super().__init__(shape, make_layout(shape, *(page_format(shape, rank=rank) for rank in ranks)),
-                         block=shape.settings.group)
+                         block=page_tokens(shape))
         self.method = method
 
     def pack(self, keys: Tensor, values: Tensor, bias: Tensor | None, tokens: int) -> None:
         first, count = len(self.pages.pages), tokens // self.layout.page_tokens
         kind = 1 if count > 1 else 2  # a prompt's pages share their directions, and can afford more of them
         self.pages.append_packed(keys, values, kind)
-        pages = [self.layout.decode(page.memory, kind, torch.float32) for page in self.pages.pages[first:]]
+        pages = [self.pages.decode_page(first + i, torch.float32) for i in range(count)]
         rank = self.layout.formats[kind - 1].rank
         (key_q, key_p), (value_q, value_p) = (
             low_rank(true.float() - torch.cat(read, 2), rank, self.method.loops)
@@ -63,13 +65,17 @@ class GearStore(BlockStore):
         self.pages.set_segment(first, count, *(t.transpose(-1, -2) for t in (key_p, value_p, key_q, value_q)))
 
 
+@lru_cache(maxsize=64)
+def _start(dim: int, rank: int, device: torch.device) -> Tensor:
+    return torch.linalg.qr(torch.randn(dim, rank, generator=torch.Generator().manual_seed(0))).Q.to(device)
+
+
 def low_rank(residual: Tensor, rank: int, loops: int) -> tuple[Tensor, Tensor]:
     """``residual [..., tokens, dim]`` near ``Q P^T``: ``Q [..., tokens, rank]``, ``P [..., dim, rank]`` with orthonormal
     columns, in float32. Deterministic: starts from a fixed random matrix."""
     residual = residual.nan_to_num(0, 0, 0).float()
     dim = residual.shape[-1]
-    start = torch.randn(dim, rank, generator=torch.Generator().manual_seed(0))
-    p = torch.linalg.qr(start).Q.expand(*residual.shape[:-2], dim, rank)
+    p = _start(dim, rank, residual.device).expand(*residual.shape[:-2], dim, rank)
     for _ in range(loops):
         p = torch.linalg.qr(residual.transpose(-1, -2) @ (residual @ p)).Q
     return residual @ p, p
