@@ -69,8 +69,8 @@ def values(codes, scales, one, k):
 
 def multiply(native, weight, seen, kind, dtype, bias=None, ranges=1, seeds=(0,), count=False, pad=5):
     codes, scales, one = seen
-    before = (codes, scales, one, len(codes), weight.k, weight.codes, weight.scales, weight.one, ctypes.c_int(kind), bias,
-              ctypes.c_int(CODE[dtype]))
+    before = (codes, scales, one, len(codes), weight.k, weight.codes, weight.scales, weight.one, ctypes.c_int(kind),
+              bias, ctypes.c_int(CODE[dtype]))
     named = {"x": codes, "x_scales": scales, "x_global": one, "codes": weight.codes, "scales": weight.scales,
              "global": weight.one, "bias": bias}
     return call(native, "tersor_cuda_fp4_linear", before, (), len(codes), weight.n, dtype, ranges, named, seeds, count,
@@ -147,7 +147,8 @@ def test_what_is_not_finite_stays_in_its_row(kind):
     top = x[:, -16:].abs().amax()
     x = x.clamp(-top, top)  # the global scale of NVFP4 must not change
     x[[0, 1], [0, 150]] = top
-    run = lambda: multiply(library(kind), weight, rounded(library(kind), x, kind)[:3], kind, torch.float16)[0]  # noqa: E731
+    native = library(kind)
+    run = lambda: multiply(native, weight, rounded(native, x, kind)[:3], kind, torch.float16)[0]  # noqa: E731
     clean = run()
     x[3, 7], x[17, 100] = float("nan"), float("inf")
     y = run()

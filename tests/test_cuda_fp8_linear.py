@@ -202,8 +202,8 @@ def refusal(name, **changes):
                  codes=x.data_ptr(), out=scales.data_ptr(), values=0, stream=0)
     else:
         a = dict(x=x.data_ptr(), x_scales=scales.data_ptr(), x_groups=1, m=2, k=64, codes=weight.data_ptr(), weight=0,
-                 scales=scales.data_ptr(), scale_dtype=0, scale_rows=1, group=0, bias=0, y_dtype=2, y=y.data_ptr(), n=32,
-                 ldy=32, ranges=1, partials=0, counters=0, stream=0)
+                 scales=scales.data_ptr(), scale_dtype=0, scale_rows=1, group=0, bias=0, y_dtype=2, y=y.data_ptr(),
+                 n=32, ldy=32, ranges=1, partials=0, counters=0, stream=0)
     a.update(changes)
     native = library(0).library
     native.tersor_last_error.restype = ctypes.c_char_p

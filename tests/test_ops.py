@@ -45,6 +45,7 @@ def samples():
     yield "float_linear", (x, elements, torch.randint(120, 130, (33, 4), dtype=torch.uint8), None, None, 33, 1, 32)
     yield "fp8_linear", (x, q, s, bias, 33, 1, 32, "token")
     yield "fp8_linear", (x.float(), q, s, None, 33, 1, 32, "group")
+    yield "fp4_linear", (x.float(), elements, torch.randint(120, 130, (33, 4), dtype=torch.uint8), None, None, 33)
     yield "int_pack", (codes, 4)
     yield "int_unpack", (q, 33, 97, 4)
     yield "int_fit", (torch.randn(17, 97), torch.rand(97), 4, 32, False, 80, torch.float16)

@@ -4,6 +4,7 @@ import ctypes
 from types import SimpleNamespace
 
 import pytest
+import test_cuda_fp4_linear as fp4
 import test_cuda_fp8_linear as fp8
 import torch
 from cuda_floats import FORMATS, Stored, kind_of, library
@@ -11,8 +12,9 @@ from test_cpu_int_linear import Weight
 from test_cuda_float_linear import assert_near
 
 from tersor import ops_float, ops_float_cuda
-from tersor.formats import Float, Int, Microscaling
-from tersor.formats.inputs import Inputs
+from tersor.formats import NVFP4, Float, Int, Microscaling
+from tersor.formats.inputs import _ROUNDING, Inputs
+from tersor.ops_round import float_round
 
 
 class Launchers:
@@ -72,6 +74,31 @@ class Launchers:
                   n, ldy, ranges, partials, counters, stream)
         self.launch(fp8.library(weight).library, "tersor_cuda_fp8_linear", buffers, values)
 
+    def block_rows(self, x, x_dtype, m, k, ldx, kind, one, codes, scales, values, stream):
+        size, stages = 4 if x_dtype == 0 else 2, -(-k // 128)
+        buffers = [(x, size * ((m - 1) * ldx + k), 0), (one, 4, 0), (codes, m * stages * 64, 1),
+                   (scales, m * stages * (8 if kind == 1 else 4), 1), (values, size * m * k, 1)]
+        given = (x, x_dtype, m, k, ldx, kind, one, codes, scales, values, stream)
+        self.launch(fp4.library(0).library, "tersor_cuda_block_rows", buffers, given)
+
+    def fp4_plan(self, m, n, k, kind, multiprocessors, shared):
+        made = [ctypes.c_int64() for _ in range(3)]
+        sizes = [ctypes.c_int64(v) for v in (m, n, k)]
+        assert fp4.library(kind).library.tersor_cuda_fp4_linear_plan(
+            *sizes, kind, multiprocessors, ctypes.c_int64(shared), *map(ctypes.byref, made)) == 0
+        return tuple(value.value for value in made)
+
+    def fp4_linear(self, x, x_scales, x_one, m, k, codes, scales, one, kind, bias, y_dtype, y, n, ldy, ranges, partials,
+                   counters, stream):
+        _, partial_bytes, counter_bytes = ops_float_cuda._fp4_plan(m, n, k, kind, None)
+        stages, group = -(-k // 128), 16 if kind else 32
+        buffers = [(x, m * stages * 64, 0), (x_scales, m * stages * 128 // group, 0), (x_one, 4, 0), (one, 4, 0),
+                   (codes, n * -(-k // 2), 0), (scales, n * -(-k // group), 0), (bias, 2 * n, 0), (y, 2 * m * n, 1),
+                   (partials, partial_bytes, 1), (counters, counter_bytes, 1)]
+        given = (x, x_scales, x_one, m, k, codes, scales, one, kind, bias, y_dtype, y, n, ldy, ranges, partials,
+                 counters, stream)
+        self.launch(fp4.library(kind).library, "tersor_cuda_fp4_linear", buffers, given)
+
     def launch(self, native, name, buffers, values):
         native.emulation_clear()
         for address, size, writable in buffers:
@@ -86,15 +113,17 @@ def launchers(monkeypatch):
     made = Launchers()
     monkeypatch.setattr(ops_float_cuda, "_C", SimpleNamespace(
         cuda_float_linear_plan=made.plan, cuda_float_linear=made.linear, cuda_fp8_linear_plan=made.fp8_plan,
-        cuda_fp8_linear=made.fp8_linear, cuda_fp8_rows=made.fp8_rows))
+        cuda_fp8_linear=made.fp8_linear, cuda_fp8_rows=made.fp8_rows, cuda_fp4_linear_plan=made.fp4_plan,
+        cuda_fp4_linear=made.fp4_linear, cuda_block_rows=made.block_rows))
     monkeypatch.setattr(ops_float_cuda, "_device", lambda index: (3, 100 * 1024))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-    ops_float_cuda._plan.cache_clear()
-    ops_float_cuda._fp8_plan.cache_clear()
+    plans = (ops_float_cuda._plan, ops_float_cuda._fp8_plan, ops_float_cuda._fp4_plan)
+    for plan in plans:
+        plan.cache_clear()
     yield made
-    ops_float_cuda._plan.cache_clear()
-    ops_float_cuda._fp8_plan.cache_clear()
+    for plan in plans:
+        plan.cache_clear()
 
 
 def call(weight, x, bias=None, **changes):
@@ -160,6 +189,57 @@ def test_fp8_checks_come_before_pointers(launchers, changes, name):
     with pytest.raises(ValueError, match=f"fp8_linear: {name}.*: found"):
         ops_float_cuda.fp8_linear(*(given | changes).values())
     assert not launchers.calls
+
+
+@pytest.mark.parametrize("kind", (0, 1), ids=("mxfp4", "nvfp4"))
+def test_inputs_in_fp4(launchers, kind):
+    n, k = 200, 300
+    weight = Stored(fp4.FORMATS[kind], n, k)
+    codes, scales, one, _, _ = weight.fmt._operands(weight.tensors, (n, k))
+    for shape in ((), (3,), (2, 9)):
+        wide = torch.randn(*shape, k + 3).bfloat16()[..., 3:]
+        bias = torch.randn(n).bfloat16()
+        y = ops_float_cuda.fp4_linear(wide, codes, scales, one, bias, n)
+        seen = Inputs(weight.fmt, ("mxfp4", "nvfp4")[kind]).quantize_input(wide.float()).double()
+        fp8.assert_near(y.reshape(-1, n), seen.reshape(-1, k), weight.truth, bias)
+        by_op = ops_float.fp4_linear(wide.float(), codes, scales, one, bias.float(), n)
+        assert (by_op.double() - y.double()).norm() < 5e-3 * y.double().norm()
+    assert set(launchers.calls) == {"tersor_cuda_block_rows", "tersor_cuda_fp4_linear"}
+    assert ops_float_cuda.fp4_linear(wide[:0], codes, scales, one, None, n).shape == (0, 9, n)
+    for changes, name in ((dict(codes=codes.view(torch.float8_e4m3fn)), "codes"), (dict(bias=bias[:3]), "bias"),
+                          (dict(scales=torch.ones(n, 1 + (k - 1) // (16 if kind else 32))), "scales|global_scale")):
+        given = dict(x=wide, codes=codes, scales=scales, one=one, bias=None, n=n) | changes
+        with pytest.raises(ValueError, match=f"{name}.*: found"):
+            ops_float_cuda.fp4_linear(*given.values())
+
+
+@pytest.mark.parametrize("kind", _ROUNDING)
+def test_rounding_is_the_op(launchers, kind):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(2, 3, 203).to(dtype)[..., 3:]
+        x[1, 2, 7], x[0, 1, 100] = float("nan"), 40
+        found, wanted = ops_float_cuda.float_round(x, *_ROUNDING[kind]), float_round.cpu(x, *_ROUNDING[kind])
+        assert torch.equal(found.nan_to_num(99.0), wanted.nan_to_num(99.0))
+    assert len(launchers.calls) == 3
+    assert ops_float_cuda.float_round(x[:0], *_ROUNDING[kind]).shape == (0, 3, 200)
+    assert torch.equal(ops_float_cuda.float_round(x[0].double(), *_ROUNDING[kind]),
+                       float_round.reference(x[0].double(), *_ROUNDING[kind])) and len(launchers.calls) == 3
+
+
+def test_inputs_say_how_they_are_multiplied(monkeypatch):
+    cases = ((Inputs(Int(4)), (8, 9), "fp8_linear"),
+             (Inputs(Float("e4m3", "block"), "fp8", "group"), (9, 0), "fp8_linear"),
+             (Inputs(Int(4)), (8, 6), None), (Inputs(Int(4, symmetric=False)), (9, 0), None),
+             (Inputs(Int(8)), (9, 0), None), (Inputs(NVFP4(), "nvfp4"), (12, 0), "fp4_linear"),
+             (Inputs(NVFP4(), "nvfp4"), (12, 1), None), (Inputs(NVFP4(), "mxfp4"), (12, 0), None),
+             (Inputs(Microscaling("e2m1"), "mxfp4"), (12, 0), "fp4_linear"),
+             (Inputs(Microscaling("e2m1"), "mxfp4"), (10, 0), None))
+    for fmt, capability, product in cases:
+        monkeypatch.setattr(ops_float_cuda, "_capability", lambda device, found=capability: found)
+        found = fmt._product(torch.device("cuda", 0))
+        assert found == (product and f"{product} cuda"), (fmt, capability)
+        if product:
+            assert fmt.kernel((8, 128), "cuda").startswith(found)
 
 
 def test_the_kernel_is_named():

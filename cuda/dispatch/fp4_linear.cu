@@ -31,8 +31,8 @@ extern "C" int tersor_cuda_block_rows(const void* x, int x_dtype, int64_t m, int
                                       void* stream) {
   if (int status = check_stream(kRows, m, 1, k)) return status;
   if (x_dtype < 0 || x_dtype > 2 || kind < 0 || kind > 2) {
-    return fail(TERSOR_INVALID, "%s: x_dtype and kind are %d and %d; accepted: 0 to 2; 0 MXFP4, 1 NVFP4, 2 MXFP8", kRows,
-                x_dtype, kind);
+    return fail(TERSOR_INVALID, "%s: x_dtype and kind are %d and %d; accepted: 0 to 2; 0 MXFP4, 1 NVFP4, 2 MXFP8",
+                kRows, x_dtype, kind);
   }
   if (kind == kMxfp8 && !values) {
     return fail(TERSOR_INVALID, "%s: values is absent; accepted for codes are kinds 0 and 1", kRows);

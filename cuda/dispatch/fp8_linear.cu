@@ -35,7 +35,8 @@ int check_weight(int weight, int scale_dtype, int64_t k, int64_t group) {
 using namespace tersor;
 
 extern "C" int tersor_cuda_fp8_rows(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx, const float* top,
-                                    int64_t groups, int interleaved, uint8_t* codes, float* scales, void* values, void* stream) {
+                                    int64_t groups, int interleaved, uint8_t* codes, float* scales, void* values,
+                                    void* stream) {
   if (int status = check_stream(kRows, m, 1, k)) return status;
   if (x_dtype < 0 || x_dtype > 2) {
     return fail(TERSOR_INVALID, "%s: x_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", kRows, x_dtype);

@@ -67,7 +67,9 @@ __global__ void __launch_bounds__(kFp8RowThreads) quantize_fp8_rows(const Fp8Row
       if (channel >= a.padded) continue;
       const float scale = scale_of(top, top);
       store_codes<Type>(a, row, channel, x, scale);
-      if (lane % 16 == 0 && a.scales != nullptr) ptx::store_global(a.scales + row * a.groups + channel / kFp8Group, scale);
+      if (lane % 16 == 0 && a.scales != nullptr) {
+        ptx::store_global(a.scales + row * a.groups + channel / kFp8Group, scale);
+      }
     }
     return;
   }

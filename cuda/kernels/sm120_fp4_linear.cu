@@ -35,7 +35,9 @@ using ptx::shared_t;
 // Where piece `piece` of a row of 64 bytes lies, counted from the first row: the lanes read one piece of 8 rows at a
 // time, weights 4 rows apart, tokens one after another.
 __host__ __device__ constexpr int fp4_weight_piece(int row, int piece) { return (4 * row + piece) ^ (row >> 2 & 7); }
-__host__ __device__ constexpr int fp4_token_piece(int token, int piece) { return 4 * token + (piece ^ (token >> 1 & 3)); }
+__host__ __device__ constexpr int fp4_token_piece(int token, int piece) {
+  return 4 * token + (piece ^ (token >> 1 & 3));
+}
 constexpr bool fp4_pieces_conflict_free() {
   for (int piece = 0; piece < 4; ++piece)
     for (int i = 0; i < 4; ++i) {

@@ -8,8 +8,8 @@
 //     0 .. 7 is itself, a negative one 0x88 - (code & 7); a prmt spreads the bit that chooses. (A table of 8 entries
 //     for each sign, looked up by prmt, takes 11.) 2^9 is made up for with the results.
 //
-// Products are exact; sums in fp32 are promoted at each group of weights, at the latest after 128 k, by the scale of the
-// row times that of the token. A block of 4 warps computes 128 rows x 8 * kTokenTiles tokens in stages of 128 k;
+// Products are exact; sums in fp32 are promoted at each group of weights, at the latest after 128 k, by the scale of
+// the row times that of the token. A block of 4 warps computes 128 rows x 8 * kTokenTiles tokens in stages of 128 k;
 // stream-K as in row_stream.h: results are the same to the bit in every launch.
 //
 // SHARED MEMORY, bytes: stages x (codes 8192 or 16384 + 1056 kTokenTiles + 2048) + 16:

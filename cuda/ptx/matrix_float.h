@@ -1,5 +1,5 @@
-// Warp-wide products of 8-bit floats, on machines from sm_89 on. Not part of ptx.h: few kernels want them. Fragments are
-// those of matrix.h with four elements in a register.
+// Warp-wide products of 8-bit floats, on machines from sm_89 on. Not part of ptx.h: few kernels want them. Fragments
+// are those of matrix.h with four elements in a register.
 #pragma once
 
 #include "ptx/matrix.h"

@@ -63,7 +63,9 @@ TERSOR_DEVICE void load_channels(const char* row, int channel, int k, bool align
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = channel + i < k ? RowNumbers<Type>::load(from + i * RowNumbers<Type>::kBytes) : 0.0f;
+  for (int i = 0; i < 8; ++i) {
+    x[i] = channel + i < k ? RowNumbers<Type>::load(from + i * RowNumbers<Type>::kBytes) : 0.0f;
+  }
 }
 
 // The same to a row of an array whose rows are k numbers long.

@@ -220,7 +220,7 @@ class RowBlock {
   Totals total;
 };
 
-// ---- pieces of Work --------------------------------------------------------------------------------------------------
+// ---- pieces of Work -------------------------------------------------------------------------------------------------
 
 // Sixteen bytes of a row-major matrix to shared memory, zeros beyond the row's `left` bytes (which may be negative).
 // Rows that do not start at multiples of 16 bytes are read a byte at a time.

@@ -135,6 +135,31 @@ fp8_linear = ops.Op(
 )
 
 
+# -- fp4_linear: inputs and weights both MXFP4, or both NVFP4 ----------------------------------------------------------
+
+
+def _fp4_linear_by(linear, rounding):
+
+    def fp4_linear(x, codes, scales, global_scale, bias, out_features):
+        how = ("e2m1", "power", 32) if global_scale is None else ("e2m1", "e4m3", 16)
+        return linear(rounding(x, *how), codes, scales, global_scale, bias, out_features, 1, how[2])
+
+    return fp4_linear
+
+
+def _fp4_linear_fake(x, codes, scales, global_scale, bias, out_features):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+fp4_linear = ops.Op(
+    "fp4_linear",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? global_scale, Tensor? bias, int out_features) -> Tensor",
+    _fp4_linear_by(_float_linear_cpu, ops_round.float_round.cpu), _fp4_linear_fake,
+    _fp4_linear_by(_float_linear_reference, ops_round.float_round.reference),
+    cuda=ops_float_cuda.fp4_linear if _C.has_cuda_build else None, cuda_kernel=ops_float_cuda.FP4_KERNEL,
+)
+
+
 def takes(x: Tensor) -> bool:
     """Whether a kernel multiplies inputs like ``x``: on CUDA those of 16 bits."""
     return x.is_cpu and x.dtype in CODE or x.is_cuda and float_linear.cuda is not None \

@@ -1,10 +1,12 @@
-"""`float_linear` and `fp8_linear` on CUDA: checks, scratch memory, the current stream, then the kernels of cuda/."""
+"""Small floats on CUDA (`float_linear`, `fp8_linear`, `fp4_linear`, `float_round`): checks, scratch memory, the current
+stream, then the kernels of cuda/."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C
@@ -13,8 +15,8 @@ from .ops_cuda import _aligned_rows, _device, _workspace, capability
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNEL = "float_linear cuda"
-FP8_KERNEL = "fp8_linear cuda"
-_FP8 = (8, 9)  # the first compute capability whose mma takes e4m3
+FP8_KERNEL, FP4_KERNEL, ROUND_KERNEL = "fp8_linear cuda", "fp4_linear cuda", "float_round cuda"
+_FP8, _FP4 = (8, 9), (12, 0)  # the first compute capability whose mma takes e4m3; the only one for block scales
 
 
 @functools.lru_cache(maxsize=4096)
@@ -55,7 +57,7 @@ def float_linear(x, codes, scales, global_scale, bias, out_features, scale_rows,
     return y
 
 
-# -- e4m3 activations ---------------------------------------------------------------------------------------------------
+# -- e4m3 activations -----------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=4096)
@@ -63,16 +65,28 @@ def _fp8_plan(m, n, k, weight, index):
     return _C.cuda_fp8_linear_plan(m, n, k, weight, *_device(index))
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU that this build has kernels for; (0, 0) where it has none."""
+    if device.type != "cuda" or not _C.has_cuda_build or not torch.cuda.is_available():
+        return 0, 0
+    return capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def takes_fp8(device: torch.device) -> bool:
     """Whether `fp8_linear` has a kernel on this device."""
-    if device.type != "cuda" or not _C.has_cuda_build or not torch.cuda.is_available():
-        return False
-    return capability(torch.cuda.current_device() if device.index is None else device.index) >= _FP8
+    return _capability(device) >= _FP8
 
 
-def _largest_finite(rows: Tensor) -> Tensor:
-    """The largest magnitude in the rows that are finite throughout, float32 ``[1]``; nothing waits for the GPU."""
-    top = rows.abs().amax(1).float()
+def takes_fp4(device: torch.device) -> bool:
+    """Whether `fp4_linear` has a kernel on this device."""
+    return _capability(device) == _FP4
+
+
+def _largest_finite(rows: Tensor, group: int) -> Tensor:
+    """The largest magnitude in the groups (0: whole rows) that are finite throughout, float32 ``[1]``; nothing waits
+    for the GPU."""
+    groups = F.pad(rows, (0, -rows.shape[1] % group)).unflatten(1, (-1, group)) if group else rows
+    top = groups.abs().amax(-1).float()
     return top.where(top.isfinite(), 0.0).amax().view(1)
 
 
@@ -84,7 +98,7 @@ def fp8_rows(rows: Tensor, scale: str, interleaved: bool) -> tuple[Tensor, Tenso
     groups = padded // 128 if scale == "group" else 1
     codes = torch.empty((m, padded), dtype=torch.uint8, device=rows.device)
     scales = torch.empty((m, groups), dtype=torch.float32, device=rows.device)
-    top = _largest_finite(rows) if scale == "tensor" else None
+    top = _largest_finite(rows, 0) if scale == "tensor" else None
     _C.cuda_fp8_rows(rows.data_ptr(), CODE[rows.dtype], m, k, rows.stride(0) if m > 1 else k, pointer(top), groups,
                      interleaved, codes.data_ptr(), scales.data_ptr(), 0,
                      torch._C._cuda_getCurrentRawStream(rows.device.index))
@@ -123,5 +137,95 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
         seen.data_ptr(), of_tokens.data_ptr(), of_tokens.shape[1], m, k, codes.data_ptr(), weight, scales.data_ptr(),
         CODE[scales.dtype], scale_rows, group, pointer(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges,
         partials.data_ptr(), counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
+    )
+    return y
+
+
+# -- e2m1 activations, and rounding alone ---------------------------------------------------------------------------
+
+_BLOCK_KINDS = {("e2m1", "power", 32): 0, ("e2m1", "e4m3", 16): 1, ("e4m3", "power", 32): 2}
+_FP8_GROUPS = {("e4m3", "largest", 0): "token", ("e4m3", "largest", 128): "group", ("e4m3", "whole", 0): "tensor"}
+
+
+@functools.lru_cache(maxsize=4096)
+def _fp4_plan(m, n, k, kind, index):
+    return _C.cuda_fp4_linear_plan(m, n, k, kind, *_device(index))
+
+
+def _global_scale(rows: Tensor) -> Tensor:
+    """What NVFP4 multiplies the scales of ``rows [m, k]`` by, float32 ``[1]``, as `ops_round` defines it."""
+    top = _largest_finite(rows, 16).clamp_min(torch.finfo(torch.float32).smallest_normal)
+    return ((448.0 * 6.0) * (1 / top)).nan_to_num(posinf=1.0)
+
+
+def _block_rows(rows: Tensor, kind: int, codes: Tensor | None, scales: Tensor | None,
+                out: Tensor | None) -> Tensor | None:
+    one = _global_scale(rows) if kind == 1 else None
+    m, k = rows.shape
+    _C.cuda_block_rows(rows.data_ptr(), CODE[rows.dtype], m, k, rows.stride(0) if m > 1 else k, kind, pointer(one),
+                       pointer(codes), pointer(scales), pointer(out),
+                       torch._C._cuda_getCurrentRawStream(rows.device.index))
+    return one
+
+
+def float_round(x, element, scale, group):
+    """`ops_round.float_round` in the combinations that formats have; torch rounds others, and float64."""
+    from .ops_round import _check, _float_round_reference
+
+    _check(x, element, scale, group)
+    what = element, scale, group
+    if x.dtype not in CODE or what not in _BLOCK_KINDS and what not in _FP8_GROUPS:
+        return _float_round_reference(x, element, scale, group)
+    if not x.numel():
+        return x.clone()
+    index = x.device.index
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return float_round(x, element, scale, group)
+    rows = as_rows(x)
+    m, k = rows.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if what in _BLOCK_KINDS:
+        _block_rows(rows, _BLOCK_KINDS[what], None, None, y)
+        return y
+    top = _largest_finite(rows, 0) if scale == "whole" else None
+    _C.cuda_fp8_rows(rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, pointer(top),
+                     -(-k // 128) if group else 1, False, 0, 0, y.data_ptr(),
+                     torch._C._cuda_getCurrentRawStream(index))
+    return y
+
+
+def fp4_linear(x, codes, scales, global_scale, bias, out_features):
+    from .ops_float import check_operands
+
+    op, index, kind = "fp4_linear", x.device.index, 0 if global_scale is None else 1
+    if x.dtype not in HALVES or x.dim() < 1:
+        fail(op, "x", f"{x.dtype} {list(x.shape)}", "on CUDA torch.bfloat16, torch.float16 [..., in_features]")
+    k, n, group = x.shape[-1], out_features, 16 if kind else 32
+    element, scale_kind = check_operands(codes, scales, global_scale, n, k, 1, group, x.device)
+    if (element, scale_kind) != (1, 3 + kind):
+        fail(op, "codes, scales", f"{codes.dtype}, {scales.dtype}",
+             "e2m1 under exponents, or under e4m3 and one number")
+    if kind and (global_scale.dtype is not torch.float32 or global_scale.device != x.device):
+        fail(op, "global_scale", f"{global_scale.dtype} on {global_scale.device}", f"torch.float32 on {x.device}")
+    check_bias(op, x, bias, n)
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return fp4_linear(x, codes, scales, global_scale, bias, n)
+    rows = as_rows(x)
+    m = rows.shape[0]
+    y = x.new_empty((*x.shape[:-1], n))
+    if not y.numel():
+        return y
+    stages = -(-k // 128)
+    seen = torch.empty((m, stages * 64), dtype=torch.uint8, device=x.device)
+    of_tokens = torch.empty((m, stages * (8 if kind else 4)), dtype=torch.uint8, device=x.device)
+    one = _block_rows(rows, kind, seen, of_tokens, None)
+    ranges, partial_bytes, counter_bytes = _fp4_plan(m, n, k, kind, index)
+    partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
+    _C.cuda_fp4_linear(
+        seen.data_ptr(), of_tokens.data_ptr(), pointer(one), m, k, codes.data_ptr(), scales.data_ptr(),
+        pointer(global_scale), kind, pointer(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges, partials.data_ptr(),
+        counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
     )
     return y

@@ -1,4 +1,4 @@
-"""`float_round`: activations rounded to small floats and multiplied back, in one pass on the CPU."""
+"""`float_round`: activations rounded to small floats and multiplied back, in one pass on the CPU and on CUDA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C, ops
+from . import _C, ops, ops_float_cuda
 from .op_checks import CODE, FLOATS, as_rows, fail
 
 _OP = "float_round"
@@ -71,5 +71,7 @@ def _float_round_fake(x: Tensor, element: str, scale: str, group: int) -> Tensor
 
 
 float_round = ops.Op(_OP, "(Tensor x, str element, str scale, int group) -> Tensor", _float_round_cpu,
-                     _float_round_fake, _float_round_reference, cuda=_float_round_reference,
-                     cuda_kernel="reference: float_round by torch")
+                     _float_round_fake, _float_round_reference,
+                     cuda=ops_float_cuda.float_round if _C.has_cuda_build else _float_round_reference,
+                     cuda_kernel=ops_float_cuda.ROUND_KERNEL if _C.has_cuda_build else
+                     "reference: float_round by torch")

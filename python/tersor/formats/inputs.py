@@ -52,25 +52,30 @@ class Inputs(Around):
         return ops_round.float_round(x, *_ROUNDING[self.kind if self.kind != "fp8" else self.scale])
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
-        if x.is_cuda and x.dtype in ops_float_cuda.HALVES and self._in_fp8(x.device):
-            if isinstance(self.inner, Int):
-                stored = tensors["qweight"], tensors["scales"], bias, shape[0], 1, self.inner.group_size
-            else:
-                codes, scales, _, rows, group = self.inner._operands(tensors, shape)
-                stored = codes, scales, bias, shape[0], rows, group
-            return ops_float.fp8_linear(x, *stored, self.scale)
-        return self.inner.linear(self.quantize_input(x), tensors, bias, shape)
+        kernel = self._product(x.device) if x.is_cuda and x.dtype in ops_float_cuda.HALVES else None
+        if kernel is None:
+            return self.inner.linear(self.quantize_input(x), tensors, bias, shape)
+        if isinstance(self.inner, Int):
+            return ops_float.fp8_linear(x, tensors["qweight"], tensors["scales"], bias, shape[0], 1,
+                                        self.inner.group_size, self.scale)
+        codes, scales, one, rows, group = self.inner._operands(tensors, shape)
+        if kernel == ops_float_cuda.FP4_KERNEL:
+            return ops_float.fp4_linear(x, codes, scales, one, bias, shape[0])
+        return ops_float.fp8_linear(x, codes, scales, bias, shape[0], rows, group, self.scale)
 
-    def _in_fp8(self, device: torch.device) -> bool:
-        """Whether rounded inputs stay e4m3 in the product on this device."""
+    def _product(self, device: torch.device) -> str | None:
+        """The kernel that multiplies rounded inputs as they are stored on this device; None: they go on in 16 bits."""
         inner = self.inner
-        weights = type(inner) is Float or type(inner) is Int and inner.num_bits == 4 and inner.symmetric
-        return self.kind == "fp8" and weights and ops_float_cuda.takes_fp8(device)
+        if self.kind == "fp8":
+            weights = type(inner) is Float or type(inner) is Int and inner.num_bits == 4 and inner.symmetric
+            return ops_float_cuda.FP8_KERNEL if weights and ops_float_cuda.takes_fp8(device) else None
+        same = {"mxfp4": Microscaling("e2m1"), "nvfp4": NVFP4()}.get(self.kind)
+        return ops_float_cuda.FP4_KERNEL if inner == same and ops_float_cuda.takes_fp4(device) else None
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         device = torch.device(device)
-        if self._in_fp8(device):
-            return f"{ops_float_cuda.FP8_KERNEL} (float32 inputs: rounded by torch, the unpacked weight)"
+        if kernel := self._product(device):
+            return f"{kernel} (float32 inputs: rounded alone, the unpacked weight)"
         inner, rounding = self.inner.kernel(shape, device), ops_round.float_round.kernel(device)
         if reference_kernel(inner) or reference_kernel(rounding):
             return f"reference: no kernel for {self.kind} activations"
