@@ -51,7 +51,7 @@ def test_older_padded_words(bits, width):
 
 @pytest.mark.parametrize("spec", ["W2A16[group=32]", "W3A16[group=64,sym=false]", "W4A16[group=32,sym=false]",
                                   "W5A16[group=0]", "W6A16[group=0,sym=false]", "W7A16[group=64]", "W8A16", "W4A8",
-                                  "W8A8"])
+                                  "W8A8", "W4A8[act_group=0]", "W8A8[group=64,act_group=64]"])
 def test_they_read_ours(tmp_path, spec):
     model = randomize(llama(hidden=128), spec)
     assert save(model, tmp_path / "q") == "compressed-tensors"

@@ -179,10 +179,10 @@ class CompressedTensors(Manifest):
             raise Unsupported(f"{what}.weights.actorder: found {weights['actorder']!r}, our layers hold weight, static "
                               "and none")
         size = self._group_size(f"{what}.weights", weights)
-        activation = _activation(f"{what}.input_activations", group.get("input_activations"))
+        activation, act_group = _activation(f"{what}.input_activations", group.get("input_activations"))
         kind = PackQuantized if format == "pack-quantized" else IntQuantized
         options = {"padded": True} if kind is PackQuantized and self.padded and 32 % bits else {}
-        return targets, kind(bits, size, symmetric, activation, **options)
+        return targets, kind(bits, size, symmetric, activation, act_group, **options)
 
     @staticmethod
     def _group_size(what: str, weights: dict) -> int:
@@ -241,9 +241,10 @@ def _version(value: object) -> tuple[int, ...]:
     return tuple(parts)
 
 
-def _activation(what: str, scheme: object) -> int:
+def _activation(what: str, scheme: object) -> tuple[int, int]:
+    """Bits of activations, and the channels that share a scale."""
     if scheme is None:
-        return 16
+        return 16, 32
     if not isinstance(scheme, dict):
         raise CheckpointError(f"{what}: found {type(scheme).__name__}, accepted are an object and null")
     bits, dynamic = scheme.get("num_bits", 8), scheme.get("dynamic", False)
@@ -252,7 +253,12 @@ def _activation(what: str, scheme: object) -> int:
         shown = {key: scheme.get(key) for key in ("num_bits", "type", "dynamic", "symmetric", "strategy")}
         raise Unsupported(f"{what}: found {shown}, our layers run symmetric int of 8 or 4 bits, dynamic, per token or "
                           "group")
-    return bits
+    if scheme["strategy"] == "token":
+        return bits, 0
+    size = integer(scheme.get("group_size"), f"{what}.group_size", "a positive number of channels", 1, 1 << 30)
+    if size % 32:
+        raise Unsupported(f"{what}.group_size: found {size}, our layers run multiples of 32")
+    return bits, size
 
 
 def _targets(value: object, what: str) -> list[str]:

@@ -86,6 +86,7 @@ class IntLayout(Layout):
     group_size: int = 128
     symmetric: bool = True
     activation: int = 16
+    act_group: int = 32  # channels of a token that share a scale, 0 for all
 
     scale_name: ClassVar[str] = "scales"
     scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = tuple(SCALE_NAMES)  # the usual one first
@@ -107,7 +108,7 @@ class IntLayout(Layout):
             raise CheckpointError(f"{self.scale_name}: found NaN or infinite values, accepted are finite ones")
         dtype = held.scales.dtype
         format = Int(self.num_bits, self.group_size, held.zero_points is None, self.activation,
-                     "model" if dtype == site.dtype else SCALE_NAMES[dtype])
+                     "model" if dtype == site.dtype else SCALE_NAMES[dtype], self.act_group)
         pre = () if held.order is None else (Permute(held.order),)
         return Decoded(format, format.pack_codes(held.codes, held.scales, held.zero_points), pre)
 

@@ -85,7 +85,7 @@ class Packed(OwnLayout):
     @property
     def _standard(self) -> PackQuantized:
         f = self.format
-        return PackQuantized(f.num_bits, f.group_size, f.symmetric, f.activation)
+        return PackQuantized(f.num_bits, f.group_size, f.symmetric, f.activation, f.act_group)
 
     def _weight(self, site: Site, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         return self._standard.expected(site, found)
@@ -93,7 +93,7 @@ class Packed(OwnLayout):
     def decode(self, tensors: Tensors, site: Site) -> Decoded:
         decoded = self._standard.decode(tensors, site)
         f = self.format
-        format = replace(decoded.format, act_group=f.act_group, act_clip=f.act_clip, act_sym=f.act_sym)
+        format = replace(decoded.format, act_clip=f.act_clip, act_sym=f.act_sym)
         pre, post = self._steps(tensors, site)
         return replace(decoded, format=format, pre=pre, post=post)
 

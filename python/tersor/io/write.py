@@ -181,9 +181,9 @@ def _write_compressed_tensors(layers: Mapping[str, Layer], plain: Surroundings) 
         if _steps(layer):
             raise _refuse(container, name, f"it has online steps ({_steps(layer)})")
         f = layer.format
-        if f.activation == 6 or f.act_group not in (0, 32) or f.input_options[1:] != (1.0, True, False):
+        if f.activation == 6 or f.input_options[1:] != (1.0, True, False):
             raise _refuse(container, name, f"found activations of {f}, accepted are dynamic symmetric ones of 4 or 8 "
-                                           "bits with act_group 0 or 32")
+                                           "bits")
         if layer.format.group_size and layer.shape[1] % layer.format.group_size:
             raise _refuse(container, name, f"{layer.shape[1]} columns are not whole groups of "
                                            f"{layer.format.group_size}")
@@ -200,9 +200,8 @@ def _write_compressed_tensors(layers: Mapping[str, Layer], plain: Surroundings) 
         targets = ["Linear"] * (len(named) < len(names)) + plain.both(named)
         groups[f"group_{i}"] = {
             "format": stored,
-            # Our kernels scale activations in blocks of 32, which is finer than the token that servers know.
-            "input_activations": _ct_args(format.activation, True, "token", None, True)
-            if format.activation < 16 else None,
+            "input_activations": _ct_args(format.activation, True, "group" if format.act_group else "token",
+                                          format.act_group or None, True) if format.activation < 16 else None,
             "output_activations": None,
             "targets": targets,
             "weights": _ct_args(format.num_bits, format.symmetric, "group" if format.group_size else "channel",
@@ -227,7 +226,8 @@ def _write_compressed_tensors(layers: Mapping[str, Layer], plain: Surroundings) 
 
 def _ct_scheme(layer: Linear | Embedding) -> Int:
     f = layer.format  # rows that are looked up meet no activation
-    return Int(f.num_bits, f.group_size, f.symmetric, 16 if isinstance(layer, Embedding) else f.activation)
+    inputs = {} if isinstance(layer, Embedding) else {"activation": f.activation, "act_group": f.act_group}
+    return Int(f.num_bits, f.group_size, f.symmetric, **inputs)
 
 
 def _ct_format(layer: Linear | Embedding) -> str:
