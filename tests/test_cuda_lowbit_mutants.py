@@ -3,6 +3,11 @@
 A mutant is a textual edit, compiled with few instances and run on small problems that the unchanged kernels pass.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cuda_lowbit import MIXED, NIBBLE_SOURCES, NIBBLES, SOURCES, Activations, multiply
@@ -77,3 +82,27 @@ def test_mutant_is_killed(name):
     mutant = build(sources, {"TERSOR_BITS": 4}, edits=[*edits, tuple(edit)])
     with pytest.raises(AssertionError):  # Violation is one
         check(mutant, problems)
+
+
+SANITIZED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from emulation import Emulated
+from test_cuda_lowbit_mutants import SOURCES_OF, check
+check(Emulated(Path({library!r})), SOURCES_OF["nibbles"][2] + SOURCES_OF["bytes"][2])
+print("clean", flush=True)
+"""
+
+
+def test_sanitizers_find_nothing():
+    """The same sources under AddressSanitizer and UBSan."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("g++ has no AddressSanitizer runtime here")
+    sources, edits, _ = SOURCES_OF["nibbles"]
+    native = build(sources, {"TERSOR_BITS": 4}, sanitize=True, edits=edits)
+    script = SANITIZED.format(tests=str(Path(__file__).parent), library=str(native.path))
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "clean" and done.returncode == 0, done.stderr[-4000:]
