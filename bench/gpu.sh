@@ -68,6 +68,7 @@ step record 60 "$VENV/bin/python" bench/record_ptx.py && [[ $OUT != "$PWD/bench/
   cp tests/data/ptx_replay.npz "$OUT/"
 step bench 240 "$VENV/bin/python" bench/linear.py --device cuda --out "$OUT/linear-cuda.json"
 step bench:lowbit 240 "$VENV/bin/python" bench/lowbit_cuda.py --out "$OUT/lowbit-cuda.json"
-step bench:attention 120 "$VENV/bin/python" bench/attention_cuda.py --out "$OUT/attention-cuda.json"
+step bench:attention 120 "$VENV/bin/python" bench/attention_cuda.py --out "$OUT/attention-cuda.json" \
+  --specs K16V16 K8V8 K4V4 "K2V2[group=64]"
 printf '%s\n' "${TOLD[@]}"
 [[ "${TOLD[*]}" != *FAILED* ]]
