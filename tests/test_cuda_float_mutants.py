@@ -1,11 +1,15 @@
 """Mutation test: defects planted in the kernels for small floats and in what they share must be caught."""
 
 import pytest
+import test_cuda_fp4_linear as fp4
+import test_cuda_fp8_linear as fp8
 import torch
 from cuda_floats import Stored, inputs, library, multiply
+from test_cpu_int_linear import Weight
 from test_cuda_float_linear import assert_near
 
 from tersor.formats import NVFP4, Float, Microscaling
+from tersor.ops_round import float_round
 
 KERNEL, STREAM = "cuda/kernels/sm80_float_linear.cu", "cuda/tile/row_stream.h"
 FORMAT = {0: Float("e4m3", "channel"), 1: Microscaling("e2m1"), 2: NVFP4()}
@@ -66,3 +70,77 @@ def test_mutant_is_killed(name):
     mutant = library(kind, edits=(*instance(2), tuple(edit)))
     with pytest.raises(AssertionError):
         check(mutant, kind)
+
+
+# -- e4m3 and e2m1 activations ------------------------------------------------------------------------------------
+
+FP8, FP8_ROWS, FP8_CODES = ("cuda/kernels/sm89_fp8_linear.cu", "cuda/kernels/quantize_fp8_rows.cu",
+                            "cuda/tile/fp8_codes.h")
+FP4, FP4_ROWS = "cuda/kernels/sm120_fp4_linear.cu", "cuda/kernels/quantize_fp4_rows.cu"
+
+
+def inputs_instance(kernel, name, macro):
+    """The edits that leave one instance of a kernel with rounded inputs to compile: bfloat16, 16 tokens."""
+    return (*((kernel, f"    case {t}: return {name}<Type, {macro}, {t}>;\n", "") for t in (1, 4, 8)),
+            (kernel, "is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles)",
+             "is_bfloat16 ? choose<BFloat16>(token_tiles) : nullptr"))
+
+
+def check_fp8(edits):
+    native = fp8.library(0, (*inputs_instance(FP8, "fp8_linear", "TERSOR_FP8"), *edits))
+    for seed, (n, k, group, ranges) in enumerate(((204, 300, 32, 4), (36, 1030, 128, 1))):
+        weight = Weight(n, k, 4, group, True, torch.float16, seed)
+        x, bias = inputs(11, n, k, torch.bfloat16, True, seed)
+        x[2, 5] *= 500  # the others of its row become subnormal
+        wanted = float_round.reference(x.float(), "e4m3", "largest", 0)
+        codes, scales, _ = fp8.rounded(native, x, interleaved=True, seeds=range(3))
+        assert torch.equal(fp8.values(codes, scales, k, True).float(), wanted)
+        y, _ = fp8.multiply(native, weight, codes, scales, torch.bfloat16, bias, ranges, seeds=range(3), pad=4)
+        fp8.assert_near(y, wanted.double(), weight.truth, bias)
+
+
+def check_fp4(kind, edits):
+    native = fp4.library(kind, (*inputs_instance(FP4, "fp4_linear", "TERSOR_FP4"), *edits))
+    for seed, (n, k, ranges) in enumerate(((204, 300, 4), (36, 1030, 1))):
+        weight = Stored(fp4.FORMATS[kind], n, k, seed)
+        x, bias = inputs(11, n, k, torch.bfloat16, True, seed)
+        seen = fp4.rounded(native, x, kind, seeds=range(3))[:3]
+        wanted = float_round.reference(x.float(), *fp4.ROUNDING[kind]).double()
+        assert (fp4.values(*seen, k) - wanted).abs().max() <= 1e-6
+        y, _ = fp4.multiply(native, weight, seen, kind, torch.bfloat16, bias, ranges, seeds=range(3), pad=4)
+        fp4.assert_near(y, wanted, weight.truth, bias)
+
+
+INPUT_MUTANTS = {  # the check and its kind, file, what is replaced, by what
+    "negative codes from 0x80": (check_fp8, None, FP8_CODES, "0x88888888 - low", "0x80808080 + low"),
+    "the codes' halves exchanged": (check_fp8, None, FP8, "e4m3_of_int4(word >> 4, word)",
+                                    "e4m3_of_int4(word, word << 4)"),
+    "one token's scale for two": (check_fp8, None, FP8, "of_tokens[i % 2]", "of_tokens[0]"),
+    "the next group's scale": (check_fp8, None, FP8, "const int group = a.groups == 1 ? 0 : block / a.group_blocks",
+                               "const int group = a.groups == 1 ? 0 : index * 4 / a.group_blocks"),
+    "no barrier before the largest": (check_fp8, None, FP8_ROWS, "  ptx::barrier();\n", ""),
+    "ties away from even": (check_fp8, None, FP8_CODES, "0x7ffff + (magnitude >> 20 & 1)", "0x80000"),
+    "row g's scales for g + 8": (check_fp4, 1, FP4, "row + 2 * j + c % 2", "row + 2 * j"),
+    "the first half's scales again": (check_fp4, 0, FP4, ">> (16 * half)", ">> 0"),
+    "no second exponent": (check_fp4, 0, FP4_ROWS, "(top & 0x7fffff) >= 0x600000 ? 1 : 0", "0"),
+    "halves of 16 as 32": (check_fp4, 1, FP4_ROWS, "lanes / 2; mask > 0", "lanes; mask > 0"),
+    "codes of the other half": (check_fp4, 1, FP4, "fp4_token_piece(token, 2 * half + i)",
+                                "fp4_token_piece(token, 2 * i + half)"),
+}  # fmt: skip
+
+
+def planted(name):
+    check_of, kind, *edit = INPUT_MUTANTS[name]
+    check_of(*([] if kind is None else [kind]), [tuple(edit)])
+
+
+def test_the_unchanged_kernels_for_rounded_inputs_pass():
+    check_fp8([])
+    check_fp4(0, [])
+    check_fp4(1, [])
+
+
+@pytest.mark.parametrize("name", INPUT_MUTANTS)
+def test_mutant_of_rounded_inputs_is_killed(name):
+    with pytest.raises(AssertionError):
+        planted(name)
