@@ -274,7 +274,7 @@ def summary(instance: Instance) -> dict:
     kept = Counter()
     for name, count in instance.opcodes.items():
         kept[name.split(".")[0]] += count
-    shown = ("HMMA", "IMMA", "QMMA", "LDGSTS", "LDS", "LDSM", "LDG", "STG", "STS", "LDL", "STL", "LOP3", "PRMT", "BAR")
+    shown = ("HMMA", "IMMA", "QMMA", "OMMA", "LDGSTS", "LDS", "LDSM", "LDG", "STG", "STS", "LDL", "STL", "LOP3", "PRMT", "BAR")
     return {**asdict(instance), "opcodes": {name: kept[name] for name in shown if kept[name]},
             "instructions": sum(kept.values())}
 
@@ -333,7 +333,7 @@ def table(record: dict) -> str:
                 continue
             registers = sorted({one["registers"] for one in instances})
             local = sum(one["opcodes"].get(op, 0) for one in instances for op in NEVER)
-            mma = sum(one["opcodes"].get(op, 0) for one in instances for op in ("HMMA", "IMMA", "QMMA"))
+            mma = sum(one["opcodes"].get(op, 0) for one in instances for op in ("HMMA", "IMMA", "QMMA", "OMMA"))
             lines.append(f"| {name} | sm_{target} | {len(instances)} | {registers[0]} to {registers[-1]} | "
                          f"{sum(one['spills'] for one in instances)} | {local} | {mma} |")
     return "\n".join(lines)
