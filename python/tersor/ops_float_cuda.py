@@ -65,11 +65,17 @@ def _fp8_plan(m, n, k, weight, index):
     return _C.cuda_fp8_linear_plan(m, n, k, weight, *_device(index))
 
 
+_capability_of = functools.cache(capability)
+
+
+@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     """Of a GPU that this build has kernels for; (0, 0) where it has none."""
-    if device.type != "cuda" or not _C.has_cuda_build or not torch.cuda.is_available():
+    if device.type != "cuda" or not _C.has_cuda_build:
         return 0, 0
-    return capability(torch.cuda.current_device() if device.index is None else device.index)
+    if device.index is not None:
+        return _capability_of(device.index)
+    return _capability_of(torch.cuda.current_device()) if torch.cuda.is_available() else (0, 0)
 
 
 def takes_fp8(device: torch.device) -> bool:
