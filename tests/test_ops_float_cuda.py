@@ -11,10 +11,12 @@ from cuda_floats import FORMATS, Stored, kind_of, library
 from test_cpu_int_linear import Weight
 from test_cuda_float_linear import assert_near
 
-from tersor import ops_float, ops_float_cuda
+from tersor import _C, ops_float, ops_float_cuda
 from tersor.formats import NVFP4, Float, Int, Microscaling
+from tersor.formats.base import reference_kernel
 from tersor.formats.inputs import _ROUNDING, Inputs
 from tersor.ops_round import float_round
+from tersor.registry import resolve_format
 
 
 class Launchers:
@@ -240,6 +242,31 @@ def test_inputs_say_how_they_are_multiplied(monkeypatch):
         assert found == (product and f"{product} cuda"), (fmt, capability)
         if product:
             assert fmt.kernel((8, 128), "cuda").startswith(found)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not (torch.cuda.is_available() and _C.has_cuda_build), reason="no CUDA device"))]
+
+
+@pytest.mark.parametrize("name", ("FP8A16", "MXFP8A16", "MXFP4A16", "NVFP4A16", "W4AFP8", "FP8", "FP8_DYNAMIC",
+                                  "FP8_BLOCK", "MXFP4", "MXFP4XFP8", "MXFP8", "NVFP4"))
+@pytest.mark.parametrize("device", DEVICES)
+def test_presets(device, name):
+    """Each preset with inputs of 16 bits against float64 over what its own rounding and unpacking give."""
+    torch.manual_seed(0)
+    fmt, (n, k) = resolve_format(name), (200, 300)
+    w = torch.randn(n, k)
+    params = fmt.fit(w, dtype=torch.bfloat16)
+    tensors = fmt.pack(fmt.project(w, params), params)
+    for m in (1, 70):
+        x, bias = torch.randn(m, k).bfloat16(), torch.randn(n).bfloat16()
+        seen = fmt.quantize_input(x.float()) if isinstance(fmt, Inputs) else x
+        wanted = torch.nn.functional.linear(seen.double(), fmt.unpack(tensors, (n, k), torch.float64), bias.double())
+        there = {key: tensor.to(device) for key, tensor in tensors.items()}
+        y = fmt.linear(x.to(device), there, bias.to(device), (n, k)).cpu()
+        # where rounded inputs go on in 16 bits they are rounded once more
+        assert y.dtype is x.dtype and (y.double() - wanted).norm() < 5e-3 * wanted.norm(), (name, m)
+    assert not reference_kernel(fmt.kernel((n, k), device))
 
 
 def test_the_kernel_is_named():
