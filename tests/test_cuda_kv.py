@@ -268,17 +268,20 @@ def test_pack_of_what_is_not_finite():
     (dict(table_pages=0), "table_pages is 0"),
     (dict(out=None), "out: accepted is an 8-byte"),
     (dict(mask_first=-1), "mask_first, mask_tokens are -1, 0"),
+    (dict(residuals=24, formats=True), "residuals and residual_query: accepted are addresses"),
+    (dict(residuals=32, dim=256, formats=True), "residuals: accepted on CUDA is none where head_dim is 256"),
 ])  # fmt: skip
 def test_the_launcher_refuses(changes, words):
     a = dict(dim=64, heads=4, dtype=2, stride=64, splits=1, window=0, softcap=0.0, table_pages=1, out=True,
-             mask_first=0) | changes
+             mask_first=0, residuals=0, formats=False) | changes
     x, table = torch.zeros(4, 64).half(), torch.zeros(1, 2, dtype=torch.int64)
     used = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match=words):
-        launch(attention_library(64), "tersor_cuda_kv_attention", [
+        launch(attention_library(64, a["formats"]), "tersor_cuda_kv_attention", [
             fields(table, used, 1, a["table_pages"], 2, a["dim"], a["dtype"], *[0] * 6),
             fields(x, a["heads"], 1, 256, a["stride"], 64, x if a["out"] else None, None, None, None, a["window"], 1,
-                   None, *[0] * 4, a["mask_first"], 0, None, a["splits"], None, None),
+                   None, *[0] * 4, a["mask_first"], 0, None, a["splits"], None, None, a["residuals"],
+                   x, 4),
             ctypes.c_float(1.0), ctypes.c_float(a["softcap"]), ctypes.c_void_p(None)], {"x": x}, [])
 
 

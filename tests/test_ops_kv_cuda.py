@@ -87,6 +87,10 @@ def test_checks_come_before_pointers(launchers):
                                                                    mask=torch.zeros(1, 2, 1, 9).bool()),
         "mask_first: found -1": lambda: ops.kv_attention(x, table, pages, 2, 1.0, mask_first=-1,
                                                          mask=torch.zeros(1, 1, 1, 9).bool()),
+        r"residual: found torch.int64 \[1, 1, 2": lambda: ops.kv_attention(
+            x, table, pages, 2, 1.0, residual=(table, torch.zeros(1, 4, 1, 4))),
+        r"residual: found torch.float32 \[1, 4, 2, 4": lambda: ops.kv_attention(
+            x, table, pages, 2, 1.0, residual=(torch.zeros(1, 1, 4, dtype=torch.int64), torch.zeros(1, 4, 2, 4))),
         "pages: found": lambda: ops.kv_attention(x, table, pages.long(), 2, 1.0),
         "table: found": lambda: ops.kv_append(table[0], pages, x, x),
         "values: found": lambda: ops.kv_append(table, pages, x, x.bfloat16()),

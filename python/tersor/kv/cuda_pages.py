@@ -334,6 +334,8 @@ class CudaPages:
              positions: Tensor | None = None) -> Tensor:
         """As `Pages.mass`: what the weights of ``query`` give each token held, float32 ``[batch, kv_heads, tokens]``.
         The queries are the last positions, or follow one another from ``position`` on, or lie at ``positions``."""
+        if self.residuals is not None:
+            fail("cache", "rank", self.layout.rank, "0 for attention mass on CUDA")
         self.prefetch()
         if positions is not None:
             self._accept_positions(positions, query, 0, causal, window, mask)
