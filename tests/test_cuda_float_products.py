@@ -46,6 +46,10 @@ def drawn(kind, seed=0):
     return words
 
 
+def test_every_wrapper_is_here():
+    assert cases.wrappers(some_gpus=True) == {f"mma_{name}" for name in NAMES}
+
+
 @pytest.mark.parametrize("kind", range(3), ids=NAMES)
 def test_products_of_matrices(kind):
     for seed in range(4):
