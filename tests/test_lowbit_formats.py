@@ -110,11 +110,12 @@ def test_each_expert_has_its_static_scale():
     assert torch.equal(y[2:6], fmt.linear(x[2:6], parts[2], None, (33, 96))) and not y[6:].any()
 
 
-@pytest.mark.parametrize("spec", ["W6A6[group=32,act_group=0,act_clip=0.9]", "W4A8[group=32,act_sym=false]",
-                                  "W4A4[group=64,act_group=64]"])
-def test_saved_and_loaded(tmp_path, spec):
+@pytest.mark.parametrize("spec,container", [
+    ("W6A6[group=32,act_group=0,act_clip=0.9]", "tersor"), ("W4A8[group=32,act_sym=false]", "tersor"),
+    ("W4A4[group=64,act_group=64]", "compressed-tensors"), ("W8A8[group=0,act_group=0]", "compressed-tensors")])
+def test_saved_and_loaded(tmp_path, spec, container):
     model = randomize(llama(), spec)
-    assert save(model, tmp_path / "q") == "tersor"
+    assert save(model, tmp_path / "q") == container
     again = load(tmp_path / "q")
     assert all(module.format.text() == spec for module in compressed(again).values())
     assert torch.equal(logits(again), logits(model))
