@@ -156,7 +156,7 @@ def test_counters(bits):
     for m, group, act_group, scale_dtype, symmetric in ((1, 128, 0, torch.float16, True),
                                                         (16, 32, 64, torch.float32, False),
                                                         (64, 96, 32, torch.bfloat16, True),
-                                                        (128, 0, 0, torch.bfloat16, False)):
+                                                        (128, 0, 0, torch.bfloat16, True)):
         weight = Weight(136, 544, bits, group, symmetric, scale_dtype)
         x = Activations(m, 544, 8, act_group)
         _, counters = multiply(library(bits), x, weight, ranges=2, count=True)
@@ -210,7 +210,7 @@ def test_the_plan_fills_the_device():
         x.m, x.width = m, width
         return plan(library(4), x, weight, multiprocessors, shared)
 
-    assert planned(1, 8192, 28672)[0] == 4 * 132
+    assert planned(1, 8192, 28672)[0] == 3 * 132 and planned(1, 8192, 28672, group=128)[0] == 4 * 132
     assert planned(128, 8192, 28672)[0] == 2 * 132
     assert planned(4096, 8192, 28672)[0] == 2 * 132 // 32, "32 blocks of 128 tokens share the device"
     assert planned(4096, 8192, 28672, group=128)[0] == 2 * 132 // 64, "64 where scales change along k"

@@ -94,7 +94,8 @@ int describe(const Shape& s, Problem* p) {
     p->token_tiles = lowbit_experts_token_tiles(s.m, s.experts);
     p->token_blocks = static_cast<int>(s.m / (8 * p->token_tiles) + (s.m < s.experts + 1 ? s.m : s.experts + 1));
   } else {
-    p->token_tiles = lowbit_token_tiles(s.m, p->grouped);
+    const int most = lowbit_most_token_tiles(p->grouped, s.zero_points || s.act_zero_points);
+    p->token_tiles = lowbit_token_tiles(s.m, most);
     p->token_blocks = static_cast<int>(div_up(s.m, 8 * p->token_tiles));
   }
   p->row_blocks = static_cast<int>(div_up(p->weight.tiles, kRowTiles));
@@ -121,7 +122,7 @@ int plan(const Shape& shape, int multiprocessors, int64_t shared_memory_per_mult
   int64_t resident = shared_memory_per_multiprocessor / (p.shared_bytes + 1024);
   const int64_t by_registers = shape.experts
                                    ? lowbit_experts_blocks_per_multiprocessor(p.token_tiles)
-                                   : lowbit_blocks_per_multiprocessor(p.token_tiles, shape.width);
+                                   : lowbit_blocks(p.token_tiles, shape.width, p.grouped);
   if (resident > by_registers) resident = by_registers;
   if (resident < 1) resident = 1;
   int64_t count = multiprocessors * resident / (p.token_blocks > 0 ? p.token_blocks : 1);

@@ -2,7 +2,7 @@
 // these figures was measured on hardware yet.
 #pragma once
 
-#include "kernels/sm80_lowbit_linear.h"
+#include "kernels/sm80_lowbit_linear_blocks.h"
 
 namespace tersor {
 
@@ -16,16 +16,14 @@ constexpr LowbitTile kLowbitTiles[] = {{8, 1}, {16, 2}, {32, 4}, {64, 8}, {128, 
 constexpr int kLowbitMinStages = 4;
 constexpr int kLowbitMaxStageCost = 2;  // of mixed widths: bytes cost twice what nibbles do
 
-// `grouped`: totals beside the sums leave registers for 64 tokens.
-constexpr int lowbit_token_tiles(long long m, bool grouped) {
-  const int most = grouped ? 8 : 16;
+constexpr int lowbit_token_tiles(long long m, int most) {
   for (const LowbitTile& tile : kLowbitTiles) {
     if (m <= tile.max_tokens || tile.token_tiles == most) return tile.token_tiles;
   }
   return most;
 }
-static_assert(lowbit_token_tiles(1, true) == 1 && lowbit_token_tiles(17, false) == 4 &&
-                  lowbit_token_tiles(200, true) == 8 && lowbit_token_tiles(200, false) == 16,
+static_assert(lowbit_token_tiles(1, 8) == 1 && lowbit_token_tiles(17, 16) == 4 && lowbit_token_tiles(200, 8) == 8 &&
+                  lowbit_token_tiles(200, 16) == 16,
               "the table's rows ascend");
 
 }  // namespace tersor

@@ -28,8 +28,8 @@
 // without bank conflicts (tile/lowbit_codes.h and int_tile.h prove it, the tests count it).
 // REGISTERS: 65536 / (128 x blocks that share a multiprocessor), no spills; what the gate asserts:
 // gate: defines TERSOR_BITS=2,3,4,5,6,7,8
-// gate: registers 128 where <\d, 1,
-// gate: registers 168 where <\d, 2,
+// gate: registers 128 where <\d, 1, true>
+// gate: registers 168 where <\d, [12],
 // gate: registers 255
 // gate: wants IMMA.16832.S8.S8 LDGSTS.E.BYPASS LDS.128 LDS.64
 // gate: lacks HMMA
@@ -42,9 +42,11 @@
 // products. Predictions from counted instructions: nothing here was measured on hardware.
 //
 // LIMITS. k to 65536 (32768 with zero points on both sides), so that int32 sums cannot wrap; zero points of weights at
-// most 2^bits; m to 2^30, n to 2^25. Weights are read again for each 128 tokens (64 where grouped). mma.sync keeps
+// most 2^bits; m to 2^30, n to 2^25. Weights are read again for each 128 tokens (64 where grouped or with
+// zero points). mma.sync keeps
 // Hopper from its peak for many tokens.
 #include "kernels/sm80_lowbit_linear.h"
+#include "kernels/sm80_lowbit_linear_blocks.h"
 
 #include "tile/lowbit_linear.h"
 
@@ -52,9 +54,16 @@ namespace tersor {
 namespace {
 
 template <int kBits, int kTokenTiles, bool kGrouped>
-__global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks_per_multiprocessor(kTokenTiles, kLowbitBytes))
+__global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks(kTokenTiles, kLowbitBytes, kGrouped))
     lowbit_linear(const LowbitLinearArguments arguments) {
-  LowbitLinear<kBits, kTokenTiles, kGrouped, kLowbitBytes>(arguments).run();
+  if constexpr (kTokenTiles == 16) {  // never with zero points: the compiler is told, and has their registers
+    LowbitLinearArguments a = arguments;
+    a.zero_points = nullptr;
+    a.act_zero_points = nullptr;
+    LowbitLinear<kBits, kTokenTiles, kGrouped, kLowbitBytes>(a).run();
+  } else {
+    LowbitLinear<kBits, kTokenTiles, kGrouped, kLowbitBytes>(arguments).run();
+  }
 }
 
 template <int kBits, bool kGrouped>

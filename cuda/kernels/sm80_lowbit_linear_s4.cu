@@ -23,6 +23,7 @@
 // FLOORS: with 128 tokens a stage has 64 mma of s4 a warp, half of s8's time. Nothing here was measured on hardware.
 // LIMITS: those of sm80_lowbit_linear.cu.
 #include "kernels/sm80_lowbit_linear.h"
+#include "kernels/sm80_lowbit_linear_blocks.h"
 
 #include "tile/lowbit_linear.h"
 
@@ -30,13 +31,20 @@ namespace tersor {
 namespace {
 
 template <int kTokenTiles, bool kGrouped>
-__global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks_per_multiprocessor(kTokenTiles, kLowbitNibbles))
+__global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks(kTokenTiles, kLowbitNibbles, kGrouped))
     lowbit_linear_nibbles(const LowbitLinearArguments arguments) {
-  LowbitLinear<4, kTokenTiles, kGrouped, kLowbitNibbles>(arguments).run();
+  if constexpr (kTokenTiles == 16) {  // never with zero points, as there
+    LowbitLinearArguments a = arguments;
+    a.zero_points = nullptr;
+    a.act_zero_points = nullptr;
+    LowbitLinear<4, kTokenTiles, kGrouped, kLowbitNibbles>(a).run();
+  } else {
+    LowbitLinear<4, kTokenTiles, kGrouped, kLowbitNibbles>(arguments).run();
+  }
 }
 
 template <int kTokenTiles>
-__global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks_per_multiprocessor(kTokenTiles, kLowbitMixed))
+__global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks(kTokenTiles, kLowbitMixed, true))
     lowbit_linear_mixed(const LowbitLinearArguments arguments) {
   LowbitLinear<4, kTokenTiles, true, kLowbitMixed>(arguments).run();
 }
