@@ -51,7 +51,8 @@ build() {
 sanitize() {
   local failed=0
   for tool in memcheck racecheck initcheck synccheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name "regex=int_|lowbit|quantize" \
+    compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --kernel-name "regex=int_|lowbit|quantize|producer|float_|fp8|fp4|kv_" \
       "$VENV/bin/python" bench/small_gpu_calls.py || failed=1
   done
   return $failed
@@ -61,8 +62,9 @@ export -f build sanitize
 export PYTHON VENV JOBS PIP_FLAGS=${PIP_FLAGS:-}
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv
 step build 300 bash -c build || { printf '%s\n' "${TOLD[@]}"; exit 1; }
-step test 180 "$VENV/bin/python" -m pytest -q tests/test_cuda_int_linear.py tests/test_cuda_layer.py \
-  tests/test_cuda_experts.py -k 'cuda- or cuda] or graph_replays or test_cuda_layer'
+step test 240 "$VENV/bin/python" -m pytest -q -m gpu tests/test_cuda_int_linear.py tests/test_cuda_layer.py \
+  tests/test_cuda_experts.py tests/test_cuda_lowbit_fused.py tests/test_ops_float_cuda.py tests/test_kv_cuda_cache.py \
+  tests/test_kv_static.py
 step sanitize 240 bash -c sanitize
 step record 60 "$VENV/bin/python" bench/record_ptx.py && [[ $OUT != "$PWD/bench/results" ]] &&
   cp tests/data/ptx_replay.npz "$OUT/"

@@ -22,3 +22,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs on a CUDA device, and is skipped where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any("CUDA device" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")):
+            item.add_marker("gpu")
