@@ -3,9 +3,9 @@
 //
 // A block finds its expert and its rows from the ends alone (tile/expert_rows.h), so that nothing comes back to the
 // host, and runs the same code on them: addresses move so that the block's first token, which that code takes for
-// number blockIdx.x * tokens, is the first of its rows. Rows of no expert become zeros. Layout, shared memory, floors and limits
-// are as there, for 8 and 16 tokens at once. Arguments that differ from block to block lie in registers: one block less
-// shares a multiprocessor, and more tokens at once would spill.
+// number blockIdx.x * tokens, is the first of its rows. Rows of no expert become zeros. Layout, shared memory, floors
+// and limits are as there, for 8 and 16 tokens at once. Arguments that differ from block to block lie in registers: one
+// block less shares a multiprocessor, and more tokens at once would spill.
 // gate: defines TERSOR_BITS=2,3,4,5,6,7,8
 // gate: registers 168 where <\d, 1,
 // gate: registers 255
