@@ -20,9 +20,11 @@ UNEVEN = (-127, -90, -71, -44, -30, -21, -9, -2, 1, 5, 17, 33, 60, 88, 101, 127)
 
 def layout_of(*formats, dim=64, kv_heads=1, dtype=torch.float16, biased=False, rotary=None):
     """Groups of 32 channels become what 80 and 96 have near it."""
-    near = {80: 16, 96: 48}.get(dim, 32)
+    near = {80: 16, 96: 48, 256: 64}.get(dim, 32)
     formats = [replace(page, value_group=dim if (dim, page.value_bits) == (96, 8) else near)
-               if page.value_group == 32 and dim in (80, 96) else page for page in formats]
+               if page.value_group == 32 else page for page in formats]
+    if dim == 256:
+        formats = [replace(page, key_tokens=0) for page in formats]
     return layout.check("test", Layout(kv_heads, dim, dim, dtype, 64, tuple(formats), rotary, biased))
 
 
@@ -78,7 +80,7 @@ def test_head_dimensions(dim):
     """Every part of a page, and one group of values for all channels."""
     first = PageFormat(4, 4, key_levels=UNEVEN, key_outliers=50, value_outliers=60)
     second = PageFormat(8, 8, key_axis="token", key_levels="e4m3", value_axis="separable", value_outliers=9)
-    least = {80: 16, 96: 48}.get(dim, 32)
+    least = min(layout.value_groups(dim, 4))
     halves = PageFormat(4, 3, key_tokens=32, value_group=least)
     wide = PageFormat(3, 4, key_tokens=32, value_group=max(x for x in layout.value_groups(dim, 4) if x <= 128))
     made = layout_of(first, second, PageFormat(2, 3), halves, wide, dim=dim, biased=True)

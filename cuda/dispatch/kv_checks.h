@@ -98,6 +98,9 @@ inline int read_kv_formats(const tersor_cuda_kv_cache& c, KvFormat (&formats)[kK
       return fail(TERSOR_INVALID, "format %d: value_records is %lld; accepted: 0, and multiples of %d that divide %d",
                   i + 1, (long long)from.value_records, least, all);
     }
+    if (from.key_axis == 2 && !kv_halves_keys(dim)) {
+      return fail(TERSOR_INVALID, "format %d: key_axis is 2; accepted on CUDA where head_dim is %d: 0, 1", i + 1, dim);
+    }
     f.key_token = from.key_axis == 1;
     f.key_halves = from.key_axis == 2;
     f.separable = from.separable != 0;

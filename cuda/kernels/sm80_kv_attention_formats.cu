@@ -27,7 +27,8 @@
 //
 // LIMITS. Those of sm80_kv_attention.cu, but tiles of 8 rows alone, to halve the code: more rows read the pages again.
 // Outliers of a page and head are one unit: up to some 550 for keys and for values (kv_most_key_outliers). Keys of 256
-// channels are not turned, and have no residuals: no registers are left. Residuals are read from L2 as they are needed, which nothing hides.
+// channels are not turned, have no residuals nor scales of 32 tokens, and their values' groups are of 64 channels at least:
+// no registers are left. Residuals are read from L2 as they are needed, which nothing hides.
 #include "kernels/sm80_kv_attention.h"
 
 #include "tile/kv_attention.h"

@@ -88,13 +88,16 @@ struct KvRotary {
 // With 256 channels there are not enough registers.
 __host__ __device__ constexpr bool kv_turns_keys(int dim) { return dim < 256; }
 __host__ __device__ constexpr bool kv_adds_residuals(int dim) { return dim < 256; }
+__host__ __device__ constexpr bool kv_halves_keys(int dim) { return dim < 256; }
 
 constexpr bool kv_bits_exist(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8 || bits == 16; }
 constexpr bool kv_dim_exists(int dim) { return dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256; }
 
 // Records whose values share parameters, but for formats with value_records; and the fewest that may.
 __host__ __device__ constexpr int kv_group_records(int dim) { return dim % 64 == 0 ? 4 : dim / kKvRecordChannels; }
-__host__ __device__ constexpr int kv_least_group_records(int dim) { return dim % 64 == 0 ? 2 : dim == 96 ? 3 : 1; }
+__host__ __device__ constexpr int kv_least_group_records(int dim) {
+  return dim == 256 ? 4 : dim % 64 == 0 ? 2 : dim == 96 ? 3 : 1;
+}
 __host__ __device__ constexpr int kv_value_begins(int dim, int records) {
   int begins = 0;
   for (int r = 0; r < dim / kKvRecordChannels; r += records > 0 ? records : kv_group_records(dim)) begins |= 1 << r;

@@ -40,7 +40,7 @@ struct KvScores : KvRows<kDim, kRows> {
   static constexpr bool kPaired = kRows == 8;   // rows 8 to 15 of a product are remainders of rows 0 to 7
   static constexpr int kSlots = kv_slots(kDim, kRows, kFormats);
   static constexpr int kStreamBytes = kv_stream_bytes(kDim, kSlots, kFormats);
-  static constexpr bool kTurns = kFormats && kv_turns_keys(kDim);
+  static constexpr bool kTurns = kFormats && kv_turns_keys(kDim), kHalves = kFormats && kv_halves_keys(kDim);
   static_assert(kRows == 8 || kRows == 16, "a fragment has 16 rows");
 
   // A fragment A, with the remainders in it (kPaired) or beside it.
@@ -179,7 +179,7 @@ struct KvScores : KvRows<kDim, kRows> {
     constexpr int unit = kv_unit_records(kDim, kCode == kKvBytes ? 4 : kCode == kKvFloats ? 8 : kCode, kFormats);
     const KvFormat& f = format(page);
     const int bits = kCode == kKvBytes ? page.key_bits : kv_code_words(kCode);
-    const bool token = kFormats && kCode != 16 && f.key_token, halves = kFormats && kCode != 16 && f.key_halves;
+    const bool token = kFormats && kCode != 16 && f.key_token, halves = kHalves && kCode != 16 && f.key_halves;
     const KvUnits units = kv_units<kCode>(bits);
     float sum[8][4] = {}, ones[4] = {}, constant[kOwn] = {}, second[kOwn] = {};
 #pragma unroll 1

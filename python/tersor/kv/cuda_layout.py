@@ -30,7 +30,7 @@ def value_group(dim: int) -> int:
 
 def value_groups(dim: int, bits: int) -> list[int]:
     """Channels that may share the scale of a value: those of whole units of the kernels' stream, or whole parts of one."""
-    least = {80: 16, 96: 48}.get(dim, 32)
+    least = {80: 16, 96: 48, 256: 64}.get(dim, 32)
     found = [group for group in range(least, dim + 1, least) if dim % group == 0]
     return [group for group in found if (dim, bits, group) != (96, 8, 48)]
 
@@ -143,6 +143,8 @@ def check(op: str, layout: Layout) -> Layout:
         if page.value_bits < 16 and layout.value_group(page) not in groups:
             fail(op, "value_group", layout.value_group(page),
                  f"{', '.join(map(str, groups))} channels of {page.value_bits} bits on CUDA")
+        if page.key_tokens and page.key_bits < 16 and dim == 256:
+            fail(op, "group", f"{page.key_tokens} tokens with 256 channels", f"{TOKENS} for head dimensions above 128 on CUDA")
         if page.rank and dim == 256:
             fail(op, "rank", f"{page.rank} of 256 channels", "0 for head dimensions above 128 on CUDA")
         for part, count, most in (("key", page.key_outliers, most_outliers(dim)[0]),
