@@ -1,7 +1,7 @@
 // Weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are, compiled once per instruction set.
 //
-// Weights lie as checkpoints have them, row by row. One or two tokens are multiplied with what is decoded while it is in
-// registers, lanes along k. For more, 16 rows are decoded to fp32, scales and all, and turned into a panel of lanes
+// Weights lie as checkpoints have them, row by row. One or two tokens are multiplied with what is decoded while it is
+// in registers, lanes along k. For more, 16 rows are decoded to fp32, scales and all, and turned into a panel of lanes
 // along n that stays in L1, and strips of kPanelRows tokens walk over it. A row of x gives the same result in every
 // batch of more than two, up to the last bits of the sums in others.
 //

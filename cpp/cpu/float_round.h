@@ -9,7 +9,8 @@ namespace tersor {
 // power of two; e4m3 under one number for the whole input (NVFP4).
 enum RoundScale { kRoundLargest = 0, kRoundWhole = 1, kRoundPower = 2, kRoundE4m3 = 3 };
 
-// y = element(x / scale) * scale for rows of k values of one dtype; rows, k >= 1, group a multiple of 16, or k and more.
+// y = element(x / scale) * scale for rows of k values of one dtype; rows, k >= 1, group a multiple of 16, or k and
+// more.
 struct FloatRoundArgs {
   const void* x;
   void* y;

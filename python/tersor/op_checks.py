@@ -111,3 +111,8 @@ def check_projections(op, qweights, scales, zero_points, biases, out_features):
             or len(biases) not in (0, count):
         fail(op, "lists", [count, len(scales), len(zero_points), len(biases), len(out_features)],
              "one entry per projection (zero_points and biases may be empty)")
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Address and version: what is another pair, holds other values. (Writes to inference tensors are not counted.)"""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _C
 from .op_checks import (CODE, FLOATS, as_rows, check_activations, check_bias, check_experts, check_input,
-                        check_projections, check_weight, fail)
+                        check_projections, check_weight, fail, state_of)
 
 # Above so many rows a dense product of the dequantized weight is the faster way. Not measured on hardware yet.
 MAX_ROWS = 256
@@ -49,7 +49,7 @@ def _check_zero_points(op: str, zero_points: Tensor, bits: int, where: str = "wi
     """The bf16 kernel is exact for zero points up to 2^bits, and integer sums are sure to fit. Each tensor is looked at
     once, since that waits for the GPU; a graph that is being captured cannot wait, so one not seen before is taken on
     trust there."""
-    version = 0 if zero_points.is_inference() else zero_points._version
+    version = state_of(zero_points)
     if _zero_points_seen.get(zero_points) == version or torch.cuda.is_current_stream_capturing():
         return
     if zero_points.numel() and (largest := int(zero_points.max())) > 2**bits:

@@ -16,7 +16,7 @@ from .ops_cuda import _aligned_rows, _device, _workspace, capability
 HALVES = (torch.bfloat16, torch.float16)
 KERNEL = "float_linear cuda"
 FP8_KERNEL, FP4_KERNEL, ROUND_KERNEL = "fp8_linear cuda", "fp4_linear cuda", "float_round cuda"
-_FP8, _FP4 = (8, 9), (12, 0)  # the first compute capability whose mma takes e4m3; the only one for block scales
+_FP4 = (12, 0)  # the one whose mma takes block scales
 
 
 @functools.lru_cache(maxsize=4096)
@@ -26,6 +26,11 @@ def _plan(m, n, k, element, kind, index):
 
 def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _nothing(y: Tensor, bias: Tensor | None) -> Tensor:
+    """The product over no channels."""
+    return y.zero_() if bias is None else y.copy_(bias)
 
 
 def float_linear(x, codes, scales, global_scale, bias, out_features, scale_rows, group):
@@ -45,8 +50,8 @@ def float_linear(x, codes, scales, global_scale, bias, out_features, scale_rows,
     rows = _aligned_rows(as_rows(x))
     m = rows.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
-    if not y.numel():
-        return y
+    if not y.numel() or not k:
+        return _nothing(y, bias)
     ranges, partial_bytes, counter_bytes = _plan(m, n, k, element, kind, index)
     partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
     _C.cuda_float_linear(
@@ -65,22 +70,20 @@ def _fp8_plan(m, n, k, weight, index):
     return _C.cuda_fp8_linear_plan(m, n, k, weight, *_device(index))
 
 
-_capability_of = functools.cache(capability)
-
-
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     """Of a GPU that this build has kernels for; (0, 0) where it has none."""
     if device.type != "cuda" or not _C.has_cuda_build:
         return 0, 0
     if device.index is not None:
-        return _capability_of(device.index)
-    return _capability_of(torch.cuda.current_device()) if torch.cuda.is_available() else (0, 0)
+        return capability(device.index)
+    return capability(torch.cuda.current_device()) if torch.cuda.is_available() else (0, 0)
 
 
 def takes_fp8(device: torch.device) -> bool:
     """Whether `fp8_linear` has a kernel on this device."""
-    return _capability(device) >= _FP8
+    found = _capability(device)
+    return found == (8, 9) or found[0] in (9, 10, 12)  # what TERSOR_CUDA_FP8_ARCHITECTURES has images for
 
 
 def takes_fp4(device: torch.device) -> bool:
@@ -133,8 +136,8 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
     rows = as_rows(x)
     m = rows.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
-    if not y.numel():
-        return y
+    if not y.numel() or not k:
+        return _nothing(y, bias)
     seen, of_tokens = fp8_rows(rows, scale, integers)
     weight = 0 if integers else 1
     ranges, partial_bytes, counter_bytes = _fp8_plan(m, n, k, weight, index)
@@ -221,8 +224,8 @@ def fp4_linear(x, codes, scales, global_scale, bias, out_features):
     rows = as_rows(x)
     m = rows.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
-    if not y.numel():
-        return y
+    if not y.numel() or not k:
+        return _nothing(y, bias)
     stages = -(-k // 128)
     seen = torch.empty((m, stages * 64), dtype=torch.uint8, device=x.device)
     of_tokens = torch.empty((m, stages * (8 if kind else 4)), dtype=torch.uint8, device=x.device)

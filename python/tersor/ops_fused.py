@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C, ops
+from . import _C, ops, ops_cuda
 from .op_checks import (CODE, as_rows, check_activations, check_bias, check_input, check_projections, check_weight,
-                        fail)
+                        fail, state_of)
 from .transforms import definitions
 
 _OP = "int_linear_fused"
@@ -134,18 +134,14 @@ class _Prepared:
             found["scales"] = input_scale
         self.kept = [value for value in found.values() if isinstance(value, Tensor)]
         self.addresses = [tensor.data_ptr() for tensor in self.kept]
-        self.copied = [(tensor, _version(tensor)) for tensor in (producer.left, producer.right) if tensor is not None]
+        self.copied = [(tensor, state_of(tensor)) for tensor in (producer.left, producer.right) if tensor is not None]
         self.input = _C.Input(act_bits, act_group, act_clip, act_sym, epsilon=producer.epsilon, **{
             name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in found.items()})
 
     def current(self) -> bool:
         """Whether no tensor moved or was freed, and none that was copied is another."""
         return all(tensor.data_ptr() == address for tensor, address in zip(self.kept, self.addresses)) \
-            and all(_version(tensor) == version for tensor, version in self.copied)
-
-
-def _version(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+            and all(state_of(tensor) == version for tensor, version in self.copied)
 
 
 def _check_options(producer, x, act_bits, act_group, act_clip, act_sym, input_scale):
@@ -261,7 +257,7 @@ class CudaRounding:
 
     def __init__(self, producer: Producer, k: int, bits: int, group_size: int, zero_points: bool, act_bits: int,
                  act_group: int, act_clip: float, act_sym: bool, input_scale: Tensor | None, device: torch.device):
-        from . import ops_cuda, ops_lowbit_cuda
+        from . import ops_lowbit_cuda
         from .act_codes import stored_width
 
         mixed = producer.block_bits is not None
@@ -332,20 +328,13 @@ class BoundFusedCuda:
         for member, bias in zip(self.members, biases, strict=True):
             check_bias(_OP, x, bias, member.shape[0])
         codes = self.rounding(x, other)
-        return [_multiply_codes(x, codes, *member.tensors, bias, member.shape[0], member.bits, member.group_size)
+        return [ops_cuda.multiplied(x, codes, *member.tensors, bias, member.shape[0], member.bits, member.group_size)
                 for member, bias in zip(self.members, biases)]
 
 
 def bound_fused(members: list, producer: Producer) -> BoundIntLinearFused | BoundFusedCuda:
     """The fused call on weights that were bound on one device."""
     return (BoundIntLinearFused if isinstance(members[0], ops.BoundIntLinear) else BoundFusedCuda)(members, producer)
-
-
-def _multiply_codes(x, codes, qweight, scales, zero_points, bias, n, bits, group_size) -> Tensor:
-    from .ops_lowbit_gemm_cuda import lowbit_linear
-
-    y = lowbit_linear(codes, qweight, scales, zero_points, bias, n, bits, group_size, x.dtype)
-    return y.view(*x.shape[:-1], n)
 
 
 def _fused_cuda(x, other, qweights, scales, zero_points, biases, out_features, bits, group_size, act_bits, act_group=32,
@@ -370,7 +359,7 @@ def _fused_cuda(x, other, qweights, scales, zero_points, biases, out_features, b
         return ops.int_linear_multi.dispatch(seen, qweights, scales, zero_points, biases, out_features, bits,
                                              group_size, 16)
     codes = CudaRounding(producer, x.shape[-1], bits, group_size, bool(zero_points), *options, x.device)(x, other)
-    return [_multiply_codes(x, codes, qweights[i], scales[i], zero_points[i] if zero_points else None,
+    return [ops_cuda.multiplied(x, codes, qweights[i], scales[i], zero_points[i] if zero_points else None,
                             biases[i] if biases else None, n, bits, group_size)
             for i, n in enumerate(out_features)]
 

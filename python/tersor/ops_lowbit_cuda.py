@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _C
 from .act_codes import BLOCK_CHANNELS, SUM_CHANNELS, padded_channels, row_bytes
-from .op_checks import CODE, as_rows, check_activations, check_input, fail
+from .op_checks import CODE, as_rows, check_activations, check_input, fail, state_of
 from .transforms import definitions
 
 _OP = "quantize_input"
+_mixed_bytes = WeakIdKeyDictionary()  # block_bits to its state and width, and the bytes of a row
 MOST_ORDER = 256  # of a small matrix that the kernels multiply with
 
 
@@ -85,7 +87,6 @@ class Rounding:
         self.width = 0 if block_bits is not None and width == 4 else width
         self.groups = -(-k // act_group) if act_group else 1
         self._steps: tuple | None = None
-        self._row_bytes: tuple | None = None
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> QuantizedInput:
         check_input(_OP, x, self.bits)
@@ -96,7 +97,7 @@ class Rounding:
         rows = as_rows(x)
         second = None if other is None else as_rows(other)
         m, device = rows.shape[0], x.device
-        wide = self._bytes_of_a_row()
+        wide = self._bytes_of_a_row(device)
         codes = torch.empty((m, wide), dtype=torch.uint8, device=device)
         scales = torch.empty((m, self.groups), dtype=torch.float32, device=device)
         sums = torch.empty((m, padded_channels(self.k) // SUM_CHANNELS), dtype=torch.int16, device=device) \
@@ -113,20 +114,22 @@ class Rounding:
         return QuantizedInput(codes, self.width, scales, self.groups, sums, zeros,
                               self.block_bits if self.width == 0 else None, m, self.k, act_group, self.bits)
 
-    def _bytes_of_a_row(self) -> int:
-        """Mixed widths are counted once for each state of their tensor: that waits for the GPU."""
-        if self.width:
+    def _bytes_of_a_row(self, device: torch.device) -> int:
+        """Mixed widths are looked at once for each state of their tensor: that waits for the GPU."""
+        found, count = self.block_bits, -(-self.k // BLOCK_CHANNELS)
+        if found is None:
             return row_bytes(self.k, self.width)
-        now = _version(self.block_bits)
-        if self._row_bytes is None or self._row_bytes[0] != now:
-            found = self.block_bits
-            if found.dtype is not torch.uint8 or found.shape != (-(-self.k // BLOCK_CHANNELS),):
-                fail(_OP, "block_bits", f"{found.dtype} {list(found.shape)}",
-                     f"torch.uint8 [{-(-self.k // BLOCK_CHANNELS)}]")
+        if found.dtype is not torch.uint8 or found.shape != (count,) or found.device != device \
+                or not found.is_contiguous():
+            fail(_OP, "block_bits", f"{found.dtype} {list(found.shape)} on {found.device}",
+                 f"contiguous torch.uint8 [{count}] on {device}")
+        state, wide = _mixed_bytes.get(found, (None, 0))
+        if state != (now := (state_of(found), self.k)):
             if not bool(((found == 4) | (found == 8)).all()):
                 fail(_OP, "block_bits", found.unique().tolist(), "4 and 8")
-            self._row_bytes = now, row_bytes(self.k, 4, found)
-        return self._row_bytes[1]
+            wide = row_bytes(self.k, 4, found)
+            _mixed_bytes[found] = now, wide
+        return row_bytes(self.k, self.width) if self.width else wide
 
     def _prepared(self, x: Tensor) -> tuple[list[int], float, float]:
         """Fields of tersor_cuda_rows from norm_weight on (without the second input), the factor and epsilon."""
@@ -134,7 +137,7 @@ class Rounding:
         if p is None:
             return [0, 0, 0, 1, 1, 0, 1, 0, 1], 1.0, 0.0
         followed = [t for t in (p.left, p.right, p.index) if t is not None]
-        now = [_version(t) for t in followed]
+        now = [state_of(t) for t in followed]
         if self._steps is None or self._steps[0] != now:
             if p.index is not None and p.index.numel() and not 0 <= int(p.index.min()) <= int(p.index.max()) < self.k:
                 fail(_OP, "index", f"{int(p.index.min())} to {int(p.index.max())}", f"0 to {self.k - 1}")
@@ -187,7 +190,7 @@ def _steps(producer, k: int, device: torch.device):
     if producer.left is not None:
         left, right = fragments(producer.left.T, 2), fragments(producer.right.T, 2)
     elif parts:
-        left = fragments(definitions.hadamard_matrix(rows).float().to(device), 1)
+        left = _hadamard_fragments(rows, device)
     factor = 1.0 if producer.hadamard is None else 1 / math.sqrt(producer.hadamard or k)
     return (left, right), (rows, columns, max(parts, 1), butterflies), factor
 
@@ -205,12 +208,13 @@ def fragments(matrix: Tensor, parts: int) -> Tensor:
     return torch.stack(pieces, dim=2).contiguous().view(torch.int32).flatten(-3, -2).flatten(3, 4).squeeze(-1)
 
 
+@functools.lru_cache(maxsize=64)
+def _hadamard_fragments(size: int, device: torch.device) -> Tensor:
+    return fragments(definitions.hadamard_matrix(size).float().to(device), 1)
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _version(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 @functools.cache

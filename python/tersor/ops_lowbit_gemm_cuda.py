@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _C, ops_cuda
 from .act_codes import SUM_CHANNELS, padded_channels, row_bytes
-from .op_checks import CODE, FLOATS, check_weight, fail
+from .op_checks import CODE, FLOATS, check_weight, fail, state_of
 
 _OP = "lowbit_linear"
 _WIDTHS = {8: 0, 4: 1, 0: 2}  # enum LowbitWidth by QuantizedInput.width
@@ -50,7 +50,7 @@ def stage_tables(block_bits: Tensor) -> tuple[tuple[Tensor, int], tuple[Tensor, 
 
     Read once for each state of ``block_bits``: that waits for the GPU.
     """
-    version = 0 if block_bits.is_inference() else block_bits._version
+    version = state_of(block_bits)
     found = _tables.get(block_bits)
     if found is None or found[0] != version:
         units = (block_bits.cpu().to(torch.int64) // 4).cumsum(0)

@@ -106,8 +106,8 @@ class Format:
         return y
 
     def bind(self, tensors: Mapping[str, Tensor], shape: Shape) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-        """`linear` on these very tensors as a callable ``(x, bias) -> y`` for plain eager CPU inputs, checked once
-        instead of in every call; None where there is no such short cut."""
+        """`linear` on these very tensors as a callable ``(x, bias) -> y`` for eager inputs on their device; on
+        the CPU they are checked once instead of in every call. None where there is no such short cut."""
         return None
 
     def producer(self, tensors: Mapping[str, Tensor]) -> dict | None:
@@ -125,7 +125,10 @@ class Format:
 
     def kernel_grouped(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         """`kernel` for `linear_grouped`."""
-        return self.kernel(shape, device)
+        name = self.kernel(shape, device)
+        if torch.device(device).type != "cuda" or reference_kernel(name):
+            return name
+        return f"{name}, one call for each expert, which waits for the GPU"
 
     def check(self, shape: Shape) -> None:
         """Raise ValueError when a weight of this shape cannot be stored."""

@@ -138,13 +138,18 @@ def feature_heads(device: torch.device, key_rank: int, value_rank: int) -> tuple
     return -(-widest // dim), dim, dim
 
 
+def refuse_static(shape: Shape, name: str) -> None:
+    """ValueError where `tersor.StaticCache` asks for a method that holds features."""
+    if shape.max_tokens:
+        raise ValueError(f"tersor.StaticCache: layer {shape.layer}: found {name}, accepted are methods that hold tokens "
+                         "in pages of one kind; tersor.Cache takes it")
+
+
 def feature_pages(name: str, shape: Shape, key_rank: int, value_rank: int, inner: Inner) -> Pages:
     """Pages, as the spec stores them, for features of ranks that `split_ranks` made. On CUDA features of keys and of
     values are padded to one width, so many heads of a dimension that kernels take. ValueError where a method or
     Hadamard matrices stand inside ``name``: nothing but pages can hold features."""
-    if shape.max_tokens:
-        raise ValueError(f"tersor.StaticCache: layer {shape.layer}: found {name}, accepted are methods that hold tokens "
-                         "in pages of one kind; tersor.Cache takes it")
+    refuse_static(shape, name)
     heads, *dims = feature_heads(shape.device, key_rank, value_rank)
     settings = replace(shape.settings, recent=0)
     store = inner(shape.changed(kv_heads=heads, key_dim=dims[0], value_dim=dims[1], settings=settings, rotary=None,

@@ -14,7 +14,7 @@ from ..attention import FEW_QUERIES
 from ..bases import beside, refuse_rope
 from ..devices import chosen
 from ..latent import (Decoder, append_features, attend_features, chunk_tokens, decode_features, feature_heads,
-                      feature_pages, read_features, rotary_offsets, split_ranks, tail_mask)
+                      feature_pages, read_features, refuse_static, rotary_offsets, split_ranks, tail_mask)
 from ..pages import Pages
 from ..rotary import Rotary
 from ..settings import Settings
@@ -55,6 +55,7 @@ class XKV(CacheMethod):
         if shape.window:
             return inner(shape)
         refuse_rope(shape.settings, f"{self.name}: layer {shape.layer}")
+        refuse_static(shape, self.name)
         groups: list[LayerGroup] = shape.shared.setdefault(self.name, [])
         if not groups or groups[-1].done or len(groups[-1].members) == self.layers:
             groups.append(LayerGroup(self, inner))
