@@ -5,8 +5,8 @@
 // column of ones gives what the 128 add up to, which takes eight instructions for a page instead of one for each pair.
 // Minima: q times them is the same for a page's tokens, one fp32 sum for a row. Raw pages multiply q as it is, in its
 // own type. Formats: scales of tokens multiply the sums, whose columns are tokens; scales of 32 tokens make two queries
-// of a record, the second for its last four tiles; levels become signed bytes by prmt,
-// and then what 8 bits become; outliers add q times their difference to the scores of their token; keys from before
+// of a record, the second for its last four tiles; levels become signed bytes by prmt, and then what 8 bits become;
+// outliers add q times their difference to the scores of their token; keys from before
 // their rotary embedding are turned in fp32 (their two channels are a pair of codes) and multiplied as two bf16.
 #pragma once
 

@@ -123,7 +123,7 @@ struct KvValues : KvScores<kDim, kRows, kFormats, true> {
         for (int i = first; i < first + unit && i < kGroupRecords; ++i) {
           const int n = 2 * (group * kGroupRecords + i);
           if constexpr (kCode != 16 && kFormats) {
-            if (n / 2 % kv_least_group_records(kDim) == 0 && (f.value_begins >> (n / 2) & 1) != 0) {
+            if (n / 2 % kv_least_group_records(kDim) == 0 && (n == 0 || (f.value_begins >> (n / 2) & 1) != 0)) {
               begin_group<kCode>(weights, whole, p, record, valid, units);
             }
           }
