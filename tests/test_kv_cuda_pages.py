@@ -256,9 +256,10 @@ def test_offload_and_prefetch(device):
     (dict(dtype=torch.float32), "dtype: found torch.float32, accepted is torch.bfloat16"),
     (dict(key_dim=48, value_dim=48), "head dimension: found 48 for keys and 48"),
     (dict(value_dim=128), "head dimension: found 64 for keys and 128"),
-    (dict(page_tokens=32), "group: found 32, accepted is 64"),
-    (dict(formats=(PageFormat(4, 4, value_group=32),)), "value_group: found 32"),
-    (dict(formats=(PageFormat(4, 4, rank=4),)), "rank: found 4"),
+    (dict(page_tokens=32), "page_tokens: found 32, accepted is 64"),
+    (dict(formats=(PageFormat(4, 4, value_group=16),)), "value_group: found 16"),
+    (dict(key_dim=256, value_dim=256, formats=(PageFormat(4, 4, rank=4),)), "rank: found 4 of 256"),
+    (dict(key_dim=256, value_dim=256, formats=(PageFormat(4, 4, value_group=64, key_tokens=32),)), "group: found 32"),
 ])  # fmt: skip
 def test_layouts_that_no_kernel_takes(changes, words):
     made = dict(kv_heads=2, key_dim=64, value_dim=64, dtype=DTYPE, page_tokens=64) | changes
@@ -273,8 +274,8 @@ def test_arguments_are_checked(device):
         r"keys: found torch.float32 \[2, 2, 1, 64\]": lambda: cache.append(*tokens(1, dtype=torch.float32)),
         r"keys: found .*\[3, 2, 1, 64\]": lambda: cache.attend(query(3), *tokens(1, 3), 0.125),
         "bias: found a tensor": lambda: cache.append(*tokens(1), torch.zeros(2, 2, 1)),
-        "positions: found a tensor": lambda: cache.attend(query(), None, None, 0.1, positions=torch.tensor([3])),
-        "positions: found a": lambda: cache.mass(query(), torch.zeros(2, 4, 1), 0.1, positions=torch.tensor([3])),
+        "positions: found": lambda: cache.attend(query(), None, None, 0.1, positions=torch.tensor([3, 4])),
+        "positions: .*": lambda: cache.mass(query(), torch.zeros(2, 4, 1), 0.1, positions=torch.tensor([3, 4])),
         "query: found 71 queries, accepted is at most the 70": lambda: cache.attend(query(queries=71), None, None, 0.1),
         "kind: found 2, accepted is 1 to 1": lambda: cache.append_packed(*tokens(64), 2),
         "keys: found 63 tokens, accepted is whole pages": lambda: cache.append_packed(*tokens(63), 1),
