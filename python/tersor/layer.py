@@ -223,7 +223,7 @@ class Linear(_Compressed, nn.Linear):
     def kernel(self) -> str:
         """The kernel that runs here, or ``reference: why``."""
         name = self.format.kernel(self.shape, _device(self))
-        if self.pre is None or _device(self).type == "cpu" or not _on_cuda(self._bind()):
+        if self.pre is None or not _on_cuda(self._bind()):
             return name
         fused = self._bind_fused()
         why = "no kernel runs it" if fused is None else fused.rounding.refusal
