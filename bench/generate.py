@@ -66,7 +66,7 @@ def contenders(make, recipes: dict, fp32: bool) -> dict[str, torch.nn.Module]:
     for name, recipe in recipes.items():
         model = make()
         ids = torch.randint(0, model.config.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
-        tersor.compress(model, recipe, **({"calibration": ids} if recipes is LOWBIT else {}))
+        tersor.compress(model, recipe, **({"calibration": ids} if "+" in recipe["*"] else {}))
         made[name] = model
     gc.collect()
     return made
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=0, help="also time a prompt of this many tokens")
     parser.add_argument("--fp32", action="store_true", help="also time torch in fp32 (models below a billion)")
     parser.add_argument("--recipes", choices=("weights", "lowbit"), default="weights", help="16-bit inputs, or fewer")
+    parser.add_argument("--only", help="some of the recipes, separated by commas")
     parser.add_argument("--out", type=Path, help="default: generate.json, generate-lowbit.json in bench/results")
     args = parser.parse_args()
     unknown = [name for name in args.models.split(",") if name not in MODELS]
@@ -123,6 +124,11 @@ def main() -> None:
         sys.exit(f"--models: found {unknown[0]!r}, accepted are {', '.join(MODELS)}")
     threads = integers(args.threads)
     recipes, caches = (LOWBIT, {}) if args.recipes == "lowbit" else (RECIPES, CACHES)
+    if args.only:
+        chosen = args.only.split(",")
+        if missing := [name for name in chosen if name not in recipes]:
+            sys.exit(f"--only: found {missing[0]!r}, accepted are {', '.join(recipes)}")
+        recipes, caches = {name: recipes[name] for name in chosen}, {}
     out = args.out or RESULTS / ("generate-lowbit.json" if args.recipes == "lowbit" else "generate.json")
     records = []
     for name in args.models.split(","):
