@@ -113,6 +113,11 @@ def check_projections(op, qweights, scales, zero_points, biases, out_features):
              "one entry per projection (zero_points and biases may be empty)")
 
 
+def address(tensor: Tensor | None) -> int:
+    """Of what a kernel is given; 0 where it is absent."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def state_of(tensor: Tensor) -> tuple[int, int]:
     """Address and version: what is another pair, holds other values. (Writes to inference tensors are not counted.)"""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C
-from .op_checks import CODE, as_rows, check_bias, check_weight, fail
+from .op_checks import CODE, address, as_rows, check_bias, check_weight, fail
 from .ops_cuda import _aligned_rows, _device, _workspace, capability
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -22,10 +22,6 @@ _FP4 = (12, 0)  # the one whose mma takes block scales
 @functools.lru_cache(maxsize=4096)
 def _plan(m, n, k, element, kind, index):
     return _C.cuda_float_linear_plan(m, n, k, element, kind, *_device(index))
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _nothing(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,7 +52,7 @@ def float_linear(x, codes, scales, global_scale, bias, out_features, scale_rows,
     partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
     _C.cuda_float_linear(
         rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, codes.data_ptr(), element,
-        scales.data_ptr(), kind, scale_rows, group, pointer(global_scale), pointer(bias), y.data_ptr(), n, n, ranges,
+        scales.data_ptr(), kind, scale_rows, group, address(global_scale), address(bias), y.data_ptr(), n, n, ranges,
         partials.data_ptr(), counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
     )
     return y
@@ -108,7 +104,7 @@ def fp8_rows(rows: Tensor, scale: str, interleaved: bool) -> tuple[Tensor, Tenso
     codes = torch.empty((m, padded), dtype=torch.uint8, device=rows.device)
     scales = torch.empty((m, groups), dtype=torch.float32, device=rows.device)
     top = _largest_finite(rows, 0) if scale == "tensor" else None
-    _C.cuda_fp8_rows(rows.data_ptr(), CODE[rows.dtype], m, k, rows.stride(0) if m > 1 else k, pointer(top), groups,
+    _C.cuda_fp8_rows(rows.data_ptr(), CODE[rows.dtype], m, k, rows.stride(0) if m > 1 else k, address(top), groups,
                      interleaved, codes.data_ptr(), scales.data_ptr(), 0,
                      torch._C._cuda_getCurrentRawStream(rows.device.index))
     return codes, scales
@@ -144,7 +140,7 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
     partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
     _C.cuda_fp8_linear(
         seen.data_ptr(), of_tokens.data_ptr(), of_tokens.shape[1], m, k, codes.data_ptr(), weight, scales.data_ptr(),
-        CODE[scales.dtype], scale_rows, group, pointer(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges,
+        CODE[scales.dtype], scale_rows, group, address(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges,
         partials.data_ptr(), counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
     )
     return y
@@ -171,8 +167,8 @@ def _block_rows(rows: Tensor, kind: int, codes: Tensor | None, scales: Tensor | 
                 out: Tensor | None) -> Tensor | None:
     one = _global_scale(rows) if kind == 1 else None
     m, k = rows.shape
-    _C.cuda_block_rows(rows.data_ptr(), CODE[rows.dtype], m, k, rows.stride(0) if m > 1 else k, kind, pointer(one),
-                       pointer(codes), pointer(scales), pointer(out),
+    _C.cuda_block_rows(rows.data_ptr(), CODE[rows.dtype], m, k, rows.stride(0) if m > 1 else k, kind, address(one),
+                       address(codes), address(scales), address(out),
                        torch._C._cuda_getCurrentRawStream(rows.device.index))
     return one
 
@@ -198,7 +194,7 @@ def float_round(x, element, scale, group):
         _block_rows(rows, _BLOCK_KINDS[what], None, None, y)
         return y
     top = _largest_finite(rows, 0) if scale == "whole" else None
-    _C.cuda_fp8_rows(rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, pointer(top),
+    _C.cuda_fp8_rows(rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, address(top),
                      -(-k // 128) if group else 1, False, 0, 0, y.data_ptr(),
                      torch._C._cuda_getCurrentRawStream(index))
     return y
@@ -233,8 +229,8 @@ def fp4_linear(x, codes, scales, global_scale, bias, out_features):
     ranges, partial_bytes, counter_bytes = _fp4_plan(m, n, k, kind, index)
     partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
     _C.cuda_fp4_linear(
-        seen.data_ptr(), of_tokens.data_ptr(), pointer(one), m, k, codes.data_ptr(), scales.data_ptr(),
-        pointer(global_scale), kind, pointer(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges, partials.data_ptr(),
+        seen.data_ptr(), of_tokens.data_ptr(), address(one), m, k, codes.data_ptr(), scales.data_ptr(),
+        address(global_scale), kind, address(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges, partials.data_ptr(),
         counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
     )
     return y

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _C
 from .act_codes import BLOCK_CHANNELS, SUM_CHANNELS, padded_channels, row_bytes
-from .op_checks import CODE, as_rows, check_activations, check_input, fail, state_of
+from .op_checks import CODE, address, as_rows, check_activations, check_input, fail, state_of
 from .transforms import definitions
 
 _OP = "quantize_input"
@@ -107,10 +107,10 @@ class Rounding:
         if m and self.k:
             made, factor, epsilon = self._prepared(rows)
             fields = [rows.data_ptr(), CODE[x.dtype], m, self.k, rows.stride(0) if m > 1 else self.k, made[0],
-                      _address(second), second.stride(0) if second is not None and m > 1 else self.k, *made[1:]]
-            _launch(device, fields, [codes.data_ptr(), wide, scales.data_ptr(), _address(sums), _address(zeros),
-                                     self.bits, self.width, act_group, int(not act_sym), _address(self.input_scale),
-                                     _address(self.block_bits)], act_clip, epsilon, factor)
+                      address(second), second.stride(0) if second is not None and m > 1 else self.k, *made[1:]]
+            _launch(device, fields, [codes.data_ptr(), wide, scales.data_ptr(), address(sums), address(zeros),
+                                     self.bits, self.width, act_group, int(not act_sym), address(self.input_scale),
+                                     address(self.block_bits)], act_clip, epsilon, factor)
         return QuantizedInput(codes, self.width, scales, self.groups, sums, zeros,
                               self.block_bits if self.width == 0 else None, m, self.k, act_group, self.bits)
 
@@ -149,8 +149,8 @@ class Rounding:
                 fail(_OP, name, f"address {tensor.data_ptr():#x}", "16-byte aligned ones")
         rows, columns, parts, butterflies = numbers
         left, right = tensors
-        return [_address(p.norm_weight), _address(p.index), _address(p.signs), rows, columns, _address(left), parts,
-                _address(right), butterflies], factor, p.epsilon
+        return [address(p.norm_weight), address(p.index), address(p.signs), rows, columns, address(left), parts,
+                address(right), butterflies], factor, p.epsilon
 
 
 def refusal(producer, k: int, bits: int, act_group: int, width: int, device: torch.device) -> str | None:
@@ -211,10 +211,6 @@ def fragments(matrix: Tensor, parts: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _hadamard_fragments(size: int, device: torch.device) -> Tensor:
     return fragments(definitions.hadamard_matrix(size).float().to(device), 1)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
