@@ -5,9 +5,9 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
-#include <stdexcept>
 #include <vector>
 
+#include "bindings_cuda.h"
 #include "tersor.h"
 #include "tersor_kv.h"
 #include "tersor_kv_static.h"
@@ -16,19 +16,7 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
 using Numbers = std::vector<int64_t>;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(int status) {
-  if (status == TERSOR_OK) return;
-  if (status == TERSOR_CUDA_ERROR) throw std::runtime_error(tersor_last_error());
-  throw py::value_error(tersor_last_error());
-}
 
 // A struct of int64 and pointers from its fields.
 template <class T>

@@ -2,28 +2,10 @@
 // `stream` is a cudaStream_t as an integer, and nothing here waits for it. No logic here.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-
+#include "bindings_cuda.h"
 #include "tersor.h"
 
 namespace py = pybind11;
-
-namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(int status) {
-  if (status == TERSOR_OK) return;
-  if (status == TERSOR_CUDA_ERROR) throw std::runtime_error(tersor_last_error());
-  throw py::value_error(tersor_last_error());
-}
-
-}  // namespace
 
 void define_lowbit_gemm_cuda(py::module_& module) {
   module.def(
