@@ -50,7 +50,10 @@ constexpr int all_mma_kinds = mma_kinds + float_mma_kinds;
 const char* const mma_names[all_mma_kinds] = {"m16n8k16_f16",     "m16n8k16_bf16",  "m16n8k32_s8",
                                               "m16n8k64_s4",      "m16n8k256_b1",   "sp_m16n8k32_f16",
                                               "sp_m16n8k32_bf16", "sp_m16n8k64_s8", "m16n8k32_e4m3",
-                                              "m16n8k64_mxf4",    "m16n8k64_nvf4"};
+                                              "m16n8k64_mxf4",    "m16n8k64_nvf4",
+                                              "m16n8k32_mx_e4m3_e4m3", "m16n8k32_mx_e2m3_e4m3",
+                                              "m16n8k32_mx_e2m1_e4m3", "m16n8k32_mx_e4m3_e2m3",
+                                              "m16n8k32_mx_e2m3_e2m3", "m16n8k32_mx_e2m1_e2m3"};
 
 struct Traffic {
   uint64_t loaded = 0, stored = 0, repeated = 0, requests = 0, sectors = 0, minimum = 0;

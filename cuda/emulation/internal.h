@@ -144,7 +144,7 @@ void count_matrix_rows(const uint32_t* rows, int count);
 void count_global(bool store, const void* site, int buffer, uint64_t offset, int width, int bytes);
 void count_barrier();
 void count_mma(Mma kind);
-constexpr int float_mma_kinds = 3;  // of matrix_float.h
+constexpr int float_mma_kinds = 9;  // of matrix_float.h
 void count_float_mma(int kind);
 void count_launch();
 void meet_warp(Warp& warp);  // the lanes are together: what they did before is grouped no further

@@ -1,4 +1,4 @@
-// Host versions of the warp-wide products of 8- and 4-bit floats.
+// Host versions of the warp-wide products of 8-, 6- and 4-bit floats.
 #include "emulation/matrix_float.h"
 
 #include <cmath>
@@ -22,21 +22,27 @@ float small_float(uint32_t bits, int exponent_bits, int mantissa_bits) {
 
 float e4m3(uint32_t bits) { return (bits & 127) == 127 ? NAN : small_float(bits, 4, 3); }
 float e2m1(uint32_t bits) { return small_float(bits, 2, 1); }
+// In the byte that a product of mixed elements has for each: six bits at the bottom, four in the middle. NaN where the
+// padding is not zero, which no kernel should leave to the machine.
+float e2m3_in_byte(uint32_t bits) { return bits & 0xc0 ? NAN : small_float(bits, 2, 3); }
+float e2m1_in_byte(uint32_t bits) { return bits & 0xc3 ? NAN : e2m1(bits >> 2); }
 float e8m0(uint32_t bits) { return bits == 255 ? NAN : std::ldexp(1.0f, static_cast<int>(bits) - 127); }
 
 void finish(Warp& warp) {
   const FloatMma kind = static_cast<FloatMma>(warp.detail - mma_kinds * 2);
-  const bool narrow = kind != FloatMma::m16n8k32_e4m3;
+  const int mixed = static_cast<int>(kind) - static_cast<int>(FloatMma::m16n8k32_mx_e4m3_e4m3);  // < 0: one of others
+  const bool scaled = kind != FloatMma::m16n8k32_e4m3, narrow = scaled && mixed < 0;
   const int bits = narrow ? 4 : 8, in_register = 32 / bits, k = 8 * in_register;
   const int block = kind == FloatMma::m16n8k64_nvf4 ? 16 : 32;
   count_float_mma(static_cast<int>(kind));
-  // Element i of lane's register r of an operand whose registers start at `first`.
+  // Element i of lane's register r of an operand whose registers start at `first`: 0 is A's, 4 B's.
   const auto element = [&](int lane, int first, int r, int i) {
     const uint32_t code = warp.in[lane][first + r] >> (bits * i) & ((1u << bits) - 1);
-    return narrow ? e2m1(code) : e4m3(code);
+    const int type = mixed < 0 ? 0 : first == 0 ? mixed % 3 : mixed / 3;  // e4m3, e2m3, e2m1
+    return narrow ? e2m1(code) : type == 0 ? e4m3(code) : type == 1 ? e2m3_in_byte(code) : e2m1_in_byte(code);
   };
   const auto scale = [&](int lane, int word, int column) {
-    if (!narrow) return 1.0f;
+    if (!scaled) return 1.0f;
     const uint32_t code = warp.in[lane][word] >> (8 * (column / block)) & 255;
     return block == 32 ? e8m0(code) : e4m3(code & 127);
   };

@@ -40,7 +40,7 @@ class Case:
 
 
 # Headers that do not compile for every GPU; tests/test_cuda_float_products.py has the cases of their wrappers.
-SOME_GPUS = ("matrix_float.h", "matrix_fp4.h")
+SOME_GPUS = ("matrix_float.h", "matrix_fp4.h", "matrix_mx.h")
 
 
 def wrappers(some_gpus: bool = False) -> set[str]:
