@@ -33,6 +33,7 @@ from .report import Report, Row
 from .transforms.graph import Shared, first_tensor, identity, is_linear, matrix, shared_inputs
 from .transforms.group import BlockView, Group, Online, Weights, run_on
 from .transforms.steps import Step
+from .wide_linears import widened
 
 Progress = Callable[[str, int, int], None]
 
@@ -209,8 +210,9 @@ class _Block:
                 if most:
                     module = self.block.get_submodule(job.shared.inspected)
                     hooks.append(module.register_forward_pre_hook(record(job, most), with_kwargs=True))
-            for b in range(len(self.chain.hidden)):
-                self.chain.call(self.index, b)
+            with widened(self.block):
+                for b in range(len(self.chain.hidden)):
+                    self.chain.call(self.index, b)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -341,8 +343,9 @@ class _Block:
 
 
 def _advance(chain: Chain, index: int) -> None:
-    for b in range(len(chain.hidden)):
-        chain.hidden[b] = chain.call(index, b)
+    with widened(chain.blocks[index]):
+        for b in range(len(chain.hidden)):
+            chain.hidden[b] = chain.call(index, b)
 
 
 def _check_hidden(chain: Chain, block: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 MOST_ORDER = 1024  # of the dense factor beside the power of two
+_FACTOR = 32  # order of the factors that a power of two is taken apart into
 
 
 def hadamard_matrix(order: int) -> Tensor:
@@ -61,12 +62,14 @@ def hadamard(x: Tensor, size: int = 0, signs: Tensor | None = None, inverse: boo
     if m > 1:
         base = _base_matrix(m).to(y)
         y = (base.T if inverse else base) @ y
-    half = 1
-    while half < size // m:  # the stages of the power of two, each adding and subtracting halves
-        pairs = y.unflatten(-1, (-1, 2, half))
-        a, b = pairs.unbind(-2)
-        y = torch.stack((a + b, a - b), -2).flatten(-3)
-        half *= 2
+    # The matrix of the power of two is a Kronecker product of small symmetric ones: one product for each.
+    inner, power = 1, size // m
+    while inner < power:
+        step = min(_FACTOR, power // inner)
+        factor = _sylvester(step).to(y)
+        y = (y.unflatten(-1, (-1, step)) @ factor).flatten(-2) if inner == 1 \
+            else (factor @ y.unflatten(-1, (-1, step, inner))).flatten(-3)
+        inner *= step
     y = y.flatten(-3) / math.sqrt(size)
     return y * signs.to(x.dtype) if signs is not None and inverse else y
 

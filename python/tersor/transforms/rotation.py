@@ -32,12 +32,13 @@ def rotate_residual(model: nn.Module, ids: Tensor, turn: Callable[[Tensor], Tens
     before = _logits(model, ids)
     made: dict[tuple[nn.Module, str], Tensor] = {}
     for (module, name), rewrite in changed.items():
-        made[module, name] = rewrite(module._parameters[name].double(), turn)
+        value = module._parameters[name]  # of 16 bits: float32 leaves nothing to round twice
+        made[module, name] = rewrite(value.double() if value.dtype.itemsize >= 4 else value.float(), turn).to(value.dtype)
     old = {}
     for (module, name), value in made.items():
         parameter = module._parameters[name]
         old[module, name] = parameter
-        module._parameters[name] = nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad)
+        module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
     after = _logits(model, ids)
     error = float((after - before).norm() / before.norm().clamp_min(1e-30))
     if not error < (_TOLERANCE if embedding.weight.dtype.itemsize >= 4 else _LOOSE):
@@ -74,7 +75,7 @@ def _plan(model: nn.Module, ids: Tensor) -> tuple[nn.Module, dict[tuple[nn.Modul
             what = f"{others[0].name}, which reads it" if others else "no linear layer that reads it"
             raise ValueError(f"rotation: norm {call.name!r}: found {what}; accepted are norms before nn.Linear layers")
         offset = _offset(call)
-        gain = weight.double() + offset
+        gain = (weight.double() if weight.dtype.itemsize >= 4 else weight.float()) + offset
         changed[call.module, "weight"] = lambda w, turn, offset=offset: torch.ones_like(w) - offset
         for c in reading:
             readers.add(c.module)

@@ -200,15 +200,15 @@ class Kronecker(Step, kind="kronecker"):
         return definitions.kronecker(_wide(x), self.left, self.right).to(x.dtype)
 
     def fold(self, weight: Tensor) -> Tensor:
-        return definitions.kronecker(weight.double(), self.left.double().T, self.right.double().T).to(weight.dtype)
+        return definitions.kronecker(_wide(weight), self.left.T, self.right.T).to(weight.dtype)
 
     def absorb(self, weight: Tensor) -> Tensor:
         left, right = (torch.linalg.inv(factor.double()).T for factor in (self.left, self.right))
-        return definitions.kronecker(weight.double(), left, right).to(weight.dtype)
+        return definitions.kronecker(_wide(weight), left, right).to(weight.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
         left, right = (torch.linalg.inv(factor.double()) for factor in (self.left, self.right))
-        return definitions.kronecker(x.double(), left, right).to(x.dtype)
+        return definitions.kronecker(_wide(x), left, right).to(x.dtype)
 
     def producer(self) -> dict:
         return {"left": self.left, "right": self.right}
