@@ -111,6 +111,7 @@ MORE = {
     "kronecker 32 x 64": (2048, lambda k: Producer(**kron(32, 64))),
     "kronecker 6 x 150": (900, lambda k: Producer(**kron(6, 150))),
     "kronecker 136 x 8": (1088, lambda k: Producer(**kron(136, 8))),
+    "32 heads of 80": (2560, lambda k: Producer(left=kron(32, 1)["left"])),
     "kronecker 20 x 76": (1520, lambda k: Producer(**kron(20, 76))),
 }
 ALL = {**PRODUCERS, **MORE}
@@ -251,6 +252,9 @@ def test_widths_beyond_the_shared_memory_are_refused(launchers):
     assert refusal(wide_, 28672, 4, 0, 4, device) is None
     large = Producer(left=torch.eye(2), right=torch.eye(500))
     assert "matrices of 2 and 500" in refusal(large, 1000, 8, 32, 8, device)
+    assert "heads of 12 channels" in refusal(Producer(left=torch.eye(8)), 96, 8, 32, 8, device)
+    with pytest.raises(ValueError, match="rows, columns are 8, 12; accepted"):
+        produce(torch.zeros(1, 96), None, Producer(left=torch.eye(8)), 8)
     with pytest.raises(ValueError, match="matrices of 2 and 500, accepted is sizes up to 256"):
         produce(torch.zeros(1, 1000), None, large, 8)
 

@@ -7,21 +7,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from outliers import MODEL, text_tokens, with_outliers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_calibration import gemma, gpt2, llama, logits, mixture, tokens
-from toys import Block, batch, group_of
+from toys import HEAD, Block, batch, group_of
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import tersor
 from tersor import calibration
 from tersor.formats import Int
-from tersor.methods import Collector
 from tersor.formats.floating import round_to
+from tersor.io.errors import CheckpointError
+from tersor.methods import Collector
 from tersor.transforms import fireq
 from tersor.transforms.flatquant import FlatQuant
 from tersor.transforms.group import BlockView, Group, Weights
 from tersor.transforms.rotation import rotate_residual
-from tersor.transforms.steps import ChannelScale, Hadamard, Kronecker, Permute
+from tersor.transforms.steps import ChannelScale, HeadMix, Hadamard, Kronecker, Permute
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +36,7 @@ def steps(width):
     generator = torch.Generator().manual_seed(1)
     return [Permute(torch.randperm(width, generator=generator)),
             ChannelScale(torch.rand(width, generator=generator) + 0.5), Hadamard.random(width, 3),
+            HeadMix(torch.randn(4, 4, generator=generator) + 3 * torch.eye(4)),
             Kronecker(*(torch.randn(n, n, generator=generator) + 3 * torch.eye(n) for n in Kronecker.factors(width)))]
 
 
@@ -55,6 +59,10 @@ def test_steps_that_are_none_are_refused():
         Kronecker(torch.eye(2), torch.eye(32))
     with pytest.raises(ValueError, match="without an inverse"):
         Kronecker(torch.zeros(8, 8), torch.eye(8))
+    with pytest.raises(ValueError, match="without an inverse"):
+        HeadMix(torch.ones(4, 4))
+    with pytest.raises(ValueError, match="accepted is a square one"):
+        HeadMix(torch.ones(4, 3))
 
 
 def test_factors_are_balanced():
@@ -117,6 +125,35 @@ def test_layers_outside_a_recipe_that_share_an_input_are_named():
         tersor.compress(llama(), "flatquant:MXFP4", tokens(2))
     with pytest.raises(ValueError, match="0 or more steps"):
         tersor.compress(llama(), "flatquant[steps=-1]:W4A4", tokens(2))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_heads_of_values_are_turned_where_they_are_made(kv_heads):
+    block = Block(kv_heads=kv_heads)
+    before = block(batch())
+    group = group_of(block, "o_proj")
+    assert group.producer.name == "v_proj" and group.producer.head == HEAD
+    group.turn_heads(torch.randn(HEAD, HEAD) + 4 * torch.eye(HEAD))
+    assert (block(batch()) - before).abs().max() < 1e-10 * before.abs().max()
+    assert [group_of(block, name).producer.head for name in ("q_proj", "gate_proj", "down_proj")] == [0, 0, 0]
+    with pytest.raises(ValueError, match="heads cannot be turned"):
+        group_of(block, "down_proj").turn_heads(torch.eye(HEAD))
+
+
+def test_only_the_map_among_heads_runs_online():
+    model, batches = llama(attention_bias=True), tokens(2)
+    tersor.compress(model, "flatquant[steps=1]:W4A4[group=32]", batches)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        (step,) = attention.o_proj.pre
+        assert step.kind == "head_mix" and step.left.shape == (model.config.num_attention_heads,) * 2
+        assert [module.pre[0].kind for module in (attention.q_proj, layer.mlp.up_proj, layer.mlp.down_proj)] \
+            == ["kronecker"] * 3
+    # values that the recipe rounds otherwise are not turned, and the output keeps a map of its own
+    model = llama()
+    report = tersor.compress(model, {"*v_proj": "rtn:W8A8[group=32]", "*": "flatquant[steps=0]:W4A4[group=32]"}, batches,
+                             tie=False)
+    assert model.model.layers[0].self_attn.o_proj.pre[0].kind == "kronecker" and len(report.rows) == 21
 
 
 # -- what they are for ------------------------------------------------------------------------------------------------
@@ -233,7 +270,7 @@ def test_comet_gathers_outliers_in_wide_blocks(outlier_model):
 def test_layers_run_steps_and_products_in_one_call(spec):
     linear = torch.nn.Linear(256, 48)
     format = tersor.registry.resolve_format(spec)
-    for step in (Permute(torch.randperm(256)), Hadamard.random(256), *steps(256)[-1:]):
+    for step in (Permute(torch.randperm(256)), Hadamard.random(256), *steps(256)[-2:]):
         layer = tersor.Linear.holding(linear, format, pre=(step,))
         params = format.fit(step.absorb(linear.weight.detach()), dtype=torch.float32)
         if spec == "W4Ax":
@@ -276,6 +313,20 @@ def test_saved_and_loaded_models_say_the_same(spec, tmp_path):
     prompt = batches[0][:, :8]
     one, other = (m.generate(prompt, max_new_tokens=8, do_sample=False) for m in (model, loaded))
     assert torch.equal(one, other)
+
+
+def test_a_map_among_heads_that_fits_no_heads_is_refused(tmp_path):
+    model = llama()
+    tersor.compress(model, "flatquant[steps=0]:W4A4[group=32]", tokens(2))
+    tersor.save(model, tmp_path / "q")
+    file = tmp_path / "q" / "model.safetensors"
+    with safe_open(file, "pt") as source:
+        tensors, about = {name: source.get_tensor(name) for name in source.keys()}, source.metadata()
+    name = next(name for name in tensors if name.endswith("o_proj.pre_0_left"))
+    for wrong, said in ((torch.eye(3), r"pre_0_left.*\[3, 3\]"), (torch.ones(4, 4), "without an inverse")):
+        save_file({**tensors, name: wrong}, file, about)
+        with pytest.raises(CheckpointError, match=said):
+            tersor.load(tmp_path / "q")
 
 
 # -- FireQ ------------------------------------------------------------------------------------------------------------

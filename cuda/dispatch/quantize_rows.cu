@@ -54,8 +54,10 @@ int check_steps(const tersor_cuda_rows& r) {
   if (r.butterflies < 1 || (r.butterflies & (r.butterflies - 1)) != 0) {
     return fail(TERSOR_INVALID, "butterflies is %lld; accepted are powers of two", (long long)r.butterflies);
   }
+  // left alone: whole chunks of 8 channels a line
+  const bool mixes_heads = r.left && r.butterflies == 1 && r.columns % 8 == 0;
   if (r.rows < 1 || r.columns < 1 || r.k % (r.rows * r.columns) != 0 || (!r.left && r.rows != 1) ||
-      (!r.right && r.columns != r.butterflies)) {
+      (!r.right && r.columns != r.butterflies && !mixes_heads)) {
     return fail(TERSOR_INVALID, "rows, columns are %lld, %lld; accepted are those whose product divides k = %lld",
                 (long long)r.rows, (long long)r.columns, (long long)r.k);
   }

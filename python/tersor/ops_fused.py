@@ -30,9 +30,9 @@ class Producer:
 
     ``norm_weight [in]`` (of x's dtype) with ``epsilon``: RMSNorm. ``silu_mul``: SiLU(x) times a second input. ``index
     [in]`` int32: permutation. ``signs [in]`` float32 and ``hadamard``: blocks of the Hadamard transform, 0 the whole
-    width, None for none. ``left [n1, n1]``, ``right [n2, n2]`` float32: Kronecker. ``block_bits`` uint8
-    ``[ceil(in / 128)]``: 4 or 8 bits for each 128 channels, after everything else. A norm excludes a gate, and of
-    permutation, Hadamard and Kronecker there is one.
+    width, None for none. ``left [n1, n1]``, ``right [n2, n2]`` float32: Kronecker; ``left`` alone mixes ``n1`` heads.
+    ``block_bits`` uint8 ``[ceil(in / 128)]``: 4 or 8 bits for each 128 channels, after everything else. A norm excludes
+    a gate, and of permutation, Hadamard and Kronecker there is one.
     """
 
     norm_weight: Tensor | None = None
@@ -67,8 +67,8 @@ class Producer:
         if self.silu_mul is not (other is not None) or self.silu_mul and self.norm_weight is not None:
             fail(_OP, "silu_mul, other, norm_weight", f"silu_mul={self.silu_mul}, other {_given(other)}, norm_weight "
                  f"{_given(self.norm_weight)}", "both or none of silu_mul and other, and no norm with them")
-        if (self.left is None) is not (self.right is None) or self.signs is not None and self.hadamard is None:
-            fail(_OP, "left, right, signs", "a part alone", "left with right, signs with hadamard")
+        if self.left is None and self.right is not None or self.signs is not None and self.hadamard is None:
+            fail(_OP, "left, right, signs", "a part alone", "right with left, signs with hadamard")
         _check(x, "norm_weight", self.norm_weight, x.dtype, (k,))
         _check(x, "signs", self.signs, torch.float32, (k,))
         _check(x, "index", self.index, torch.int32, (k,))
@@ -76,7 +76,8 @@ class Producer:
         if other is not None and (other.dtype is not x.dtype or other.shape != x.shape or other.device != x.device):
             fail(_OP, "other", f"{other.dtype} {list(other.shape)}", f"{x.dtype} {list(x.shape)}, as x")
         if self.left is not None:
-            n1, n2 = len(self.left), len(self.right)
+            n1 = len(self.left)
+            n2 = len(self.right) if self.right is not None else k // max(n1, 1)
             if n1 * n2 != k:
                 fail(_OP, "left, right", f"sizes {n1} and {n2}", f"sizes whose product is the width {k}")
             _check(x, "left", self.left, torch.float32, (n1, n1))
@@ -88,6 +89,8 @@ class Producer:
 
     def matrices(self, k: int) -> dict:
         """The steps that are products, as `_C.Input` takes them, with tensors for pointers."""
+        if self.left is not None and self.right is None:
+            return {"rows": len(self.left), "columns": k // len(self.left), "left": self.left.T.contiguous()}
         if self.left is not None:
             n2 = len(self.right)
             return {"rows": len(self.left), "columns": n2, "left": self.left.T.contiguous(),

@@ -160,6 +160,8 @@ def refusal(producer, k: int, bits: int, act_group: int, width: int, device: tor
     rows, columns, parts, butterflies = _shape(producer, k)
     if rows > MOST_ORDER or (producer.right is not None and columns > MOST_ORDER):
         return f"products with matrices of {rows} and {columns}; the kernels take sizes up to {MOST_ORDER}"
+    if producer.left is not None and producer.right is None and columns % 8:
+        return f"heads of {columns} channels; the kernels mix those of a multiple of 8"
     there = 16  # an address that stands for a tensor's
     shown = [0, 0, 1, k, k, 0, 0, k, there * (producer.index is not None), there * (producer.signs is not None), rows,
              columns, there * (parts > 0), max(parts, 1), there * (producer.right is not None), butterflies]
@@ -174,7 +176,8 @@ def refusal(producer, k: int, bits: int, act_group: int, width: int, device: tor
 def _shape(producer, k: int) -> tuple[int, int, int, int]:
     """rows, columns, parts of the left matrix (0: none) and size of the butterflies."""
     if producer.left is not None:
-        return len(producer.left), len(producer.right), 2, 1
+        rows = len(producer.left)
+        return rows, k // rows if producer.right is None else len(producer.right), 2, 1
     if producer.hadamard is None:
         return 1, 1, 0, 1
     size = producer.hadamard or k
@@ -188,7 +191,8 @@ def _steps(producer, k: int, device: torch.device):
         fail(_OP, "producer", f"matrices of {rows} and {columns}", f"sizes up to {MOST_ORDER} on CUDA")
     left = right = None
     if producer.left is not None:
-        left, right = fragments(producer.left.T, 2), fragments(producer.right.T, 2)
+        left = fragments(producer.left.T, 2)
+        right = None if producer.right is None else fragments(producer.right.T, 2)
     elif parts:
         left = _hadamard_fragments(rows, device)
     factor = 1.0 if producer.hadamard is None else 1 / math.sqrt(producer.hadamard or k)

@@ -38,8 +38,10 @@ class StepSpec:
     index: int
     kind: str
 
-    def names(self, width: int) -> dict[str, TensorSpec]:
-        return {f"{self.side}_{self.index}_{name}": spec for name, spec in STEPS[self.kind].spec(width).items()}
+    def names(self, width: int, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        start = f"{self.side}_{self.index}_"
+        own = {name.removeprefix(start): spec for name, spec in found.items() if name.startswith(start)}
+        return {start + name: spec for name, spec in STEPS[self.kind].spec_of(width, own).items()}
 
     def make(self, tensors: Tensors, width: int) -> Step:
         start = f"{self.side}_{self.index}_"
@@ -61,12 +63,12 @@ class OwnLayout(Layout):
     steps: tuple[StepSpec, ...] = ()
 
     def expected(self, site: Site, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-        return self._weight(site, found) | self._step_specs(site)
+        return self._weight(site, found) | self._step_specs(site, found)
 
-    def _step_specs(self, site: Site) -> dict[str, TensorSpec]:
+    def _step_specs(self, site: Site, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         made: dict[str, TensorSpec] = {}
         for step in self.steps:
-            made |= step.names(site.shape[1] if step.side == "pre" else site.shape[0])
+            made |= step.names(site.shape[1] if step.side == "pre" else site.shape[0], found)
         return made
 
     def _weight(self, site: Site, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

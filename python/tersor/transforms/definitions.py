@@ -74,12 +74,18 @@ def hadamard(x: Tensor, size: int = 0, signs: Tensor | None = None, inverse: boo
     return y * signs.to(x.dtype) if signs is not None and inverse else y
 
 
-def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def kronecker(x: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
     """``left^T X right`` for each row of ``x [..., n1 * n2]`` taken as ``X [n1, n2]``, flattened again (FlatQuant).
 
-    ``left [n1, n1]``, ``right [n2, n2]``: the row times ``kron(left, right)``. ValueError where widths do not fit.
+    ``left [n1, n1]``, ``right [n2, n2]``: the row times ``kron(left, right)``; None: ``left`` alone, on ``width / n1``
+    channels each. ValueError where widths do not fit.
     """
     width = x.shape[-1]
+    if right is None:
+        if left.dim() != 2 or left.shape[0] != left.shape[1] or not len(left) or width % len(left):
+            raise ValueError(f"Kronecker transform: found a factor {list(left.shape)} for width {width}, accepted is a "
+                             "square one whose size divides it")
+        return (left.to(x.dtype).T @ x.unflatten(-1, (len(left), -1))).flatten(-2)
     if left.dim() != 2 or right.dim() != 2 or left.shape[0] != left.shape[1] or right.shape[0] != right.shape[1] \
             or left.shape[0] * right.shape[0] != width:
         raise ValueError(f"Kronecker transform: found factors {list(left.shape)} and {list(right.shape)} for width "

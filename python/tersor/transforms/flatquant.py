@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,9 @@ from ..formats.integer import Int, fit_groups
 from ..methods.base import Method
 from ..registry import register_method
 from .definitions import hadamard_matrix, kronecker
+from .graph import turn_rows, value_rows
 from .group import BlockView, Group
-from .steps import Kronecker
+from .steps import HeadMix, Kronecker
 
 _LEAST = 1e-5
 _CLIP = 4.0  # where the logits of clip ratios start: sigmoid(4) = 0.982
@@ -71,9 +72,11 @@ class FlatQuant(Method):
                 group.fold(self._scales(group))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            flats = [Flat(group) for group in block.groups]
+            flats = make_flats(block.groups)
         if self.steps:
             train(block, flats, self)
+        for flat in flats:
+            flat.fold()
         for flat in flats:
             flat.finish()
 
@@ -108,12 +111,18 @@ class Factor(nn.Module):
 
 
 class Flat(nn.Module):
-    """The transform of one input while it is trained, and the clip ratios that belong to it."""
+    """The transform of one input while it is trained, and the clip ratios that belong to it.
 
-    def __init__(self, group: Group):
+    ``head``: of so many channels are the heads of values that come in; the right factor is then folded where they are
+    made, and the left one runs online alone. ``turned``: this group's layers that make such values for another, with
+    their rows ``[kv_heads, head]`` and the factor.
+    """
+
+    def __init__(self, group: Group, head: int = 0):
         super().__init__()
-        self.group, self.width = group, group.in_features
-        first, second = Kronecker.factors(self.width)
+        self.group, self.width, self.head = group, group.in_features, head
+        self.turned: dict[str, tuple[Tensor, Factor]] = {}
+        first, second = (self.width // head, head) if head else Kronecker.factors(self.width)
         self.left, self.right = Factor(first), Factor(second)
         self.input_clip = nn.Parameter(torch.tensor(_CLIP))
         self.weight_clips = nn.ParameterList(
@@ -125,21 +134,38 @@ class Flat(nn.Module):
 
     def quantized_weight(self, name: str) -> Tensor:
         w = kronecker(self.weights[name], self.left(inverse=True), self.right(inverse=True))
+        w = self._turn(w, name)
         fmt = self.group.formats.get(name)
         if fmt is None:
             return w
         return fake_weight(w, fmt, torch.sigmoid(self.weight_clips[self.group.names.index(name)]))
 
+    def bias(self, module: nn.Module, name: str) -> Tensor | None:
+        bias = module._parameters.get("bias")
+        return None if bias is None else self._turn(bias.float(), name)
+
+    def _turn(self, values: Tensor, name: str) -> Tensor:
+        if name not in self.turned:
+            return values
+        heads, factor = self.turned[name]
+        return turn_rows(values, heads, factor())
+
     def quantized_input(self, x: Tensor, name: str) -> Tensor:
-        y = kronecker(x, self.left(), self.right())
+        y = kronecker(x, self.left(), None if self.head else self.right())
         fmt = self.group.formats.get(name)
         return y if fmt is None or fmt.activation == 16 else fake_input(y, fmt, torch.sigmoid(self.input_clip))
 
     @torch.no_grad()
+    def fold(self) -> None:
+        """Give the group the transform."""
+        if self.head:
+            self.group.turn_heads(self.right())
+        self.group.insert(HeadMix(self.left()) if self.head else Kronecker(self.left(), self.right()))
+
+    @torch.no_grad()
     def finish(self) -> None:
-        """Give the group the transform, and its layers' formats and parameters the clip ratios."""
+        """Give its layers' formats and parameters the clip ratios; what other groups fold into them is there."""
         group = self.group
-        group.insert(Kronecker(self.left(), self.right()))
         clip = round(float(torch.sigmoid(self.input_clip)), 4)
         for name, ratio in zip(group.names, self.clips()):
             fmt = group.formats.get(name)
@@ -150,6 +176,21 @@ class Flat(nn.Module):
             w = group.weight(name)
             params = fmt.fit(w * ratio.to(w), dtype=group.dtype)
             group.params[name] = Params(params)
+
+
+def make_flats(groups: Sequence[Group]) -> list[Flat]:
+    """The transforms of a block's inputs; what attention mixes of values that are made in one of the groups gets a map
+    among heads, and one of each head's channels that is folded there."""
+    made: dict[str, Flat] = {}
+    flats = []
+    for group in groups:
+        producer = group.producer
+        maker = made.get(producer.name) if producer is not None and producer.head else None
+        flats.append(flat := Flat(group, producer.head if maker is not None else 0))
+        if maker is not None:
+            maker.turned[producer.name] = value_rows(producer), flat.right
+        made.update(dict.fromkeys(group.names, flat))
+    return flats
 
 
 def train(block: BlockView, flats: list[Flat], options: FlatQuant) -> None:
@@ -191,8 +232,7 @@ def _standing_in(block: BlockView, flats: list[Flat]) -> Iterator[Callable[[], N
         def forward(x: Tensor) -> Tensor:
             if flat not in inputs or inputs[flat][0] is not x:
                 inputs[flat] = x, flat.quantized_input(x.float(), name)
-            bias = module._parameters.get("bias")
-            return F.linear(inputs[flat][1], weights[name], None if bias is None else bias.float()).to(x.dtype)
+            return F.linear(inputs[flat][1], weights[name], flat.bias(module, name)).to(x.dtype)
 
         return forward
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,14 @@ class Producer:
 
     ``kind`` norm: a one-dimensional gain ``weight + offset``. ``kind`` rows: output rows of a linear layer;
     ``rows[c]`` is the one that channel ``c`` comes from (several channels may share one: grouped-query attention).
+    ``head``: so many neighbouring channels, a head of attention's values, can be turned by any matrix there; 0: none.
     """
 
     name: str
     kind: str
     offset: float = 0.0
     rows: Tensor | None = None
+    head: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -168,7 +170,7 @@ class _Finder:
         tried = []
         for candidate in self._candidates(group, reads, first):
             if self._cancels(candidate, group):
-                return candidate, ""
+                return self._with_heads(candidate, group), ""
             if candidate.name not in tried:
                 tried.append(candidate.name)
         if readers:
@@ -197,13 +199,34 @@ class _Finder:
                            - 1)[producer.rows]
         source = self.block.get_submodule(producer.name)
         s = s.to(next(source.parameters()).device)
+        return self._undone(group, source, lambda: divide(source, producer, s), lambda w: w * s)
+
+    def _with_heads(self, producer: Producer, group: Shared) -> Producer:
+        """The producer with its ``head``, where turning heads there and back in the group changes nothing."""
+        head = _head_dim(self.block, producer.name)
+        if producer.kind != "rows" or not head or group.in_features % head:
+            return producer
+        heads = producer.rows.view(-1, head)
+        if not torch.equal(heads, heads[:, :1] + torch.arange(head)):
+            return producer
+        source = self.block.get_submodule(producer.name)
+        generator = torch.Generator().manual_seed(1)
+        turn = torch.linalg.qr(torch.randn(head, head, generator=generator, dtype=torch.float64))[0]
+        turn = turn.to(next(source.parameters()).device)
+        producer = replace(producer, head=head)
+        undone = self._undone(group, source, lambda: turn_source(source, producer, turn),
+                              lambda w: (w.unflatten(1, (-1, head)) @ turn).flatten(1))
+        return producer if undone else replace(producer, head=0)
+
+    def _undone(self, group: Shared, source: nn.Module, change, undo) -> bool:
+        """Whether ``undo(weight)`` of the group's layers makes up for ``change()`` of the source."""
         modules = [source] + [self.block.get_submodule(name) for name in group.names]
         saved = [[p.data.clone() for p in module.parameters(False)] for module in modules]
         try:
-            divide(source, producer, s)
+            change()
             alone = self._run()
             for module in modules[1:]:
-                matrix(module).mul_(s)
+                matrix(module).copy_(undo(matrix(module)))
             both = self._run()
         finally:
             for module, values in zip(modules, saved):
@@ -261,3 +284,31 @@ def divide(source: nn.Module, producer: Producer, s: Tensor) -> None:
 def per_row(producer: Producer, s: Tensor, rows: int) -> Tensor:
     """``s`` of the channels as factors of the producer's output rows; 1 for rows that feed none."""
     return s.new_ones(rows).index_copy_(0, producer.rows.to(s.device), s)
+
+
+def value_rows(producer: Producer) -> Tensor:
+    """The producer's output rows by heads, ``[kv_heads, head]``, each once."""
+    return torch.unique(producer.rows.view(-1, producer.head), dim=0)
+
+
+def turn_rows(values: Tensor, heads: Tensor, turn: Tensor) -> Tensor:
+    """``values [rows, ...]`` with the rows of each of ``heads [kv_heads, head]`` turned: what a layer of these rows puts
+    out for a head, ``v``, becomes ``v @ turn``. Differentiable."""
+    heads = heads.to(values.device)
+    part = values[heads].flatten(2) if values.dim() > 1 else values[heads][..., None]
+    turned = (turn.to(values).T @ part).reshape(-1, *values.shape[1:])
+    return values.index_copy(0, heads.flatten(), turned)
+
+
+def turn_source(source: nn.Module, producer: Producer, turn: Tensor) -> None:
+    """`turn_rows` of a plain layer's weight and bias, in place."""
+    heads = value_rows(producer)
+    matrix(source).copy_(turn_rows(matrix(source), heads, turn))
+    turn_bias(source, heads, turn)
+
+
+def turn_bias(source: nn.Module, heads: Tensor, turn: Tensor) -> None:
+    bias = source._parameters.get("bias")
+    if bias is not None:
+        wide = bias.data if bias.dtype is torch.float64 else bias.data.float()
+        bias.data = turn_rows(wide, heads, turn).to(bias.dtype)

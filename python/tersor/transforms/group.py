@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .graph import Producer, divide, matrix, output_tensor, per_row
+from .graph import Producer, divide, matrix, output_tensor, per_row, turn_bias, turn_rows, value_rows
 from .steps import ChannelScale, Step
 
 if TYPE_CHECKING:
@@ -98,6 +98,21 @@ class Group:
             self.weights.put(name, self.weight(name) * s)
         self.stats = self.stats.scaled(s)
         self.runs, self._expected = [], None  # they were captured for the input before
+
+    def turn_heads(self, turn: Tensor) -> None:
+        """Multiply each head of the values that the producer puts out by ``turn [head, head]`` from the right, and undo
+        it in the columns of all weights. ValueError where the producer is not that of attention's values."""
+        if self.producer is None or not self.producer.head:
+            raise ValueError(f"layers {', '.join(self.names)}: heads cannot be turned: "
+                             f"{self.why or 'what comes before is not a layer of values'}")
+        heads, name = value_rows(self.producer), self.producer.name
+        self.weights.put(name, turn_rows(self.weight(name), heads, turn))
+        turn_bias(self.weights.block.get_submodule(name), heads, turn)
+        back = torch.linalg.inv(turn.double()).T
+        for name in self.names:
+            w = self.weight(name)
+            self.weights.put(name, (w.unflatten(1, (-1, len(turn))) @ back.to(w)).flatten(1))
+        self.stats, self.runs, self._expected = None, [], None
 
     def insert(self, step: Step) -> None:
         """Let the layers run ``step`` on their input from now on, with weights that make up for it.

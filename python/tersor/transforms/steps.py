@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,11 @@ class Step(nn.Module):
     def spec(cls, width: int) -> dict[str, TensorSpec]:
         """Names, shapes and dtypes of the step's tensors for ``width`` channels."""
         raise TypeError(f"{cls.__name__} does not list its tensors")
+
+    @classmethod
+    def spec_of(cls, width: int, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """`spec`, where shapes do not follow from the width: those of the tensors ``found``, if they are possible."""
+        return cls.spec(width)
 
     @classmethod
     def empty(cls, width: int, device=None) -> "Step":
@@ -189,12 +196,7 @@ class Kronecker(Step, kind="kronecker"):
             raise ValueError(f"kronecker step: found factors {list(self.left.shape)} and {list(self.right.shape)}, "
                              f"accepted are square ones of {self.factors(width)} for {width} channels")
         for name in ("left", "right"):
-            factor = getattr(self, name)
-            if factor.is_meta:
-                continue
-            if not bool(factor.isfinite().all()) or int(torch.linalg.matrix_rank(factor.double())) < len(factor):
-                raise ValueError(f"kronecker step: {name}: found a matrix without an inverse, accepted is a finite one "
-                                 "of full rank")
+            _check_inverse(f"kronecker step: {name}", getattr(self, name))
 
     def forward(self, x: Tensor) -> Tensor:
         return definitions.kronecker(_wide(x), self.left, self.right).to(x.dtype)
@@ -212,6 +214,53 @@ class Kronecker(Step, kind="kronecker"):
 
     def producer(self) -> dict:
         return {"left": self.left, "right": self.right}
+
+
+class HeadMix(Step, kind="head_mix"):
+    """``y = left^T X`` with the channels as ``X [heads, width / heads]``: an invertible map among attention's heads, the
+    same for all channels of a head (FlatQuant's P_o). ``left [heads, heads]`` float32."""
+
+    def __init__(self, left: Tensor):
+        super().__init__()
+        self.register_buffer("left", left.to(torch.float32).contiguous())
+        self.validate()
+
+    @classmethod
+    def spec(cls, width: int) -> dict[str, TensorSpec]:
+        return {"left": TensorSpec((1, 1), torch.float32)}
+
+    @classmethod
+    def spec_of(cls, width: int, found: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        shape = tuple(found["left"].shape) if "left" in found else ()
+        if len(shape) == 2 and shape[0] == shape[1] > 0 and width % shape[0] == 0:
+            return {"left": TensorSpec(shape, torch.float32)}
+        return cls.spec(width)
+
+    def validate(self) -> None:
+        if self.left.dim() != 2 or self.left.shape[0] != self.left.shape[1]:
+            raise ValueError(f"head_mix step: found a matrix {list(self.left.shape)}, accepted is a square one")
+        _check_inverse("head_mix step", self.left)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return definitions.kronecker(_wide(x), self.left, None).to(x.dtype)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        return definitions.kronecker(_wide(weight), self.left.T, None).to(weight.dtype)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        return definitions.kronecker(_wide(weight), torch.linalg.inv(self.left.double()).T, None).to(weight.dtype)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return definitions.kronecker(_wide(x), torch.linalg.inv(self.left.double()), None).to(x.dtype)
+
+    def producer(self) -> dict:
+        return {"left": self.left}
+
+
+def _check_inverse(what: str, matrix: Tensor) -> None:
+    if not matrix.is_meta and (not bool(matrix.isfinite().all())
+                               or int(torch.linalg.matrix_rank(matrix.double())) < len(matrix)):
+        raise ValueError(f"{what}: found a matrix without an inverse, accepted is a finite one of full rank")
 
 
 def _wide(x: Tensor) -> Tensor:
