@@ -6,7 +6,7 @@
 Every time includes rounding the activations. Contenders of this process take turns, in copies of the weight that no
 cache holds; `ms` is the median call. `ratio_bf16` and `ratio_fp32` are the times of torch's dense products over it.
 `+hadamard` and `+kronecker` transform while they round (one Hadamard matrix of the whole width; two square factors);
-`added` is what they take over the same layer without. `of_read` and `of_int8` compare with this machine's own limits:
+`added` is what they take over the same layer without, the median of pairs of calls one right after the other. `of_read` and `of_int8` compare with this machine's own limits:
 bytes of the stored weight, and products, a second. ONNX Runtime and OpenVINO run in processes of their own
 (bench/contenders.py). `disturbed`: something else used the machine meanwhile, and the row tells nothing.
 """
@@ -34,7 +34,8 @@ from tersor.registry import resolve_format
 
 # K x N: Llama-3-8B's, then Qwen3-0.6B's
 SHAPES = "4096x4096,4096x14336,14336x4096,1024x2048,1024x3072,3072x1024"
-SPECS = "W8A8,W6A8,W6A6,W4A8,W4A4,W4AFP8,FP8A16,MXFP4A16,NVFP4A16"
+SPECS = ("W8A8,W6A8,W6A6,W4A8,W4A8[act_group=0],W4A8[scale=int8,act_group=0],W4A4,W4AFP8,FP8A16,MXFP4A16,"
+         "NVFP4A16")
 FUSED = ("W4A4", "W4A4[act_group=0]")  # what transforms are measured on
 DISTURBED = 0.6  # cores used by others, from which on a row is no measurement
 COPIES = 128 << 20  # bytes of all copies of a weight, at least two
@@ -51,6 +52,8 @@ class Way:
     only: int | None = None  # the one M that it is for
     times: list[float] = field(default_factory=list)
     over: bool = False
+    base: str = ""  # the way that it is without its transform
+    pairs: list[float] = field(default_factory=list)  # its time over that of its base, call by call
 
 
 def copies(nbytes: int, make: Callable) -> list:
@@ -123,7 +126,8 @@ def ours(specs: list[str], k: int, n: int, transformed: int) -> dict[str, Way]:
             continue
         for name, producer in producers.items():
             fused = [BoundIntLinearFused([one], producer) for one in bound]
-            made[f"{spec} +{name}"] = Way(lambda x, one: one(x, [None])[0], fused, torch.bfloat16, nbytes, transformed)
+            made[f"{spec} +{name}"] = Way(lambda x, one: one(x, [None])[0], fused, torch.bfloat16, nbytes, transformed,
+                                          base=spec)
     return made
 
 
@@ -143,7 +147,7 @@ def shape_ways(specs: list[str], k: int, n: int, transformed: int) -> tuple[dict
 
 def measure(ways: dict[str, Way], inputs: dict[torch.dtype, torch.Tensor], seconds: float, rounds: int) -> None:
     for way in ways.values():
-        way.times, way.over = [], False
+        way.times, way.over, way.pairs = [], False, []
     for index in range(rounds):
         for way in list(ways.values())[:: 1 if index % 2 == 0 else -1]:
             if way.over:
@@ -161,6 +165,21 @@ def measure(ways: dict[str, Way], inputs: dict[torch.dtype, torch.Tensor], secon
                 way.call(x, way.copies[count % len(way.copies)])
                 way.times.append(time.perf_counter() - start)
                 count += 1
+            if way.base:
+                pair(way, ways[way.base], x, seconds)
+
+
+def pair(way: Way, base: Way, x: torch.Tensor, seconds: float) -> None:
+    """Calls of both in turns, the first one changing: what the machine's drift does to one it does to the other."""
+    end, count = time.perf_counter() + 2 * seconds, 0
+    while count < 4 or time.perf_counter() < end:
+        spent = {}
+        for one in (way, base) if count % 2 else (base, way):
+            start = time.perf_counter()
+            one.call(x, one.copies[count % len(one.copies)])
+            spent[one is way] = time.perf_counter() - start
+        way.pairs.append(spent[True] / spent[False])
+        count += 1
 
 
 def row_of(k: int, n: int, m: int, ways: dict[str, Way], floors: dict, other: float) -> dict:
@@ -174,8 +193,8 @@ def row_of(k: int, n: int, m: int, ways: dict[str, Way], floors: dict, other: fl
         }
         if floors["int8_gops"]:
             found[name]["of_int8"] = 2.0 * k * n * m / seconds / (floors["int8_gops"] * 1e9)
-        if "+" in name:
-            found[name]["added"] = seconds / medians[name.split(" +")[0]] - 1
+        if ways[name].base:
+            found[name]["added"] = common.median(ways[name].pairs) - 1
     return {"K": k, "N": n, "M": m, "ways": found, "other_cores": round(other, 2), "disturbed": other >= DISTURBED}
 
 

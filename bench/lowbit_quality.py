@@ -32,7 +32,7 @@ SPECS = """rtn:W8A8 rtn:W6A8 smoothquant:W6A8 gptq:W6A8 rtn:W6A6[act_group=128] 
 rtn:W4A4[act_group=0] smoothquant:W4A4[act_group=0] quarot:W4A4[act_group=0] quarot:W4A4[act_group=0,act_clip=0.9]
 quarot+gptq:W4A4[act_group=0,act_clip=0.9] flatquant[steps=0]:W4A4[act_group=0]
 flatquant[steps=0]+gptq:W4A4[act_group=0] flatquant:W4A4[act_group=0]
-rtn:W4A4 smoothquant:W4A4 quarot:W4A4 flatquant[steps=0]:W4A4 rtn:W4Ax comet:W4Ax comet[ratio=3,share=0.5]:W4Ax
+rtn:W4A4 smoothquant:W4A4 quarot:W4A4 flatquant[steps=0]:W4A4 rtn:W4Ax comet:W4Ax comet[limit=0.05]:W4Ax
 rtn:W4AFP8 fireq:W4AFP8 rtn:NVFP4 rtn:MXFP4""".split()
 
 
@@ -67,6 +67,16 @@ def unrounded(model):
     return twin
 
 
+def four_bits(model) -> float | None:
+    """The share of multiplications whose inputs have four bits, where blocks of channels have four or eight."""
+    total = narrow = 0
+    for layer in model.modules():
+        if isinstance(layer, tersor.Linear) and "block_bits" in layer.tensors():
+            bits = layer.tensors()["block_bits"]
+            total, narrow = total + layer.out_features * len(bits), narrow + layer.out_features * int((bits == 4).sum())
+    return narrow / total if total else None
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--specs", default=None, help="separated by spaces or semicolons")
@@ -95,7 +105,7 @@ def main(argv=None) -> int:
         found = perplexity(twin, ids)
         same = perplexity(unrounded(twin), ids)
         rows.append({"spec": spec, "perplexity": found, "change": found / whole - 1, "seconds": seconds,
-                     "of_weights": found / same - 1,
+                     "of_weights": found / same - 1, "four_bits": four_bits(twin),
                      "kernels": sorted({row.kernel for row in report.rows})})
         print(line(rows[-1]), flush=True)
     table = "\n".join(["| spec | perplexity | over 16 bits | over the same weights, 16-bit inputs |",
@@ -109,7 +119,8 @@ def main(argv=None) -> int:
 
 
 def line(row: dict) -> str:
-    return f"| `{row['spec']}` | {row['perplexity']:.2f} | {row['change']:+.1%} | {row['of_weights']:+.1%} |"
+    share = "" if row["four_bits"] is None else f" ({row['four_bits']:.0%} in four bits)"
+    return f"| `{row['spec']}`{share} | {row['perplexity']:.2f} | {row['change']:+.1%} | {row['of_weights']:+.1%} |"
 
 
 if __name__ == "__main__":

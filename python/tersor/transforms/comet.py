@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from ..formats.integer import quantize_activations
 from ..formats.mixed import BLOCK, MixedInputs
 from ..methods.base import Method
 from ..registry import register_method
@@ -20,15 +23,17 @@ class Comet(Method):
 
     Channels whose largest magnitude over the calibration data is more than ``ratio`` times the median channel's are
     outliers. A permutation gathers them in as few blocks of 128 channels as hold them, which get eight bits; all others
-    get four. At most ``share`` of the blocks (one at least) are wide: the largest outliers go first. The permutation
-    runs online, as the input is rounded, and once for all layers that share it. The rule for outliers is ours; the
-    paper's scales are of 128 channels (``W4Ax[act_group=128]``).
+    get four. At most ``share`` of the blocks (one at least) are wide for outliers: the largest go first. Then blocks
+    are widened, by the size of their channels, while rounding the sampled inputs changes the layers' output by more
+    than ``limit`` (relative, root mean square; 1 widens none). The permutation runs online, as the input is rounded, and once for all
+    layers that share it. Both rules are ours; the paper's scales are of 128 channels (``W4Ax[act_group=128]``).
 
     ValueError for formats other than W?Ax.
     """
 
     ratio: float = 8.0
     share: float = 0.2
+    limit: float = 1.0
 
     needs = frozenset({"abs_max", "inputs"})
     transforms = True
@@ -38,6 +43,8 @@ class Comet(Method):
         if not self.ratio >= 1 or not 0 <= self.share <= 1:
             raise ValueError(f"options 'ratio' and 'share': found {self.ratio} and {self.share}, accepted are 1 or more, "
                              "and 0 to 1")
+        if not self.limit > 0:
+            raise ValueError(f"option 'limit': found {self.limit}, accepted are positive relative errors")
 
     def transform(self, group: Group) -> str:
         for name, fmt in group.formats.items():
@@ -47,13 +54,29 @@ class Comet(Method):
         outliers = (most > self.ratio * most.median()).nonzero().flatten()
         blocks = -(-len(most) // BLOCK)
         wide = min(-(-len(outliers) // BLOCK), max(1, int(self.share * blocks)))
-        bits = torch.full((blocks,), 4, dtype=torch.uint8)
-        bits[:wide] = 8
+        order = most.argsort(descending=True, stable=True)
+        gathered = wide
+        while wide < blocks and self.limit < 1 and self.loss(group, order, block_bits(blocks, wide)) > self.limit:
+            wide += 1
         for name in group.formats:
-            group.stored[name] = {"block_bits": bits}
+            group.stored[name] = {"block_bits": block_bits(blocks, wide)}
         if not wide:
             return "comet: no outlier channels"
-        first = most.argsort(descending=True, stable=True)[:len(outliers)]
-        rest = torch.ones(len(most), dtype=torch.bool).index_fill_(0, first.cpu(), False).nonzero().flatten()
-        group.insert(Permute(torch.cat([first.cpu(), rest]).to(most.device)))
+        first = order[: len(outliers) if wide == gathered else BLOCK * wide].cpu()
+        rest = torch.ones(len(most), dtype=torch.bool).index_fill_(0, first, False).nonzero().flatten()
+        group.insert(Permute(torch.cat([first, rest]).to(most.device)))
         return f"comet: {len(outliers)} outlier channels, {wide} of {blocks} blocks in eight bits"
+
+    def loss(self, group: Group, order: Tensor, bits: Tensor) -> float:
+        """Relative error of the layers' outputs when the inputs, in this order, are rounded to ``bits`` by block."""
+        fmt = next(iter(group.formats.values())).inner
+        x = self.require(group.stats, "inputs").inputs.float()[:, order]
+        w = torch.cat([group.weight(name).float()[:, order] for name in group.formats])
+        change = quantize_activations(x, 4, fmt.act_group, fmt.act_clip, block_bits=bits.to(x.device)) - x
+        return float(F.linear(change, w).norm() / F.linear(x, w).norm().clamp_min(1e-30))
+
+
+def block_bits(blocks: int, wide: int) -> Tensor:
+    bits = torch.full((blocks,), 4, dtype=torch.uint8)
+    bits[:wide] = 8
+    return bits
