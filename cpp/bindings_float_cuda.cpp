@@ -81,7 +81,7 @@ void define_float_cuda(py::module_& module) {
       },
       py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("kind"),
       py::arg("global_scale"), py::arg("codes"), py::arg("scales"), py::arg("values"), py::arg("stream"),
-      "rows rounded to MXFP4, NVFP4 or MXFP8 on a GPU");
+      "rows rounded to MXFP4, NVFP4, MXFP8 or MXFP6 on a GPU");
   module.def(
       "cuda_fp4_linear_plan",
       [](int64_t m, int64_t n, int64_t k, int kind, int multiprocessors, int64_t shared_memory_per_multiprocessor) {
@@ -107,4 +107,28 @@ void define_float_cuda(py::module_& module) {
       py::arg("scales"), py::arg("global_scale"), py::arg("kind"), py::arg("bias"), py::arg("y_dtype"), py::arg("y"),
       py::arg("n"), py::arg("ldy"), py::arg("ranges"), py::arg("partials"), py::arg("counters"), py::arg("stream"),
       "MXFP4 or NVFP4 rows times weights of the same kind on a GPU; see cuda/tersor_float.h");
+  module.def(
+      "cuda_mx_linear_plan",
+      [](int64_t m, int64_t n, int64_t k, int weight, int multiprocessors, int64_t shared_memory_per_multiprocessor) {
+        int64_t ranges = 0, partial_bytes = 0, counter_bytes = 0;
+        check(tersor_cuda_mx_linear_plan(m, n, k, weight, multiprocessors, shared_memory_per_multiprocessor, &ranges,
+                                         &partial_bytes, &counter_bytes));
+        return py::make_tuple(ranges, partial_bytes, counter_bytes);
+      },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight"), py::arg("multiprocessors"),
+      py::arg("shared_memory_per_multiprocessor"), "(ranges, bytes of partials, bytes of counters) on a device");
+  module.def(
+      "cuda_mx_linear",
+      [](Address x, Address x_scales, int input, int64_t m, int64_t k, Address codes, int weight, Address scales,
+         Address bias, int y_dtype, Address y, int64_t n, int64_t ldy, int64_t ranges, Address partials,
+         Address counters, Address stream) {
+        check(tersor_cuda_mx_linear(pointer<const uint8_t>(x), pointer<const uint8_t>(x_scales), input, m, k,
+                                    pointer<const uint8_t>(codes), weight, pointer<const uint8_t>(scales),
+                                    pointer(bias), y_dtype, pointer(y), n, ldy, ranges, pointer<float>(partials),
+                                    pointer<uint32_t>(counters), pointer(stream)));
+      },
+      py::arg("x"), py::arg("x_scales"), py::arg("input"), py::arg("m"), py::arg("k"), py::arg("codes"),
+      py::arg("weight"), py::arg("scales"), py::arg("bias"), py::arg("y_dtype"), py::arg("y"), py::arg("n"),
+      py::arg("ldy"), py::arg("ranges"), py::arg("partials"), py::arg("counters"), py::arg("stream"),
+      "MXFP8 or MXFP6 rows times MXFP8, MXFP6 or MXFP4 weights on a GPU; see cuda/tersor_float.h");
 }

@@ -10,13 +10,13 @@ from tersor.formats import NVFP4, Float, Microscaling
 
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORMATS = [Float("e4m3", "tensor"), Float("e4m3", "channel"), Float("e4m3", "block"), Microscaling("e4m3"),
-           Microscaling("e2m1"), NVFP4()]
+           Microscaling("e2m1"), NVFP4(), Microscaling("e2m3")]
 COMMON = ["cpp/common/status.cpp"]
 
 
 def kind_of(fmt) -> int:
     """The translation unit (TERSOR_FLOAT) that holds a format."""
-    return 2 if isinstance(fmt, NVFP4) else int(fmt.element == "e2m1")
+    return 2 if isinstance(fmt, NVFP4) else {"e4m3": 0, "e2m1": 1, "e2m3": 3}[fmt.element]
 
 
 @functools.cache
@@ -42,7 +42,7 @@ class Stored:
         kinds = {torch.uint8: 3, torch.float8_e4m3fn: 4}
         self.scale_kind = kinds.get(scales.dtype, CODE.get(scales.dtype))
         self.scales = scales.view(torch.uint8) if self.scale_kind == 4 else scales
-        self.element = int(fmt.element == "e2m1")
+        self.element = {"e4m3": 0, "e2m1": 1, "e2m3": 2}[fmt.element]
 
 
 def inputs(m, n, k, dtype, biased, seed=0):

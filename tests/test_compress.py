@@ -95,7 +95,7 @@ def test_conv1d():
 def test_strict_refuses_what_has_no_kernel():
     model = llama()
     with pytest.raises(ValueError, match="strict: layer 'model.layers.0.self_attn.q_proj'.*reference"):
-        tersor.compress(model, "rtn:MXFP6A8", strict=True)
+        tersor.compress(model, "rtn:2:4", strict=True)
     assert isinstance(model.lm_head, nn.Linear) and not tersor.explain(model).rows
     tersor.compress(model, "rtn:W4A16[group=32]", strict=True)
 
@@ -172,6 +172,6 @@ def test_token_batches():
 def test_specs_lists_every_name_with_its_kernel():
     infos = {info.name: info for info in tersor.specs()}
     assert infos["W4A16"].kernel.startswith("int_linear") and infos["W4A8"].kernel.startswith("int_linear")
-    assert infos["MXFP6A8"].kernel.startswith("reference") and infos["W4A4"].kernel.startswith("int_linear")
+    assert infos["2:4"].kernel.startswith("reference") and infos["W4A4"].kernel.startswith("int_linear")
     assert {"rtn", "gptq", "awq", "smoothquant"} <= {name for name, info in infos.items() if info.kind == "method"}
     assert all(info.help for info in infos.values())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tersor import ops_round
+from tersor.formats.floating import ELEMENTS
 from tersor.formats.inputs import _ROUNDING
 from tersor.ops_round import float_round
 from tersor.registry import resolve_format
@@ -44,7 +45,7 @@ def test_every_value_and_every_tie(element):
     """Under a scale of one: values of the element stay, and what lies halfway goes to the even one."""
     x = torch.arange(-4480, 4481) / 10 if element == "e4m3" else torch.arange(-600, 601) / 100
     fine = torch.arange(-4096, 4097) / 2.0**14
-    row = torch.cat([x, fine, torch.tensor([448.0 if element == "e4m3" else 6.0])])[None]
+    row = torch.cat([x, fine, torch.tensor([ELEMENTS[element][3]])])[None]
     got = float_round(row, element, "largest", 0)
     if element == "e4m3":
         assert torch.equal(got, row.to(torch.float8_e4m3fn).float())
@@ -65,7 +66,8 @@ def test_what_is_not_finite_stays_in_its_group(kind, bad):
     assert torch.equal(got[got.isfinite()], float_round(x, *_ROUNDING[kind])[got.isfinite()])
 
 
-@pytest.mark.parametrize("spec", ["W4AFP8", "FP8", "MXFP4", "MXFP8", "MXFP4XFP8", "NVFP4"])
+@pytest.mark.parametrize("spec", ["W4AFP8", "FP8", "MXFP4", "MXFP8", "MXFP4XFP8", "NVFP4", "MXFP6A8",
+                                  "AMXFP6/MXFP6A16"])
 def test_formats_run_in_kernels(spec):
     fmt = resolve_format(spec)
     w, x = torch.randn(40, 256), torch.randn(5, 256)

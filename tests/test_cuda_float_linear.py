@@ -7,6 +7,7 @@ import torch
 from cuda_floats import FORMATS, Stored, inputs, kind_of, library, multiply, units
 
 from tersor.formats import NVFP4, Float, Microscaling
+from tersor.formats.bits import pack_bits
 
 HALVES = (torch.float16, torch.bfloat16)
 # (m, n, k, ranges): 33 and 130 tokens make blocks of 64; 99 and 300 rows of codes that start anywhere
@@ -41,8 +42,11 @@ def test_scales_of_every_float_type(dtype):
         assert_near(multiply(library(0), weight, x, bias, 2)[0], x, weight, bias)
 
 
+CODED = [Float("e4m3", "tensor"), Microscaling("e2m1"), Microscaling("e2m3"), NVFP4()]
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("fmt", [Float("e4m3", "tensor"), Microscaling("e2m1"), NVFP4()], ids=str)
+@pytest.mark.parametrize("fmt", CODED, ids=str)
 def test_every_code_has_its_value(fmt, dtype):
     """Tokens are rows of the identity, so y is the weight: nothing to round but the values themselves."""
     weight = Stored(fmt, 16, 256)
@@ -50,6 +54,9 @@ def test_every_code_has_its_value(fmt, dtype):
         codes = torch.arange(256, dtype=torch.uint8).where(torch.arange(256) % 128 != 127, 0)
         weight.codes = codes.roll(1)[None].expand(16, -1).contiguous()
         weight.scales.fill_(1.0)
+    elif fmt.element == "e2m3":
+        weight.codes = pack_bits(torch.arange(256).expand(16, -1) % 64, 6)
+        weight.scales.fill_(127)
     else:
         weight.codes = torch.arange(256, dtype=torch.uint8).view(2, 128).expand(8, 2, 128).reshape(16, 128).contiguous()
         weight.scales.fill_(127)
@@ -68,7 +75,10 @@ def test_every_code_has_its_value(fmt, dtype):
     assert torch.equal(y.double(), truth.T.to(dtype).double())
 
 
-@pytest.mark.parametrize("fmt", [Float("e4m3", "channel"), Microscaling("e2m1"), NVFP4()], ids=str)
+COUNTED = [Float("e4m3", "channel"), Microscaling("e2m1"), Microscaling("e2m3"), NVFP4()]
+
+
+@pytest.mark.parametrize("fmt", COUNTED, ids=str)
 def test_counters(fmt):
     """Codes are read once, in 16-byte pieces, and the main loop meets no bank conflict."""
     n, k = 264, 512
@@ -125,7 +135,7 @@ def refusal(**changes):
     (dict(ldx=68), "16-byte aligned rows"),
     (dict(ldx=56), "at least k = 64"),
     (dict(ldy=31), "n = 32"),
-    (dict(element=2), "2 and 3"),
+    (dict(element=3), "3 and 3"),
     (dict(scale_kind=4, element=0), "0 and 4"),
     (dict(scale_kind=4, group=16), "global is absent"),
     (dict(group=64), "group is 64"),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import test_cuda_fp4_linear as fp4
 import test_cuda_fp8_linear as fp8
+import test_cuda_mx_linear as mx
 import torch
 from cuda_floats import FORMATS, Stored, kind_of, library
 from test_cpu_int_linear import Weight
@@ -26,7 +27,7 @@ class Launchers:
         self.calls, self.most = [], 0
 
     def native(self, element, kind):
-        return library(2 if kind == 4 else element).library
+        return library(2 if kind == 4 else 3 if element == 2 else element).library
 
     def plan(self, m, n, k, element, kind, multiprocessors, shared):
         made = [ctypes.c_int64() for _ in range(3)]
@@ -40,7 +41,7 @@ class Launchers:
         native = self.native(element, kind)
         _, partial_bytes, counter_bytes = ops_float_cuda._plan(m, n, k, element, kind, None)
         count = -(-n // scale_rows) * -(-k // group)
-        buffers = [(x, 2 * ((m - 1) * ldx + k), 0), (codes, n * -(-k // 2) if element else n * k, 0),
+        buffers = [(x, 2 * ((m - 1) * ldx + k), 0), (codes, n * -(-k * (8, 4, 6)[element] // 8), 0),
                    (scales, count * {0: 4, 1: 2, 2: 2, 3: 1, 4: 1}[kind], 0), (one, 4, 0), (bias, 2 * n, 0),
                    (y, 2 * m * n, 1), (partials, partial_bytes, 1), (counters, counter_bytes, 1)]
         values = (x, x_dtype, m, k, ldx, codes, element, scales, kind, scale_rows, group, one, bias, y, n, ldy, ranges,
@@ -78,7 +79,7 @@ class Launchers:
 
     def block_rows(self, x, x_dtype, m, k, ldx, kind, one, codes, scales, values, stream):
         size, stages = 4 if x_dtype == 0 else 2, -(-k // 128)
-        buffers = [(x, size * ((m - 1) * ldx + k), 0), (one, 4, 0), (codes, m * stages * 64, 1),
+        buffers = [(x, size * ((m - 1) * ldx + k), 0), (one, 4, 0), (codes, m * stages * (64 if kind < 2 else 128), 1),
                    (scales, m * stages * (8 if kind == 1 else 4), 1), (values, size * m * k, 1)]
         given = (x, x_dtype, m, k, ldx, kind, one, codes, scales, values, stream)
         self.launch(fp4.library(0).library, "tersor_cuda_block_rows", buffers, given)
@@ -101,6 +102,24 @@ class Launchers:
                  counters, stream)
         self.launch(fp4.library(kind).library, "tersor_cuda_fp4_linear", buffers, given)
 
+    def mx_plan(self, m, n, k, weight, multiprocessors, shared):
+        made = [ctypes.c_int64() for _ in range(3)]
+        sizes = [ctypes.c_int64(v) for v in (m, n, k)]
+        assert mx.library(weight).library.tersor_cuda_mx_linear_plan(
+            *sizes, weight, multiprocessors, ctypes.c_int64(shared), *map(ctypes.byref, made)) == 0
+        return tuple(value.value for value in made)
+
+    def mx_linear(self, x, x_scales, element, m, k, codes, weight, scales, bias, y_dtype, y, n, ldy, ranges, partials,
+                  counters, stream):
+        _, partial_bytes, counter_bytes = ops_float_cuda._mx_plan(m, n, k, weight, None)
+        stages = -(-k // 128)
+        buffers = [(x, m * stages * 128, 0), (x_scales, m * stages * 4, 0),
+                   (codes, n * -(-k * (8, 6, 4)[weight] // 8), 0), (scales, n * -(-k // 32), 0), (bias, 2 * n, 0),
+                   (y, 2 * m * n, 1), (partials, partial_bytes, 1), (counters, counter_bytes, 1)]
+        given = (x, x_scales, element, m, k, codes, weight, scales, bias, y_dtype, y, n, ldy, ranges, partials,
+                 counters, stream)
+        self.launch(mx.library(weight + 3 * element).library, "tersor_cuda_mx_linear", buffers, given)
+
     def launch(self, native, name, buffers, values):
         native.emulation_clear()
         for address, size, writable in buffers:
@@ -116,11 +135,12 @@ def launchers(monkeypatch):
     monkeypatch.setattr(ops_float_cuda, "_C", SimpleNamespace(
         cuda_float_linear_plan=made.plan, cuda_float_linear=made.linear, cuda_fp8_linear_plan=made.fp8_plan,
         cuda_fp8_linear=made.fp8_linear, cuda_fp8_rows=made.fp8_rows, cuda_fp4_linear_plan=made.fp4_plan,
-        cuda_fp4_linear=made.fp4_linear, cuda_block_rows=made.block_rows))
+        cuda_fp4_linear=made.fp4_linear, cuda_block_rows=made.block_rows, cuda_mx_linear_plan=made.mx_plan,
+        cuda_mx_linear=made.mx_linear))
     monkeypatch.setattr(ops_float_cuda, "_device", lambda index: (3, 100 * 1024))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-    plans = (ops_float_cuda._plan, ops_float_cuda._fp8_plan, ops_float_cuda._fp4_plan)
+    plans = (ops_float_cuda._plan, ops_float_cuda._fp8_plan, ops_float_cuda._fp4_plan, ops_float_cuda._mx_plan)
     for plan in plans:
         plan.cache_clear()
     yield made
@@ -215,6 +235,31 @@ def test_inputs_in_fp4(launchers, kind):
             ops_float_cuda.fp4_linear(*given.values())
 
 
+@pytest.mark.parametrize("weights, inputs", [("e4m3", "e4m3"), ("e2m3", "e4m3"), ("e2m1", "e4m3"), ("e2m3", "e2m3")])
+def test_inputs_in_mx(launchers, weights, inputs):
+    fmt, n, k = Microscaling(weights), 200, 300
+    params = fmt.fit(torch.randn(n, k))
+    tensors = fmt.pack(fmt.project(torch.randn(n, k), params), params)
+    truth = fmt.unpack(tensors, (n, k), torch.float64)
+    codes, scales = tensors["weight_packed"], tensors["weight_scale"]
+    for shape in ((), (3,)) if inputs == "e2m3" else ((), (3,), (2, 9)):
+        wide = torch.randn(*shape, k + 3).bfloat16()[..., 3:]
+        bias = torch.randn(n).bfloat16()
+        y = ops_float_cuda.mx_linear(wide, codes, scales, bias, n, inputs)
+        seen = float_round(wide.float(), inputs, "power", 32).double()
+        fp8.assert_near(y.reshape(-1, n), seen.reshape(-1, k), truth, bias)
+        by_op = ops_float.mx_linear(wide.float(), codes, scales, bias.float(), n, inputs)
+        assert (by_op.double() - y.double()).norm() < 5e-3 * y.double().norm()
+    assert set(launchers.calls) == {"tersor_cuda_block_rows", "tersor_cuda_mx_linear"}
+    assert ops_float_cuda.mx_linear(wide[:0], codes, scales, None, n, inputs).numel() == 0
+    given = dict(x=wide, codes=codes, scales=scales, bias=None, n=n, element=inputs)
+    for changes, name in ((dict(codes=codes[:, :-1]), "codes"), (dict(bias=bias[:3]), "bias"),
+                          (dict(element="e2m1"), "element"), (dict(scales=torch.ones(n, 10)), "scales"),
+                          (dict(x=wide.float()), "x")):
+        with pytest.raises(ValueError, match=f"{name}: found"):
+            ops_float_cuda.mx_linear(*(given | changes).values())
+
+
 @pytest.mark.parametrize("kind", _ROUNDING)
 def test_rounding_is_the_op(launchers, kind):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -235,10 +280,14 @@ def test_inputs_say_how_they_are_multiplied(monkeypatch):
              (Inputs(Int(8)), (9, 0), None), (Inputs(NVFP4(), "nvfp4"), (12, 0), "fp4_linear"),
              (Inputs(NVFP4(), "nvfp4"), (12, 1), None), (Inputs(NVFP4(), "mxfp4"), (12, 0), None),
              (Inputs(Microscaling("e2m1"), "mxfp4"), (12, 0), "fp4_linear"),
-             (Inputs(Microscaling("e2m1"), "mxfp4"), (10, 0), None))
+             (Inputs(Microscaling("e2m1"), "mxfp4"), (10, 0), None),
+             (Inputs(Microscaling("e4m3"), "mxfp8"), (12, 0), "mx_linear"),
+             (Inputs(Microscaling("e2m3"), "mxfp8"), (12, 0), "mx_linear"),
+             (Inputs(Microscaling("e2m1"), "mxfp6"), (12, 0), "mx_linear"),
+             (Inputs(Microscaling("e2m3"), "mxfp8"), (9, 0), None), (Inputs(Int(4), "mxfp8"), (12, 0), None))
     for fmt, capability, product in cases:
         monkeypatch.setattr(ops_float_cuda, "_capability", lambda device, found=capability: found)
-        found = fmt._product(torch.device("cuda", 0))
+        found = fmt._product(torch.device("cuda", 0), (8, 128))
         assert found == (product and f"{product} cuda"), (fmt, capability)
         if product:
             assert fmt.kernel((8, 128), "cuda").startswith(found)
@@ -249,7 +298,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("name", ("FP8A16", "MXFP8A16", "MXFP4A16", "NVFP4A16", "W4AFP8", "FP8", "FP8_DYNAMIC",
-                                  "FP8_BLOCK", "MXFP4", "MXFP4XFP8", "MXFP8", "NVFP4"))
+                                  "FP8_BLOCK", "MXFP4", "MXFP4XFP8", "MXFP8", "NVFP4", "MXFP6A16", "MXFP6A8",
+                                  "AMXFP8/MXFP4A16", "AMXFP6/MXFP6A16"))
 @pytest.mark.parametrize("device", DEVICES)
 def test_presets(device, name):
     """Each preset with inputs of 16 bits against float64 over what its own rounding and unpacking give."""
@@ -275,7 +325,7 @@ def test_the_kernel_is_named():
         assert name.startswith("reference: ")
     else:
         assert name.startswith("float_linear cuda (float32")
-    assert Microscaling("e2m3").kernel((4, 4), "cuda").startswith("reference: ")
+    assert Microscaling("e2m3").kernel((4, 4), "cuda") == name
     assert kind_of(Float()) == 0
     for fmt in (Inputs(Int(4)), Inputs(Float())):
         name = fmt.kernel((4, 4), "cuda")

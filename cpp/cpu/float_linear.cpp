@@ -1,4 +1,5 @@
-// Weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are, compiled once per instruction set.
+// Weights of small floats (FP8, MXFP4, MXFP6, MXFP8, NVFP4) times activations as they are, compiled once per
+// instruction set.
 //
 // Weights lie as checkpoints have them, row by row. One or two tokens are multiplied with what is decoded while it is
 // in registers, lanes along k. For more, 16 rows are decoded to fp32, scales and all, and turned into a panel of lanes
@@ -6,7 +7,9 @@
 // batch of more than two, up to the last bits of the sums in others.
 //
 // Decoding without a table: the seven low bits of e4m3 are those of a half-precision number that is 2^8 times smaller,
-// and e2m1 has eight magnitudes whose half-precision numbers differ in the high byte only: one byte shuffle.
+// and e2m1 has eight magnitudes whose half-precision numbers differ in the high byte only: one byte shuffle. The six
+// bits of e2m3 are brought to the top of 16 by a byte shuffle and a multiplication, and are those of a half-precision
+// number 2^14 times smaller.
 #include <cmath>
 
 #include "common/parallel.h"
@@ -27,6 +30,7 @@ constexpr int kStreamed = 4;  // rows that are decoded into registers together, 
 constexpr int64_t kWorkPerThread = 1 << 17;  // products below which another thread costs more
 
 constexpr float kE4m3Unit = 256;  // decode_e4m3 gives numbers so many times smaller
+constexpr float kE2m3Unit = 16384;  // what halves of e2m3 lack
 
 #if defined(__AVX2__)
 TERSOR_INLINE f32 halves(__m128i low, __m128i high) {
@@ -57,6 +61,19 @@ TERSOR_INLINE f32 decode_e2m1(const uint8_t* p) {
   const __m128i bytes = _mm_shuffle_epi8(table, _mm_unpacklo_epi8(low, high)), none = _mm_setzero_si128();
   return halves(_mm_unpacklo_epi8(none, bytes), _mm_unpackhi_epi8(none, bytes));
 }
+// Of twelve bytes, the two that hold a code for each 16 bits, then the code at their top.
+TERSOR_INLINE f32 decode_e2m3(const uint8_t* p) {
+  int32_t last;
+  std::memcpy(&last, p + 8, 4);
+  const __m128i x = _mm_insert_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), last, 2);
+  const __m128i pairs = _mm_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 3, 4, 4, 5, 5, 6), six = _mm_set1_epi8(6);
+  const __m128i shifts = _mm_setr_epi16(1 << 10, 1 << 4, 1 << 6, 1 << 8, 1 << 10, 1 << 4, 1 << 6, 1 << 8);
+  const __m128i fields = _mm_set1_epi16(static_cast<int16_t>(0x8f80));
+  const __m128i low = _mm_mullo_epi16(_mm_shuffle_epi8(x, pairs), shifts);
+  const __m128i high = _mm_mullo_epi16(_mm_shuffle_epi8(x, _mm_add_epi8(pairs, six)), shifts);
+  return mul(halves(_mm_and_si128(_mm_srai_epi16(low, 3), fields), _mm_and_si128(_mm_srai_epi16(high, 3), fields)),
+             splat(kE2m3Unit));
+}
 #else
 TERSOR_INLINE f32 decode_e4m3(const uint8_t* p) {
   float values[16];
@@ -72,6 +89,16 @@ TERSOR_INLINE f32 decode_e2m1(const uint8_t* p) {
   for (int i = 0; i < 16; ++i) values[i] = table[p[i / 2] >> (4 * (i % 2)) & 15];
   return load(values);
 }
+TERSOR_INLINE f32 decode_e2m3(const uint8_t* p) {
+  float values[16];
+  for (int i = 0; i < 16; ++i) {
+    const int at = 6 * i / 8, shift = 6 * i % 8;
+    const int code = (p[at] | (shift > 2 ? p[at + 1] << 8 : 0)) >> shift & 63;
+    const uint16_t half = static_cast<uint16_t>((code & 0x20) << 10 | (code & 0x1f) << 7);
+    values[i] = load_as_float(&half, TERSOR_FLOAT16, 0) * kE2m3Unit;
+  }
+  return load(values);
+}
 #endif
 
 struct Weights {
@@ -79,7 +106,7 @@ struct Weights {
   int64_t row_bytes, group, groups;  // a group's length is a multiple of 16
 
   explicit Weights(const FloatLinearArgs& a)
-      : args(a), row_bytes(a.element == kE2m1 ? div_up(a.k, 2) : a.k),
+      : args(a), row_bytes(div_up(a.k * element_bits(a.element), 8)),
         group(a.group < a.k ? a.group : div_up(a.k, 16) * 16), groups(div_up(a.k, group)) {}
 
   // The scales of groups [first, first + count) of a row, and up to 15 numbers more.
@@ -104,17 +131,26 @@ struct Weights {
   // with what `decode` would give.
   template <int tokens, int rows>
   void stream(const float* x, int64_t row, int64_t begin, int64_t end, float* sums) const {
-    return args.element == kE2m1 ? stream_as<true, tokens, rows>(x, row, begin, end, sums)
-                                 : stream_as<false, tokens, rows>(x, row, begin, end, sums);
+    return args.element == kE2m1   ? stream_as<kE2m1, tokens, rows>(x, row, begin, end, sums)
+           : args.element == kE2m3 ? stream_as<kE2m3, tokens, rows>(x, row, begin, end, sums)
+                                   : stream_as<kE4m3, tokens, rows>(x, row, begin, end, sums);
   }
 
   // Values [begin, end) of a row as floats, multiples of 16; beyond k zeros.
   void decode(int64_t row, int64_t begin, int64_t end, float* out) const {
-    return args.element == kE2m1 ? decode_as<true>(row, begin, end, out) : decode_as<false>(row, begin, end, out);
+    return args.element == kE2m1   ? decode_as<kE2m1>(row, begin, end, out)
+           : args.element == kE2m3 ? decode_as<kE2m3>(row, begin, end, out)
+                                   : decode_as<kE4m3>(row, begin, end, out);
   }
 
  private:
-  template <bool nibbles, int tokens, int rows>
+  // Where the codes from `at` on, a multiple of 16, begin in a row.
+  template <FloatElement element>
+  static constexpr int64_t byte_of(int64_t at) {
+    return at / 8 * element_bits(element);
+  }
+
+  template <FloatElement element, int tokens, int rows>
   void stream_as(const float* x, int64_t row, int64_t begin, int64_t end, float* sums) const {
     const uint8_t* const codes = args.codes + row * row_bytes;
     const uint8_t* const ahead = codes + rows * row_bytes;
@@ -136,14 +172,17 @@ struct Weights {
       last = last + group < whole ? last + group : whole;
       f32 factor[rows];
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) factor[r] = splat(scales[r][index] * (nibbles ? 1.0f : kE4m3Unit));
+      for (int r = 0; r < rows; ++r) factor[r] = splat(scales[r][index] * (element == kE4m3 ? kE4m3Unit : 1.0f));
       for (; at < last; at += 16) {
         // A line for one of the rows in turn: what is read next starts on other pages, which no hardware foresees.
-        __builtin_prefetch(ahead + (at / 16 % rows) * row_bytes + (nibbles ? at / 2 : at));
+        __builtin_prefetch(ahead + (at / 16 % rows) * row_bytes + byte_of<element>(at));
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
-          const uint8_t* const from = codes + r * row_bytes + (nibbles ? at / 2 : at);
-          multiply(r, at, mul(nibbles ? decode_e2m1(from) : decode_e4m3(from), factor[r]));
+          const uint8_t* const from = codes + r * row_bytes + byte_of<element>(at);
+          const f32 value = element == kE2m1   ? decode_e2m1(from)
+                            : element == kE2m3 ? decode_e2m3(from)
+                                               : decode_e4m3(from);  // its unit is in the factor
+          multiply(r, at, mul(value, factor[r]));
         }
       }
     }
@@ -151,7 +190,7 @@ struct Weights {
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
         float decoded[16];
-        decode_as<nibbles>(row + r, at, at + 16, decoded);
+        decode_as<element>(row + r, at, at + 16, decoded);
         multiply(r, at, load(decoded));
       }
     }
@@ -162,7 +201,7 @@ struct Weights {
     }
   }
 
-  template <bool nibbles>
+  template <FloatElement element>
   void decode_as(int64_t row, int64_t begin, int64_t end, float* out) const {
     const uint8_t* codes = args.codes + row * row_bytes;
     float scales[kChunk / 16 + 16];
@@ -174,22 +213,24 @@ struct Weights {
       last = last + group < whole ? last + group : whole;
       const f32 factor = splat(*scale);
       for (; at < last; at += 16) {
-        store(out + (at - begin), mul(values<nibbles>(codes + (nibbles ? at / 2 : at)), factor));
+        store(out + (at - begin), mul(values<element>(codes + byte_of<element>(at)), factor));
       }
     }
     if (at < end) {
       uint8_t padded[16] = {};
-      const int64_t from = nibbles ? at / 2 : at;
+      const int64_t from = byte_of<element>(at), bits = (args.k - at) * element_bits(element);
       std::memcpy(padded, codes + from, row_bytes - from);
-      if (nibbles && args.k % 2) padded[(args.k - at) / 2] &= 15;
-      store(out + (at - begin), mul(values<nibbles>(padded), splat(scales[at / group - first])));
+      if (bits % 8) padded[bits / 8] &= (1 << bits % 8) - 1;  // what a byte has beyond the last code
+      store(out + (at - begin), mul(values<element>(padded), splat(scales[at / group - first])));
     }
   }
 
-  template <bool nibbles>
+  template <FloatElement element>
   static inline f32 values(const uint8_t* p) {
-    if constexpr (nibbles) {
+    if constexpr (element == kE2m1) {
       return decode_e2m1(p);
+    } else if constexpr (element == kE2m3) {
+      return decode_e2m3(p);
     } else {
       return mul(decode_e4m3(p), splat(kE4m3Unit));
     }

@@ -5,8 +5,9 @@
 
 namespace tersor {
 
-// Values of a code: e4m3 in a byte, or e2m1 in four bits, the low ones first.
-enum FloatElement { kE4m3 = 0, kE2m1 = 1 };
+// Values of a code: e4m3 in a byte, e2m1 in four bits or e2m3 in six, dense, the low bits first.
+enum FloatElement { kE4m3 = 0, kE2m1 = 1, kE2m3 = 2 };
+constexpr int element_bits(int element) { return element == kE4m3 ? 8 : element == kE2m1 ? 4 : 6; }
 // Scales: a float (tersor_dtype), the exponent of a power of two with a bias of 127, or e4m3.
 enum FloatScale { kScaleE8m0 = 3, kScaleE4m3 = 4 };
 

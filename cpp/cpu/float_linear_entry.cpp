@@ -43,8 +43,8 @@ int check(const FloatLinearArgs& a) {
     return fail(TERSOR_INVALID, "n, k, m, threads are %lld, %lld, %lld, %d; accepted: at least 0, 1, 0, 1",
                 (long long)a.n, (long long)a.k, (long long)a.m, a.threads);
   }
-  if (a.x_dtype < 0 || a.x_dtype > 2 || a.element < 0 || a.element > 1 || a.scale_kind < 0 || a.scale_kind > 4) {
-    return fail(TERSOR_INVALID, "x's dtype, element, kind of scales are %d, %d, %d; accepted: up to 2, 1, 4", a.x_dtype,
+  if (a.x_dtype < 0 || a.x_dtype > 2 || a.element < 0 || a.element > 2 || a.scale_kind < 0 || a.scale_kind > 4) {
+    return fail(TERSOR_INVALID, "x's dtype, element, kind of scales are %d, %d, %d; accepted: up to 2, 2, 4", a.x_dtype,
                 a.element, a.scale_kind);
   }
   if (a.group < 16 || (a.group % 16 && a.group < a.k) || a.scale_rows < 1) {
@@ -89,8 +89,8 @@ extern "C" int tersor_float_round(const FloatRoundArgs* arguments) {
     return fail(TERSOR_INVALID, "rows, k, ldx, threads are %lld, %lld, %lld, %d; accepted: at least 0, 0, k, 1",
                 (long long)a.rows, (long long)a.k, (long long)a.ldx, a.threads);
   }
-  if (a.dtype < 0 || a.dtype > 2 || a.element < 0 || a.element > 1 || a.scale < 0 || a.scale > 3) {
-    return fail(TERSOR_INVALID, "dtype, element, kind of scale are %d, %d, %d; accepted: up to 2, 1, 3", a.dtype,
+  if (a.dtype < 0 || a.dtype > 2 || a.element < 0 || a.element > 2 || a.scale < 0 || a.scale > 3) {
+    return fail(TERSOR_INVALID, "dtype, element, kind of scale are %d, %d, %d; accepted: up to 2, 2, 3", a.dtype,
                 a.element, a.scale);
   }
   if (a.group < 16 || (a.group % 16 && a.group < a.k)) {

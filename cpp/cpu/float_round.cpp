@@ -1,4 +1,4 @@
-// Activations rounded to e4m3 or e2m1 under scales that come from them, and multiplied back: bit for bit what
+// Activations rounded to e4m3, e2m1 or e2m3 under scales that come from them, and multiplied back: bit for bit what
 // formats/inputs.py computes in some thirty passes. A group with NaN or Inf becomes NaN and does not count elsewhere.
 #include "cpu/float_round.h"
 
@@ -18,7 +18,7 @@ struct Element {
   int mantissa, lowest;  // bits, and the lowest exponent of a normal number
   float top;
 };
-constexpr Element kElements[] = {{3, -6, 448.0f}, {1, 0, 6.0f}};
+constexpr Element kElements[] = {{3, -6, 448.0f}, {1, 0, 6.0f}, {3, 0, 7.5f}};
 
 // Nearest value of the element, ties to even, saturating. The sum with 1.5 * 2^23 steps has no bits below a step.
 TERSOR_INLINE f32 nearest(f32 v, const Element& e) {
@@ -54,8 +54,8 @@ uint32_t largest(const char* row, int dtype, int64_t begin, int64_t end) {
 float scale_of(uint32_t bits, const FloatRoundArgs& a, const Element& e, float one) {
   const float top = bits_to_float(bits);
   if (a.scale == kRoundPower) {
-    // One higher where the largest would round beyond the element's last binade (both round up from 1.75 on).
-    const int up = (bits & 0x7fffff) >= 0x600000;
+    // One higher where the largest would round beyond the element's last binade: from 1.75 on, e2m3 from 1.9375.
+    const int up = (bits & 0x7fffff) >= (a.element == kE2m3 ? 0x780000u : 0x600000u);
     const int exponent = static_cast<int>(bits >> 23) - 127 + up - (a.element == kE4m3 ? 8 : 2);
     const int limited = exponent < -126 ? -126 : exponent > 127 ? 127 : exponent;
     return bits_to_float(static_cast<uint32_t>(limited + 127) << 23);

@@ -17,11 +17,11 @@ constexpr char kOp[] = "float_linear";
 
 int weight_of(int element, int scale_kind, int* weight) {
   const bool nv = scale_kind == kFloatScaleE4m3;
-  if (element < 0 || element > 1 || scale_kind < 0 || scale_kind > 4 || (nv && element != 1)) {
-    return fail(TERSOR_INVALID, "%s: element and kind of scales are %d and %d; accepted on CUDA: 0 or 1 with 0 to 3, "
+  if (element < 0 || element > 2 || scale_kind < 0 || scale_kind > 4 || (nv && element != 1)) {
+    return fail(TERSOR_INVALID, "%s: element and kind of scales are %d and %d; accepted on CUDA: 0 to 2 with 0 to 3, "
                 "1 with 4", kOp, element, scale_kind);
   }
-  *weight = nv ? kFloatNv : element;
+  *weight = nv ? kFloatNv : element == 2 ? kFloatE2m3 : element;
   return TERSOR_OK;
 }
 
@@ -83,7 +83,7 @@ extern "C" int tersor_cuda_float_linear(const void* x, int x_dtype, int64_t m, i
   a.scales = scales;
   a.global = global;
   a.ldx = m > 1 ? ldx : 0;
-  a.row_bytes = element == 1 ? div_up(k, 2) : k;
+  a.row_bytes = div_up(k * (element == 0 ? 8 : element == 1 ? 4 : 6), 8);
   a.k = static_cast<int>(k);
   a.groups = static_cast<int>(div_up(k, group));
   a.scale_kind = scale_kind;

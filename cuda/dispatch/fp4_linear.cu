@@ -30,16 +30,13 @@ extern "C" int tersor_cuda_block_rows(const void* x, int x_dtype, int64_t m, int
                                       const float* global, uint8_t* codes, uint8_t* scales, void* values,
                                       void* stream) {
   if (int status = check_stream(kRows, m, 1, k)) return status;
-  if (x_dtype < 0 || x_dtype > 2 || kind < 0 || kind > 2) {
-    return fail(TERSOR_INVALID, "%s: x_dtype and kind are %d and %d; accepted: 0 to 2; 0 MXFP4, 1 NVFP4, 2 MXFP8",
-                kRows, x_dtype, kind);
-  }
-  if (kind == kMxfp8 && !values) {
-    return fail(TERSOR_INVALID, "%s: values is absent; accepted for codes are kinds 0 and 1", kRows);
+  if (x_dtype < 0 || x_dtype > 2 || kind < 0 || kind > 3) {
+    return fail(TERSOR_INVALID, "%s: x_dtype and kind are %d and %d; accepted: 0 to 2; 0 MXFP4, 1 NVFP4, 2 "
+                "MXFP8, 3 MXFP6", kRows, x_dtype, kind);
   }
   if (m == 0) return TERSOR_OK;
-  if (!x || (!values && (!codes || !scales)) || (kind == kNvfp4 && !global) || !is_aligned(codes, 4)) {
-    return fail(TERSOR_INVALID, "%s: x, codes, scales or global is absent, or codes no multiple of 4", kRows);
+  if (!x || (!values && (!codes || !scales)) || (kind == kNvfp4 && !global) || !is_aligned(codes, 8)) {
+    return fail(TERSOR_INVALID, "%s: x, codes, scales or global is absent, or codes no multiple of 8", kRows);
   }
   if (m > 1 && ldx < k) {
     return fail(TERSOR_INVALID, "%s: ldx is %lld; accepted: at least k = %lld", kRows, (long long)ldx, (long long)k);

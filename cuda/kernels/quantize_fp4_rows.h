@@ -7,11 +7,11 @@ namespace tersor {
 
 constexpr int kFp4RowThreads = 128;
 
-enum BlockFloat { kMxfp4 = 0, kNvfp4 = 1, kMxfp8 = 2 };
+enum BlockFloat { kMxfp4 = 0, kNvfp4 = 1, kMxfp8 = 2, kMxfp6 = 3 };
 
 struct BlockRows {
   const void* x;       // [m, ldx]
-  uint8_t* codes;      // [m, padded / 2], two of e2m1 in a byte, the low one first
+  uint8_t* codes;      // [m, padded / 2], two of e2m1 in a byte, the low one first; others [m, padded], a byte each
   uint8_t* scales;     // [m, padded / group]: exponents with a bias of 127, or e4m3 (NVFP4)
   void* values;        // [m, k] of x's type instead of codes and scales, or null
   const float* global; // NVFP4: what scales were multiplied by

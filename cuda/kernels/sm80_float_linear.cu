@@ -1,28 +1,28 @@
-// y[m, n] = x[m, k] (values * scales)^T + bias: 16-bit activations, weights of FP8 (e4m3), MXFP8, MXFP4 or NVFP4.
+// y[m, n] = x[m, k] (values * scales)^T + bias: 16-bit activations, weights of FP8 (e4m3), MXFP8, MXFP6, MXFP4 or NVFP4.
 //
 // LAYOUT. Weights are read as checkpoints store them, row by row: k lies in order, so a lane (g, c) finds its share of
-// 32 k, k = 8c .. 8c + 7, as 8 (e4m3) or 4 (e2m1) contiguous bytes of each of its four rows (row_stream.h), and the
+// 32 k, k = 8c .. 8c + 7, as 8 (e4m3), 6 (e2m3) or 4 (e2m1) contiguous bytes of each of its four rows (row_stream.h), and the
 // same 8 k of a token as 16 contiguous bytes of x. Weights are operand A of mma.m16n8k16, tokens its n.
 //
 //     shared memory of a stage     128 rows x 128 or 64 bytes of codes; tokens x 256 bytes; scales, as fp32 for each
 //                                  row and 32 k (e8m0) or row (float types), or the 8 e4m3 of a row (NVFP4)
 //
 // DECODING is a move of bits: sign, exponent and mantissa of a code, put into the fields of a 16-bit float, are the
-// value times 2^-8 (e4m3 in f16), 2^-14 (e2m1 in f16), 2^-120 or 2^-126 (in bf16), subnormals included. f16 stays so,
-// and the power is made up for with the results; bf16 is multiplied by the power, which is exact. Four instructions
-// for a pair, five in bf16. NVFP4's e4m3 scale times a value has 6 bits and fits either type exactly: it is multiplied
+// value times 2^-8 (e4m3 in f16), 2^-14 (e2m1 and e2m3 in f16), 2^-120 or 2^-126 (in bf16), subnormals included. f16
+// stays so, and the power is made up for with the results; bf16 is multiplied by the power, which is exact. Four
+// instructions for a pair, five in bf16; e2m3, whose codes straddle bytes, takes two more (tile/six_bits.h). NVFP4's e4m3 scale times a value has 6 bits and fits either type exactly: it is multiplied
 // in (times 2^-8). Other scales are applied to the fp32 sums of a group, so nothing is rounded before the sums.
 //
 // A block of 4 warps computes 128 rows x 8 * kTokenTiles tokens (8, 16, 32, 64) in stages of 128 k, stream-K as in
 // row_stream.h: results are the same to the bit in every launch.
 //
-// SHARED MEMORY, bytes: stages x (codes 16384 or 8192 + 2048 kTokenTiles + scales 2048 or 1024) + 16:
-//     kTokenTiles 1    4 stages: e4m3 81936  e2m1 49168  NVFP4 45072
-//                 2    4 stages: 90128  57360  53264
-//                 4    e4m3 3 stages: 79888; 4 stages: 73744  69648
-//                 8    e4m3 2 stages: 69648; 3 stages: 79888  76816
+// SHARED MEMORY, bytes: stages x (codes 16384, 12800 or 8192 + 2048 kTokenTiles + scales 2048 or 1024) + 16:
+//     kTokenTiles 1    4 stages: e4m3 81936  e2m3 67600  e2m1 49168  NVFP4 45072
+//                 2    4 stages: 90128  75792  57360  53264
+//                 4    e4m3 3 stages: 79888; 4 stages: 92176  73744  69648
+//                 8    e4m3 2 stages: 69648; 3 stages: 93712  79888  76816
 // The main loop reads and writes it without bank conflicts (checked below, counted by the tests).
-// gate: defines TERSOR_FLOAT=0,1,2
+// gate: defines TERSOR_FLOAT=0,1,2,3
 // gate: registers 168 where , [12]>
 // gate: registers 255
 // gate: wants HMMA.16816.F32 where Float16
@@ -50,7 +50,9 @@ using ptx::shared_t;
 // Where the 16-byte piece `piece` of a row lies in shared memory, counted from the first row. A phase of the lanes'
 // loads is 4 rows 4g apart x 32 bytes (e4m3), or 8 rows x 16 bytes (e2m1).
 __host__ __device__ constexpr int float_piece(int weight, int row, int piece) {
-  return weight == kFloatE4m3 ? 8 * row + (piece ^ (row >> 2 & 3) << 1) : (4 * row + piece) ^ (row >> 2 & 7);
+  return weight == kFloatE4m3   ? 8 * row + (piece ^ (row >> 2 & 3) << 1)
+         : weight == kFloatE2m3 ? six_piece(row, piece)
+                                : (4 * row + piece) ^ (row >> 2 & 7);
 }
 constexpr bool float_pieces_conflict_free() {
   for (int i = 0; i < 4; ++i)
@@ -70,22 +72,26 @@ static_assert(float_pieces_conflict_free(), "codes are read from shared memory w
 
 template <class Type, int kWeight>
 struct FloatDecoder {
-  static constexpr bool kWide = kWeight == kFloatE4m3;
+  static constexpr bool kWide = kWeight == kFloatE4m3, kSix = kWeight == kFloatE2m3;
+  using Codes = ptx::Vec<uint32_t, kWide || kSix ? 2 : 1>;
   // From the code's fields at the top of a half to those of the 16-bit float, and the power of two that is missing.
   static constexpr int kShift = kWide ? (Type::kIsBFloat16 ? 4 : 1) : (Type::kIsBFloat16 ? 6 : 3);
-  static constexpr uint32_t kFields = (kWide ? 0x7f00u : 0x7000u) >> kShift, kSign = 0x80008000u;
+  static constexpr uint32_t kFields = (kWide ? 0x7f00u : kSix ? 0x7c00u : 0x7000u) >> kShift, kSign = 0x80008000u;
   static constexpr uint32_t kLift = (kWide ? 0x7b80u : 0x7e80u) * 0x10001;  // bf16: 2^120, 2^126
   // What results are to be multiplied by.
   static constexpr float kFactor = kWeight == kFloatNv ? 256.0f : Type::kIsBFloat16 ? 1.0f : kWide ? 256.0f : 16384.0f;
 
   // Eight codes as pairs k, k + 1. scale: a pair of factors (NVFP4).
-  static TERSOR_DEVICE void pairs(uint32_t (&out)[4], const ptx::Vec<uint32_t, kWide ? 2 : 1>& codes, uint32_t scale) {
+  static TERSOR_DEVICE void pairs(uint32_t (&out)[4], const Codes& codes, uint32_t scale) {
     const uint32_t shifted = codes[0] << 4;  // even nibbles at the top of their bytes
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       uint32_t tops;  // the codes of the pair at the top of its halves; what lies below is masked
       if constexpr (kWide) {
         tops = ptx::prmt(codes[p / 2], 0, p % 2 ? 0x3020 : 0x1000);
+      } else if constexpr (kSix) {
+        const uint32_t four = codes[p / 2], even = p % 2 ? four >> 2 : four << 10, odd = four << (p % 2 ? 8 : 20);
+        tops = ptx::lop3<kSixChoose>(0x0000ffff, even, odd);
       } else {
         tops = ptx::prmt(shifted, codes[0], (4 + p) << 12 | p << 4);
       }
@@ -111,7 +117,9 @@ struct FloatLinear {
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kStages = stream_stages(float_stage_bytes(kWeight, kTokenTiles));
   static constexpr int kRowPieces = float_row_bytes(kWeight) / kPieceBytes;  // of a stage
-  static constexpr int kRowsOfPieces = kStreamThreads / kRowPieces;  // of weights, fetched at once
+  // Of weights, fetched at once: rows, and pieces of a row (of six, two neighbours at a time).
+  static constexpr int kPiecesAtOnce = kWeight == kFloatE2m3 ? 2 : kRowPieces;
+  static constexpr int kRowsOfPieces = kStreamThreads / kPiecesAtOnce;
   static constexpr int kTokenRowBytes = 2 * kStreamK, kTokenPieces = kTokenRowBytes / kPieceBytes;
   static constexpr int kRowsAtOnce = kStreamThreads / kTokenPieces;  // of tokens
   static constexpr int kRowBytes = float_row_bytes(kWeight), kWeightBytes = float_weight_bytes(kWeight);
@@ -119,14 +127,15 @@ struct FloatLinear {
   static constexpr int kStageBytes = float_stage_bytes(kWeight, kTokenTiles);
   static_assert(kRowsAtOnce % 2 == 0, "the pieces of tokens that a thread fetches have one swizzle");
   using Decoder = FloatDecoder<Type, kWeight>;
-  using Codes = ptx::Vec<uint32_t, kWeight == kFloatE4m3 ? 2 : 1>;
+  using Codes = typename Decoder::Codes;
 
   const FloatRows& a;
   const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, c = lane % 4;
   const int row = 32 * (thread / 32) + 4 * g;  // the lane's first
+  const SixBits six;
   ptx::Vec<uint32_t, 4> scales = {};           // of row `thread`, on their way to shared memory
 
-  TERSOR_DEVICE explicit FloatLinear(const FloatRows& arguments) : a(arguments) {}
+  TERSOR_DEVICE explicit FloatLinear(const FloatRows& arguments) : a(arguments), six(c) {}
 
   TERSOR_DEVICE void fetch(shared_t stage, int row_block, int index) {
     fetch_weights(stage, row_block, index);
@@ -135,16 +144,20 @@ struct FloatLinear {
   }
 
   TERSOR_DEVICE void fetch_weights(shared_t stage, int row_block, int index) const {
-    const int first = thread / kRowPieces, piece = thread % kRowPieces;
-    const int64_t column = int64_t(index) * kRowBytes + piece * kPieceBytes;
-    const int left = a.row_bytes - column < kPieceBytes ? static_cast<int>(a.row_bytes - column) : kPieceBytes;
-    const uint8_t* source = a.codes + (int64_t(row_block) * kStreamRows + first) * a.row_bytes + column;
-#pragma unroll(kTokenTiles < 8 ? kRowPieces : 1)
-    for (int i = 0; i < kRowPieces; ++i) {
-      const int to = first + i * kRowsOfPieces;
-      fetch_piece(stage + float_piece(kWeight, to, piece) * kPieceBytes, source,
-                  row_block * kStreamRows + to < a.rows.n ? left : 0, a.aligned != 0);
-      source += kRowsOfPieces * a.row_bytes;
+    const int first = thread / kPiecesAtOnce;
+#pragma unroll(kTokenTiles < 8 ? kRowPieces / kPiecesAtOnce : 1)
+    for (int start = 0; start < kRowPieces; start += kPiecesAtOnce) {
+      const int piece = start + thread % kPiecesAtOnce;
+      const int64_t column = int64_t(index) * kRowBytes + piece * kPieceBytes;
+      const int left = a.row_bytes - column < kPieceBytes ? static_cast<int>(a.row_bytes - column) : kPieceBytes;
+      const uint8_t* source = a.codes + (int64_t(row_block) * kStreamRows + first) * a.row_bytes + column;
+#pragma unroll(kTokenTiles < 8 ? kPiecesAtOnce : 1)
+      for (int i = 0; i < kStreamRows / kRowsOfPieces; ++i) {
+        const int to = first + i * kRowsOfPieces;
+        fetch_piece(stage + float_piece(kWeight, to, piece) * kPieceBytes, source,
+                    row_block * kStreamRows + to < a.rows.n ? left : 0, a.aligned != 0);
+        source += kRowsOfPieces * a.row_bytes;
+      }
     }
   }
 
@@ -213,6 +226,11 @@ struct FloatLinear {
   }
 
   TERSOR_DEVICE Codes load_codes(shared_t stage, int row_of_block, int block) const {
+    if constexpr (kWeight == kFloatE2m3) {
+      uint32_t four[2];
+      six.load(four, stage, row_of_block, block);
+      return {{four[0], four[1]}};
+    }
     const int byte = (kWeight == kFloatE4m3 ? 8 : 4) * c;
     const int piece = kWeight == kFloatE4m3 ? 2 * block + c / 2 : block;
     return ptx::load_shared<Codes>(stage + float_piece(kWeight, row_of_block, piece) * kPieceBytes +

@@ -4,12 +4,13 @@
 #include <cstdint>
 
 #include "tile/row_stream.h"
+#include "tile/six_bits.h"
 
 namespace tersor {
 
-// Instances: e4m3 or e2m1 codes with scales on sums, and e2m1 with e4m3 scales that enter the weights (NVFP4).
-enum FloatWeight { kFloatE4m3 = 0, kFloatE2m1 = 1, kFloatNv = 2 };
-constexpr int kFloatWeights = 3;
+// Instances: e4m3, e2m1 or e2m3 codes with scales on sums, and e2m1 with e4m3 scales that enter the weights (NVFP4).
+enum FloatWeight { kFloatE4m3 = 0, kFloatE2m1 = 1, kFloatNv = 2, kFloatE2m3 = 3 };
+constexpr int kFloatWeights = 4;
 // Kinds of scales beside those of enum tersor_dtype (as in cpp/cpu/float_linear.h).
 constexpr int kFloatScaleE8m0 = 3, kFloatScaleE4m3 = 4;
 
@@ -27,8 +28,12 @@ struct FloatRows {
 
 using FloatLinearKernel = void(FloatRows);
 
-constexpr int float_row_bytes(int weight) { return weight == kFloatE4m3 ? kStreamK : kStreamK / 2; }
-constexpr int float_weight_bytes(int weight) { return kStreamRows * float_row_bytes(weight); }
+constexpr int float_row_bytes(int weight) {
+  return weight == kFloatE4m3 ? kStreamK : weight == kFloatE2m3 ? kSixRowBytes : kStreamK / 2;
+}
+constexpr int float_weight_bytes(int weight) {
+  return weight == kFloatE2m3 ? six_bytes(kStreamRows) : kStreamRows * float_row_bytes(weight);
+}
 constexpr int float_token_bytes(int token_tiles) { return 8 * token_tiles * kStreamK * 2; }
 constexpr int float_scale_bytes(int weight) { return kStreamRows * (weight == kFloatNv ? 8 : 16); }
 constexpr int float_stage_bytes(int weight, int token_tiles) {

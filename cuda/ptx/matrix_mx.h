@@ -1,7 +1,7 @@
-// Warp-wide products of e4m3, e2m3 and e2m1 in any mixture under power-of-two scales of 32 k, on sm_120a alone. Fragments
-// are those of matrix.h with four elements in a register, a byte each: six bits at the bottom of theirs, four bits in
-// the middle (0b00xxxx00), zeros beside them. Lanes 4g and 4g + 1 hold the words of scales of rows g and g + 8 of A,
-// lane 4g that of column g of B; `block` is the byte of both words that counts, 2^(byte - 127).
+// Warp-wide products of e4m3, e2m3 and e2m1 in any mixture under power-of-two scales of 32 k, on sm_120a alone.
+// Fragments are those of matrix.h with four elements in a register, a byte each: six bits at the bottom of theirs, four
+// bits in the middle (0b00xxxx00), zeros beside them. Lanes 4g and 4g + 1 hold the words of scales of rows g and g + 8
+// of A, lane 4g that of column g of B; `block` is the byte of both words that counts, 2^(byte - 127).
 #pragma once
 
 #include "ptx/matrix.h"

@@ -1,4 +1,4 @@
-"""`float_linear`: weights of small floats (FP8, MXFP4, MXFP8, NVFP4) times activations as they are."""
+"""`float_linear`: weights of small floats (FP8, MXFP4, MXFP6, MXFP8, NVFP4) times activations as they are."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ _E8M0, _E4M3 = 3, 4  # kinds of scales beside those of CODE
 
 def check_operands(codes, scales, global_scale, n, k, scale_rows, group, device):
     """Everything the kernels take on trust about one stored weight; ``(element, kind of scales)``."""
+    six = (n, -(-6 * k // 8))
     if codes.dtype is torch.float8_e4m3fn:
         element, shape = 0, (n, k)
+    elif codes.shape == six and k > 1:  # a single code of either kind takes a byte, and is taken for e2m1
+        element, shape = 2, six
     else:
         element, shape = 1, (n, -(-k // 2))
     if codes.dtype not in (torch.float8_e4m3fn, torch.uint8) or codes.shape != shape or not codes.is_contiguous() \
             or codes.device != device:
         fail(_OP, "codes", f"{codes.dtype} {list(codes.shape)}",
-             f"contiguous float8_e4m3fn {[n, k]}, or uint8 {[n, -(-k // 2)]} of two e2m1 each, on {device}")
+             f"contiguous float8_e4m3fn {[n, k]}, or uint8 {[n, -(-k // 2)]} of e2m1, {list(six)} of e2m3, on {device}")
     if scale_rows < 1 or group < 16 or group % 16 and group < k:
         fail(_OP, "scale_rows, group", [scale_rows, group], "at least 1, and a multiple of 16 or the whole width")
     groups = -(-n // scale_rows) * -(-k // group)
@@ -74,11 +77,12 @@ def _float_linear_fake(x, codes, scales, global_scale, bias, out_features, scale
 
 def _float_linear_reference(x, codes, scales, global_scale, bias, out_features, scale_rows, group):
     from .formats.bits import unpack_bits
-    from .formats.floating import from_codes, power_of_two
+    from .formats.floating import element_bits, from_codes, power_of_two
 
     k = x.shape[-1]
     if codes.dtype is torch.uint8:
-        values = from_codes(unpack_bits(codes, 4, k), "e2m1", torch.float64)
+        element = "e2m3" if codes.shape[1] == -(-6 * k // 8) and k > 1 else "e2m1"
+        values = from_codes(unpack_bits(codes, element_bits(element), k), element, torch.float64)
     else:
         values = codes.double()
     wide = power_of_two(scales.int() - 127, torch.float64) if scales.dtype is torch.uint8 else scales.double()
@@ -157,6 +161,37 @@ fp4_linear = ops.Op(
     _fp4_linear_by(_float_linear_cpu, ops_round.float_round.cpu), _fp4_linear_fake,
     _fp4_linear_by(_float_linear_reference, ops_round.float_round.reference),
     cuda=ops_float_cuda.fp4_linear if _C.has_cuda_build else None, cuda_kernel=ops_float_cuda.FP4_KERNEL,
+)
+
+
+# -- mx_linear: inputs rounded to MXFP8 or MXFP6, weights in MXFP8, MXFP6 or MXFP4 ------------------------------------
+
+MX_INPUTS = {"e4m3": 0, "e2m3": 1}
+
+
+def check_mx_input(element: str) -> None:
+    if element not in MX_INPUTS:
+        fail("mx_linear", "element", element, f"of inputs {', '.join(MX_INPUTS)}")
+
+
+def _mx_linear_by(linear, rounding):
+
+    def mx_linear(x, codes, scales, bias, out_features, element):
+        check_mx_input(element)
+        return linear(rounding(x, element, "power", 32), codes, scales, None, bias, out_features, 1, 32)
+
+    return mx_linear
+
+
+def _mx_linear_fake(x, codes, scales, bias, out_features, element):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+mx_linear = ops.Op(
+    "mx_linear", "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int out_features, str element) -> Tensor",
+    _mx_linear_by(_float_linear_cpu, ops_round.float_round.cpu), _mx_linear_fake,
+    _mx_linear_by(_float_linear_reference, ops_round.float_round.reference),
+    cuda=ops_float_cuda.mx_linear if _C.has_cuda_build else None, cuda_kernel=ops_float_cuda.MX_KERNEL,
 )
 
 

@@ -1,4 +1,4 @@
-"""Small floats on CUDA (`float_linear`, `fp8_linear`, `fp4_linear`, `float_round`): checks, scratch memory, the current
+"""Small floats on CUDA (`float_linear`, `fp8_linear`, `fp4_linear`, `mx_linear`, `float_round`): checks, scratch memory, the current
 stream, then the kernels of cuda/."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .ops_cuda import _aligned_rows, _device, _workspace, capability
 HALVES = (torch.bfloat16, torch.float16)
 KERNEL = "float_linear cuda"
 FP8_KERNEL, FP4_KERNEL, ROUND_KERNEL = "fp8_linear cuda", "fp4_linear cuda", "float_round cuda"
+MX_KERNEL = "mx_linear cuda"
 _FP4 = (12, 0)  # the one whose mma takes block scales
 
 
@@ -83,7 +84,7 @@ def takes_fp8(device: torch.device) -> bool:
 
 
 def takes_fp4(device: torch.device) -> bool:
-    """Whether `fp4_linear` has a kernel on this device."""
+    """Whether `fp4_linear` and `mx_linear` have kernels on this device."""
     return _capability(device) == _FP4
 
 
@@ -146,9 +147,9 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
     return y
 
 
-# -- e2m1 activations, and rounding alone ---------------------------------------------------------------------------
+# -- activations in small groups, and rounding alone ---------------------------------------------------------------------------
 
-_BLOCK_KINDS = {("e2m1", "power", 32): 0, ("e2m1", "e4m3", 16): 1, ("e4m3", "power", 32): 2}
+_BLOCK_KINDS = {("e2m1", "power", 32): 0, ("e2m1", "e4m3", 16): 1, ("e4m3", "power", 32): 2, ("e2m3", "power", 32): 3}
 _FP8_GROUPS = {("e4m3", "largest", 0): "token", ("e4m3", "largest", 128): "group", ("e4m3", "whole", 0): "tensor"}
 
 
@@ -232,5 +233,45 @@ def fp4_linear(x, codes, scales, global_scale, bias, out_features):
         seen.data_ptr(), of_tokens.data_ptr(), address(one), m, k, codes.data_ptr(), scales.data_ptr(),
         address(global_scale), kind, address(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges, partials.data_ptr(),
         counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
+    )
+    return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _mx_plan(m, n, k, weight, index):
+    return _C.cuda_mx_linear_plan(m, n, k, weight, *_device(index))
+
+
+def mx_linear(x, codes, scales, bias, out_features, element):
+    from .ops_float import MX_INPUTS, check_mx_input, check_operands
+
+    op, index = "mx_linear", x.device.index
+    if x.dtype not in HALVES or x.dim() < 1:
+        fail(op, "x", f"{x.dtype} {list(x.shape)}", "on CUDA torch.bfloat16, torch.float16 [..., in_features]")
+    check_mx_input(element)
+    k, n = x.shape[-1], out_features
+    of_weight, scale_kind = check_operands(codes, scales, None, n, k, 1, 32, x.device)
+    if scale_kind != 3:
+        fail(op, "scales", scales.dtype, "exponents, torch.uint8")
+    check_bias(op, x, bias, n)
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return mx_linear(x, codes, scales, bias, n, element)
+    rows = as_rows(x)
+    m = rows.shape[0]
+    y = x.new_empty((*x.shape[:-1], n))
+    if not y.numel() or not k:
+        return _nothing(y, bias)
+    stages = -(-k // 128)
+    seen = torch.empty((m, stages * 128), dtype=torch.uint8, device=x.device)
+    of_tokens = torch.empty((m, stages * 4), dtype=torch.uint8, device=x.device)
+    _block_rows(rows, _BLOCK_KINDS[element, "power", 32], seen, of_tokens, None)
+    weight = (0, 2, 1)[of_weight]  # the order of cuda/ptx/matrix_mx.h
+    ranges, partial_bytes, counter_bytes = _mx_plan(m, n, k, weight, index)
+    partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
+    _C.cuda_mx_linear(
+        seen.data_ptr(), of_tokens.data_ptr(), MX_INPUTS[element], m, k, codes.data_ptr(), weight, scales.data_ptr(),
+        address(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges, partials.data_ptr(), counters.data_ptr(),
+        torch._C._cuda_getCurrentRawStream(index),
     )
     return y

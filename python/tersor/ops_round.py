@@ -10,7 +10,7 @@ from . import _C, ops, ops_float_cuda
 from .op_checks import CODE, FLOATS, as_rows, fail
 
 _OP = "float_round"
-ELEMENTS = {"e4m3": 0, "e2m1": 1}
+ELEMENTS = {"e4m3": 0, "e2m1": 1, "e2m3": 2}
 # What a group is divided by: its largest magnitude over the element's; that of the whole input; a power of two (OCP
 # MX); e4m3 under one number for the whole input (NVFP4).
 SCALES = {"largest": 0, "whole": 1, "power": 2, "e4m3": 3}

@@ -115,6 +115,10 @@ class _Scaled(Format):
             return packed.to(dtype)
         return from_codes(unpack_bits(packed, element_bits(self.element), shape[1]), self.element, dtype)
 
+    def _is_one_code(self, shape: Shape) -> bool:
+        """Rows of one e2m3: as long as rows of one e2m1, for which `ops_float.float_linear` takes them."""
+        return self.element == "e2m3" and shape[1] == 1
+
     def _operands(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple | None:
         """Codes, scales, global scale, and the rows and columns that share a scale, as `ops_float.float_linear` takes
         them; None where it does not know the element."""
@@ -128,8 +132,8 @@ class _Scaled(Format):
         return ops_float.float_linear(x, codes, scales, one, bias, shape[0], rows, group)
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
-        if self.element == "e2m3":
-            return "reference: no kernel for e2m3"
+        if self._is_one_code(shape):
+            return "reference: no kernel for e2m3 over one channel"
         name = ops_float.float_linear.kernel(torch.device(device))
         return name + " (float32 inputs: the unpacked weight)" if name == ops_float_cuda.KERNEL else name
 
@@ -270,7 +274,7 @@ class Microscaling(_Scaled):
         return (values * fit_columns(scales, 0, shape[1], self.group)).to(dtype)
 
     def _operands(self, tensors, shape):
-        if self.element == "e2m3":
+        if self._is_one_code(shape):
             return None
         return tensors["weight_packed"], tensors["weight_scale"], None, 1, self.group
 

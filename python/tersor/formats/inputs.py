@@ -14,7 +14,7 @@ from .base import Around, Shape, reference_kernel
 from .floating import NVFP4, Float, Microscaling
 from .integer import Int
 
-_KINDS = ("fp8", "mxfp4", "mxfp8", "nvfp4")
+_KINDS = ("fp8", "mxfp4", "mxfp6", "mxfp8", "nvfp4")
 _SCALES = ("token", "tensor", "group")
 # By kind, of fp8 by scale: the element, what a group is divided by, and its channels.
 _ROUNDING = {
@@ -22,6 +22,7 @@ _ROUNDING = {
     "tensor": ("e4m3", "whole", 0),
     "group": ("e4m3", "largest", 128),
     "mxfp4": ("e2m1", "power", Microscaling.group),
+    "mxfp6": ("e2m3", "power", Microscaling.group),
     "mxfp8": ("e4m3", "power", Microscaling.group),
     "nvfp4": ("e2m1", "e4m3", NVFP4.group),
 }
@@ -31,8 +32,8 @@ _ROUNDING = {
 class Inputs(Around):
     """Weights in ``inner``; the input is rounded to ``kind`` at each call.
 
-    ``fp8`` is E4M3 with a scale per ``token``, per ``tensor`` or per ``group`` of 128 channels; ``mxfp4``, ``mxfp8``
-    and ``nvfp4`` bring their own groups. Every scale comes from the input of that call, also where a checkpoint
+    ``fp8`` is E4M3 with a scale per ``token``, per ``tensor`` or per ``group`` of 128 channels; ``mxfp4``, ``mxfp6``
+    (E2M3), ``mxfp8`` and ``nvfp4`` bring their own groups. Every scale comes from the input of that call, also where a checkpoint
     format would fix it by calibration (FP8 per tensor, the global scale of NVFP4).
     """
 
@@ -52,7 +53,7 @@ class Inputs(Around):
         return ops_round.float_round(x, *_ROUNDING[self.kind if self.kind != "fp8" else self.scale])
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
-        kernel = self._product(x.device) if x.is_cuda and x.dtype in ops_float_cuda.HALVES else None
+        kernel = self._product(x.device, shape) if x.is_cuda and x.dtype in ops_float_cuda.HALVES else None
         if kernel is None:
             return self.inner.linear(self.quantize_input(x), tensors, bias, shape)
         if isinstance(self.inner, Int):
@@ -61,20 +62,25 @@ class Inputs(Around):
         codes, scales, one, rows, group = self.inner._operands(tensors, shape)
         if kernel == ops_float_cuda.FP4_KERNEL:
             return ops_float.fp4_linear(x, codes, scales, one, bias, shape[0])
+        if kernel == ops_float_cuda.MX_KERNEL:
+            return ops_float.mx_linear(x, codes, scales, bias, shape[0], _ROUNDING[self.kind][0])
         return ops_float.fp8_linear(x, codes, scales, bias, shape[0], rows, group, self.scale)
 
-    def _product(self, device: torch.device) -> str | None:
+    def _product(self, device: torch.device, shape: Shape) -> str | None:
         """The kernel that multiplies rounded inputs as they are stored on this device; None: they go on in 16 bits."""
         inner = self.inner
         if self.kind == "fp8":
             weights = type(inner) is Float or type(inner) is Int and inner.num_bits == 4 and inner.symmetric
             return ops_float_cuda.FP8_KERNEL if weights and ops_float_cuda.takes_fp8(device) else None
+        if self.kind in ("mxfp6", "mxfp8"):
+            weights = isinstance(inner, Microscaling) and not inner._is_one_code(shape)
+            return ops_float_cuda.MX_KERNEL if weights and ops_float_cuda.takes_fp4(device) else None
         same = {"mxfp4": Microscaling("e2m1"), "nvfp4": NVFP4()}.get(self.kind)
         return ops_float_cuda.FP4_KERNEL if inner == same and ops_float_cuda.takes_fp4(device) else None
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         device = torch.device(device)
-        if kernel := self._product(device):
+        if kernel := self._product(device, shape):
             return f"{kernel} (float32 inputs: rounded alone, the unpacked weight)"
         inner, rounding = self.inner.kernel(shape, device), ops_round.float_round.kernel(device)
         if reference_kernel(inner) or reference_kernel(rounding):
@@ -91,7 +97,7 @@ class Inputs(Around):
         return f"A{self.kind.upper()}{scale}/{self.inner.text()}"
 
 
-@register_format(r"A(FP8|MXFP4|MXFP8|NVFP4)", "AFP8/W4A16", "quantizes the input of the format nested in it")
+@register_format(r"A(FP8|MXFP4|MXFP6|MXFP8|NVFP4)", "AFP8/W4A16", "quantizes the input of the format nested in it")
 def _inputs(match, inner, *, scale: str = "token"):
     if inner is None:
         raise ValueError(f"it quantizes the input of another format: write {match[0]}/W4A16 or the like")
