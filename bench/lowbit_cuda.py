@@ -24,7 +24,7 @@ from linear_cuda import Contender, captured, copies, timed
 import tersor
 
 SPECS = ("W8A8[act_group=-1]", "W6A8[group=-1,act_group=-1]", "W4A8[group=-1,act_group=-1]", "W4A8[act_group=-1]",
-         "W4A8", "W4A4[group=-1,act_group=-1]", "W4A4[act_group=-1]")
+         "W4A8[scale=int8,act_group=-1]", "W4A8", "W4A4[group=-1,act_group=-1]", "W4A4[act_group=-1]")
 SHAPES, TOKENS = "28672x8192,4096x4096", "1,16,64,512,4096"
 ROUNDS = 7
 BF16, INT8 = "bf16_operations_per_ms", "int8_operations_per_ms"

@@ -18,7 +18,8 @@ enum tersor_dtype { TERSOR_FLOAT32 = 0, TERSOR_BFLOAT16 = 1, TERSOR_FLOAT16 = 2 
 
 const char* tersor_last_error(void);
 
-/* One weight matrix w[n, k] = (code - zero_point) * scale, in the layout of cpp/cpu/int_layout.h. */
+/* One weight matrix w[n, k] = (code - zero_point) * scale, in the layout of cpp/cpu/int_layout.h. Its scale_dtype is
+ * that of scales, or on the CPU 3: two levels, laid out as cpp/cpu/int_scales.h says. */
 typedef struct tersor_projection {
   const uint8_t* qweight;     /* [ceil(n/16), ceil(k/32), 64*bits] */
   const void* scales;         /* [ceil(n/16), groups, 16], scale_dtype */

@@ -9,7 +9,7 @@ from test_cpu_int_linear import Weight, relative_error
 
 __all__ = ["CODE", "SOURCES", "Weight", "dequantize", "inputs", "library", "multiply", "relative_error", "units"]
 
-CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 SOURCES = [
     "cuda/kernels/sm80_int_linear.cu", "cuda/kernels/int_dequantize.cu", "cuda/dispatch/int_linear.cu",
     "cuda/dispatch/int_dequantize.cu", "cpp/common/status.cpp", "cpp/common/parallel.cpp", "cpp/cpu/int_layout.cpp",

@@ -138,8 +138,8 @@ def rounded(x, bits, act_group=32, act_clip=1.0, act_sym=True, input_scale=None,
 class Launchers:
     """`_C`'s functions of the low-bit product on the emulated library, with every buffer registered at its size."""
 
-    def __init__(self, nibbles=True, bits=4):
-        self.native, self.calls = library(bits, nibbles).library, 0
+    def __init__(self, nibbles=True, bits=4, native=None):
+        self.native, self.calls = (native or library(bits, nibbles)).library, 0
 
     def plan(self, *arguments):
         found = [ctypes.c_int64() for _ in range(3)]
@@ -162,7 +162,8 @@ class Launchers:
         assert made[0] == a["ranges"]
         sizes = {"codes": m * a["row_bytes"], "act_scales": 4 * ((m - 1) * a["act_scale_stride"] + act_groups),
                  "sums": 8 * m * stages, "act_zero_points": 2 * m * act_groups, "stage_starts": 8 * (stages + 1),
-                 "qweight": tiles * blocks * 64 * a["bits"], "scales": groups * (4 if a["scale_dtype"] == 0 else 2),
+                 "qweight": tiles * blocks * 64 * a["bits"],
+                 "scales": {0: 4 * groups, 3: groups + 64 * tiles}.get(a["scale_dtype"], 2 * groups),
                  "zero_points": groups, "bias": size * n, "residual": size * ((m - 1) * a["ldr"] + n),
                  "y": size * ((m - 1) * a["ldy"] + n), "partials": made[1], "counters": made[2]}
         self.native.emulation_clear()

@@ -1,4 +1,4 @@
-#include "cpu/int_layout.h"
+#include "cpu/int_scales.h"
 
 #include <cstring>
 
@@ -110,20 +110,23 @@ extern "C" int tersor_int_dequantize(const uint8_t* qweight, const void* scales,
                                      const uint8_t* zero_points, int64_t n, int64_t k, int bits,
                                      int64_t group_size, void* out, int out_dtype, int threads) {
   if (int status = check_int_arguments(n, k, bits, group_size, threads)) return status;
-  if (scale_dtype < 0 || scale_dtype > 2 || out_dtype < 0 || out_dtype > 2) {
-    return fail(TERSOR_INVALID, "dtype codes are %d (scales) and %d (out); accepted: 0 float32, 1 bfloat16, 2 float16",
+  if (scale_dtype < 0 || scale_dtype > kTwoLevelScales || out_dtype < 0 || out_dtype > 2) {
+    return fail(TERSOR_INVALID,
+                "dtype codes are %d (scales) and %d (out); accepted: 0 float32, 1 bfloat16, 2 float16; 3 two levels of "
+                "scales",
                 scale_dtype, out_dtype);
   }
   if (n == 0) return TERSOR_OK;
   const IntShape shape = int_shape(n, k, bits, group_size);
   for_each_tile(shape, threads, [&](int64_t tile, int64_t row, int rows) {
     uint8_t local[kTileRows][kBlockK];
+    const char* tile_scales = static_cast<const char*>(scales) + tile * scale_tile_bytes(scale_dtype, shape.groups);
     for (int64_t block = 0; block < shape.blocks; ++block) {
       unpack_block(qweight + tile * shape.tile_bytes() + block * 64 * bits, bits, local);
-      const int64_t group = (tile * shape.groups + block / shape.group_blocks) * kTileRows;
+      const int64_t of_tile = block / shape.group_blocks, group = (tile * shape.groups + of_tile) * kTileRows;
       const int width = columns(shape, block);
       for (int r = 0; r < rows; ++r) {
-        const float scale = load_as_float(scales, scale_dtype, group + r);
+        const float scale = group_scale(tile_scales, scale_dtype, shape.groups, of_tile, r);
         const int zero = zero_points ? zero_points[group + r] : 1 << (bits - 1);
         float values[kBlockK];
         for (int c = 0; c < kBlockK; ++c) values[c] = static_cast<float>(local[r][c] - zero) * scale;

@@ -4,7 +4,7 @@
 
 #include "common/float16.h"
 #include "common/status.h"
-#include "cpu/int_layout.h"
+#include "cpu/int_scales.h"
 #include "cpu/isa.h"
 
 using namespace tersor;
@@ -63,8 +63,10 @@ extern "C" int tersor_int_linear(const void* x, int x_dtype, int64_t m, int64_t 
                                  const tersor_projection* projections, int count, int scale_dtype, int bits,
                                  int64_t group_size, const tersor_input* input, int threads) {
   if (int status = check_int_arguments(0, k, bits, group_size, threads)) return status;
-  if (x_dtype < 0 || x_dtype > 2 || scale_dtype < 0 || scale_dtype > 2) {
-    return fail(TERSOR_INVALID, "dtype codes are %d (x) and %d (scales); accepted: 0 float32, 1 bfloat16, 2 float16",
+  if (x_dtype < 0 || x_dtype > 2 || scale_dtype < 0 || scale_dtype > kTwoLevelScales) {
+    return fail(TERSOR_INVALID,
+                "dtype codes are %d (x) and %d (scales); accepted: 0 float32, 1 bfloat16, 2 float16; 3 two levels of "
+                "scales",
                 x_dtype, scale_dtype);
   }
   if (m < 0) return fail(TERSOR_INVALID, "m is %lld; accepted: 0 or more", (long long)m);
@@ -107,8 +109,10 @@ extern "C" int tersor_int_linear_grouped(const void* x, int x_dtype, int64_t row
                                          int threads) {
   const int64_t n = weights->n;
   if (int status = check_int_arguments(n, k, bits, group_size, threads)) return status;
-  if (x_dtype < 0 || x_dtype > 2 || scale_dtype < 0 || scale_dtype > 2) {
-    return fail(TERSOR_INVALID, "dtype codes are %d (x) and %d (scales); accepted: 0 float32, 1 bfloat16, 2 float16",
+  if (x_dtype < 0 || x_dtype > 2 || scale_dtype < 0 || scale_dtype > kTwoLevelScales) {
+    return fail(TERSOR_INVALID,
+                "dtype codes are %d (x) and %d (scales); accepted: 0 float32, 1 bfloat16, 2 float16; 3 two levels of "
+                "scales",
                 x_dtype, scale_dtype);
   }
   if (rows < 0 || experts < 0 || (rows > 1 && (ldx < k || weights->ldy < n))) {
@@ -136,7 +140,7 @@ extern "C" int tersor_int_linear_grouped(const void* x, int x_dtype, int64_t row
     if (ends[e] == begin) continue;
     tersor_projection p = *weights;
     p.qweight += e * shape.tiles * shape.tile_bytes();
-    p.scales = static_cast<const char*>(p.scales) + e * entries * dtype_size(scale_dtype);
+    p.scales = static_cast<const char*>(p.scales) + e * shape.tiles * scale_tile_bytes(scale_dtype, shape.groups);
     if (p.zero_points) p.zero_points += e * entries;
     if (p.bias) p.bias = static_cast<const char*>(p.bias) + e * n * size;
     p.y = static_cast<char*>(p.y) + begin * p.ldy * size;

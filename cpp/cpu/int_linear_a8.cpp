@@ -21,11 +21,15 @@
 // the int8 peak, of which decoding or unpacking takes a little. AVX2, 4 rows x 1 tile over unpacked bytes:
 // 56 cycles measured, bound by vpmaddubsw + vpaddw (1.6 pairs a cycle at most there, which alone take 40).
 //
+// Scales in two levels (int_scales.h) with one activation scale a token: the group's integer scale joins the integer
+// sums, which run over all of k, and floats scale them once (int_linear_a8_two_level.h). Otherwise the product of both
+// levels is the scale.
+//
 // Every path does the same operations on one row of int8 activations in the same order: its result depends neither on
 // the other rows nor on the threads. Exact 16-bit activations of one or two rows come here as limbs.
 #include "common/scratch.h"
 #include "common/status.h"
-#include "cpu/int_linear_a8_micro.h"
+#include "cpu/int_linear_a8_two_level.h"
 #include "cpu/isa.h"
 #include "cpu/row_transform.h"
 
@@ -85,10 +89,14 @@ void finish(const IntLinearArgs& args, const TileGroup& tiles, int64_t row, int6
 }
 
 // The microkernel for each height of a strip, from `least` to `rows`; null where there is none.
-template <int kind, int stored, int tiles, bool stream, int least, int rows>
+template <bool two_level, int kind, int stored, int tiles, bool stream, int least, int rows>
 void fill_kernels(Micro* kernels) {
-  kernels[rows] = micro<kind, stored, rows, tiles, stream>;
-  if constexpr (rows > least) fill_kernels<kind, stored, tiles, stream, least, rows - 1>(kernels);
+  if constexpr (two_level) {
+    kernels[rows] = micro_two_level<kind, stored, rows, tiles, stream>;
+  } else {
+    kernels[rows] = micro<kind, stored, rows, tiles, stream>;
+  }
+  if constexpr (rows > least) fill_kernels<two_level, kind, stored, tiles, stream, least, rows - 1>(kernels);
 }
 
 enum class Path {
@@ -113,7 +121,8 @@ constexpr Path path_for(int64_t m, int bits) {
   return m <= kA8PanelRows * a8_decode_strips(bits) ? Path::kDecode : Path::kPanel;
 }
 
-template <int bits>
+// `two_level`: integer sums over all of k.
+template <int bits, bool two_level>
 struct Job {
   static constexpr int kind = dot_kind(bits);
   using Dot = Int8Dot<kind>;
@@ -130,13 +139,13 @@ struct Job {
   Job(const IntLinearArgs& a, const QuantizedRows<Dot>& q, const TileGroups& g, Path p, int64_t parts)
       : args(a), x(q), groups(g), path(p), row_parts(parts) {
     if (path == Path::kFewRows) {
-      fill_kernels<kind, bits, 1, true, 1, kA8DecodeRows>(stream);
+      fill_kernels<two_level, kind, bits, 1, true, 1, kA8DecodeRows>(stream);
       return;
     }
-    fill_kernels<kind, 8, kA8PanelTiles, false, kLeastHeight, kA8PanelRows>(panel);
-    fill_kernels<kind, 8, 1, false, kLeastHeight, kA8PanelRows>(tail);
+    fill_kernels<two_level, kind, 8, kA8PanelTiles, false, kLeastHeight, kA8PanelRows>(panel);
+    fill_kernels<two_level, kind, 8, 1, false, kLeastHeight, kA8PanelRows>(tail);
     if constexpr (a8_decode_strips(bits) > 0 || unpacked) {
-      fill_kernels<kind, bits, kA8PanelTiles, true, kLeastHeight, kA8PanelRows>(stream);
+      fill_kernels<two_level, kind, bits, kA8PanelTiles, true, kLeastHeight, kA8PanelRows>(stream);
     }
   }
 
@@ -189,7 +198,7 @@ struct Job {
         const Micro kernel = (streams ? stream : whole ? panel : tail)[height];
         kernel({shape, begin, end, segment, unpacks ? bytes : codes, unpacks ? kUnpackedTile : shape.tile_bytes(),
                 x.strip_records(strip, begin), x.strip_sums(strip, 0),
-                static_cast<const char*>(p.scales) + group * dtype_size(args.scale_dtype),
+                static_cast<const char*>(p.scales) + tiles.first * scale_tile_bytes(args.scale_dtype, shape.groups),
                 p.zero_points ? p.zero_points + group : nullptr, args.scale_dtype,
                 result + (strip.begin - first_row) * tiles.count * kTileRows});
       }
@@ -198,13 +207,13 @@ struct Job {
 };
 
 // limbs > 1: 16-bit activations as they are, for as many tokens as make one strip.
-template <int bits>
+template <int bits, bool two_level>
 int run(const IntLinearArgs& args, int limbs) {
   const IntShape shape = int_shape(0, args.k, bits, args.group_size);
   const Path path = path_for(args.m * limbs, bits);
   const TileGroups groups(args, path == Path::kFewRows ? 1 : kA8PanelTiles);
   QuantizedRows<Int8Dot<dot_kind(bits)>> x(shape, *args.input, args.m, limbs,
-                                              path == Path::kFewRows ? kA8DecodeRows : kA8PanelRows);
+                                              path == Path::kFewRows ? kA8DecodeRows : kA8PanelRows, two_level);
 
   int64_t weights = 0;
   for (int i = 0; i < args.count; ++i) weights += args.projections[i].n * args.k;
@@ -216,7 +225,7 @@ int run(const IntLinearArgs& args, int limbs) {
   if (threads > 1 && parts * groups.total < 8 * threads) parts = div_up(8 * threads, groups.total);
   if (parts > x.strips) parts = x.strips;
 
-  const Job<bits> job(args, x, groups, path, parts);
+  const Job<bits, two_level> job(args, x, groups, path, parts);
   const int64_t items = parts * groups.total;
   if (items < threads) threads = static_cast<int>(items);
   Scratch scratch;
@@ -242,15 +251,30 @@ int run(const IntLinearArgs& args, int limbs) {
   return TERSOR_OK;
 }
 
+// Whether integers hold the sums of scales in two levels over all of k.
+bool sums_of_integers(const IntLinearArgs& args) {
+  const tersor_input& in = *args.input;
+  return args.scale_dtype == kTwoLevelScales && in.bits < 16 && !in.block_bits && args.k <= kTwoLevelColumns &&
+         RowScales(in, args.k).groups() == 1;
+}
+
+template <int bits>
+int run_scales(const IntLinearArgs& args, int limbs) {
+  if constexpr (bits <= kTwoLevelBits) {
+    if (sums_of_integers(args)) return run<bits, true>(args, limbs);
+  }
+  return run<bits, false>(args, limbs);
+}
+
 int run_bits(const IntLinearArgs& args, int limbs) {
   switch (args.bits) {
-    case 2: return run<2>(args, limbs);
-    case 3: return run<3>(args, limbs);
-    case 4: return run<4>(args, limbs);
-    case 5: return run<5>(args, limbs);
-    case 6: return run<6>(args, limbs);
-    case 7: return run<7>(args, limbs);
-    default: return run<8>(args, limbs);
+    case 2: return run_scales<2>(args, limbs);
+    case 3: return run_scales<3>(args, limbs);
+    case 4: return run_scales<4>(args, limbs);
+    case 5: return run_scales<5>(args, limbs);
+    case 6: return run_scales<6>(args, limbs);
+    case 7: return run_scales<7>(args, limbs);
+    default: return run_scales<8>(args, limbs);
   }
 }
 

@@ -1,6 +1,7 @@
 // Microkernels of int_linear_a8: rows x tiles of the result over one chunk of k.
 #pragma once
 
+#include "cpu/int_scales_vector.h"
 #include "cpu/quantize_activations.h"
 
 namespace tersor::TERSOR_ISA {
@@ -59,7 +60,7 @@ struct MicroArgs {
   int64_t tile_bytes;          // from one tile's weights to the next one's
   const uint32_t* records;     // of the strip, block `begin`
   const float* sums;           // of the strip, segment 0
-  const char* scales;          // of the first tile, group 0
+  const char* scales;          // of the first tile
   const uint8_t* zero_points;  // of the first tile, group 0; null: symmetric
   int scale_dtype;
   float* result;               // [rows][tiles][16], added to
@@ -120,7 +121,7 @@ void micro(const MicroArgs& u) {
   using Dot = Int8Dot<kind>;
   constexpr int record = Dot::words + Dot::parts + 1;
   constexpr bool in_registers = rows * tiles <= kSumsInRegisters;
-  const int64_t groups = u.shape.groups, scale_size = dtype_size(u.scale_dtype);
+  const int64_t groups = u.shape.groups, scale_bytes = scale_tile_bytes(u.scale_dtype, groups);
   const uint8_t* weights = u.weights;
   const uint32_t* records = u.records;
   const float* sums = u.sums + u.segment * rows;
@@ -168,7 +169,7 @@ void micro(const MicroArgs& u) {
 #pragma GCC unroll 4
     for (int n = 0; n < tiles; ++n) {
       const int64_t at = (n * groups + group) * kTileRows;
-      const f32 scale = load_as(u.scales + at * scale_size, u.scale_dtype);
+      const f32 scale = group_scales(u.scales + n * scale_bytes, u.scale_dtype, groups, group);
       f32 centre = zero();
       if (u.zero_points) centre = sub(splat(static_cast<float>(1 << (u.shape.bits - 1))), load_u8(u.zero_points + at));
 #pragma GCC unroll 16

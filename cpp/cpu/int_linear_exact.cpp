@@ -30,6 +30,7 @@
 #include "common/scratch.h"
 #include "common/status.h"
 #include "cpu/exact_activations.h"
+#include "cpu/int_scales_vector.h"
 
 namespace tersor::TERSOR_ISA {
 namespace {
@@ -64,10 +65,9 @@ struct Tiles {
   Tile operator[](int64_t index) const {
     const tersor_projection* p = args.projections;
     while (index >= div_up(p->n, kTileRows)) index -= div_up((p++)->n, kTileRows);
-    const int64_t group = index * shape.groups * kTileRows;
     return {p->qweight + index * shape.tile_bytes(),
-            static_cast<const char*>(p->scales) + group * dtype_size(args.scale_dtype),
-            p->zero_points ? p->zero_points + group : nullptr, p, index * kTileRows};
+            static_cast<const char*>(p->scales) + index * scale_tile_bytes(args.scale_dtype, shape.groups),
+            p->zero_points ? p->zero_points + index * shape.groups * kTileRows : nullptr, p, index * kTileRows};
   }
 };
 
@@ -91,8 +91,8 @@ TERSOR_INLINE f32 correction(const Tile& tile, int64_t group, int bits, int cent
   return sub(splat(static_cast<float>(centre)), load_u8(tile.zero_points + group * kTileRows));
 }
 
-TERSOR_INLINE f32 load_scales(const IntLinearArgs& args, const Tile& tile, int64_t group) {
-  return load_as(tile.scales + group * kTileRows * dtype_size(args.scale_dtype), args.scale_dtype);
+TERSOR_INLINE f32 load_scales(const Tiles& tiles, const Tile& tile, int64_t group) {
+  return group_scales(tile.scales, tiles.args.scale_dtype, tiles.shape.groups, group);
 }
 
 // --- few rows --------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ void fused(int m, const Tiles& tiles, const Activations<A>& x, int64_t first, in
     for (int r = 0; r < rows; ++r) total[r] = zero();
     for (int64_t segment = 0; segment < segments.count; ++segment) {
       const int64_t group = segments.group(segment);
-      const f32 scale = load_scales(tiles.args, tile, group);
+      const f32 scale = load_scales(tiles, tile, group);
       const f32 unit = correction(tile, group, bits, A::centre(bits));
       f32 acc[rows][chains(rows)];
 #pragma GCC unroll 16
@@ -305,7 +305,7 @@ struct PanelJob {
       corrected |= tile.zero_points || panel_centre != 1 << (tiles.args.bits - 1);
       for (int64_t s = s0; s < s1; ++s) {
         const int64_t at = ((s - s0) * kPanelTiles + w) * 16, group = segments.group(s);
-        store(scales + at, load_scales(tiles.args, tile, group));
+        store(scales + at, load_scales(tiles, tile, group));
         store(units + at, correction(tile, group, tiles.args.bits, panel_centre));
       }
     }

@@ -7,7 +7,7 @@
 //   records [chunks][strips][blocks of the chunk][rows of the strip][words + parts + 1] dwords:
 //           the codes, the corrections (simd_int8.h), the scale
 //   sums    [strips][segments][rows of the strip] floats: sum of scale * sum(q) over a segment, what a zero
-//           point multiplies
+//           point multiplies; with `integer_sums` sum(q) alone
 //
 // Zero points of activations: the integer is code - zero point. With 4 and 6 bits it fits a byte, and the products need
 // no correction; with 8 bits it has nine, and becomes two rows, of scales 16 and 1.
@@ -148,13 +148,14 @@ struct QuantizedRows {
   IntShape shape;  // of the weights; `bits` gives the centre
   tersor_input input;
   int limbs;
+  bool integer_sums;
   int64_t tokens, group_blocks;
   int64_t rows, strips, segments;  // rows: limbs of all tokens
   uint32_t* records;
   float* sums;
 
-  QuantizedRows(const IntShape& s, const tersor_input& in, int64_t m, int limbs_, int64_t most_rows)
-      : shape(s), input(in), limbs(limbs_), tokens(m), group_blocks(RowScales(in, s.k).group_blocks()),
+  QuantizedRows(const IntShape& s, const tersor_input& in, int64_t m, int limbs_, int64_t most_rows, bool integers)
+      : shape(s), input(in), limbs(limbs_), integer_sums(integers), tokens(m), group_blocks(RowScales(in, s.k).group_blocks()),
         rows(m * limbs_), strips(div_up(m, most_rows / limbs_)), segments(segments_before(s, s.blocks)) {}
   size_t record_count() const { return size_t(rows) * shape.blocks * record; }
   size_t sum_count() const { return size_t(rows) * segments; }
@@ -212,7 +213,7 @@ struct QuantizedRows {
     return {strip(index), row - strip(index).begin};
   }
 
-  // Writes a record and scale * sum(q) for each limb.
+  // Writes a record and what `sums` adds up for each limb.
   void quantize_block(const char* values, int dtype, int64_t k, const Quantum* quantum, uint32_t* const* to,
                       float* sum) const {
     f32 low, high;
@@ -258,10 +259,10 @@ struct QuantizedRows {
     }
   }
 
-  TERSOR_INLINE float write(uint32_t* to, i32 low, i32 high, int centre, float scale) {
+  float write(uint32_t* to, i32 low, i32 high, int centre, float scale) const {
     const int total = Dot::pack(low, high, centre, to);
     to[record - 1] = float_to_bits(scale);
-    return scale * static_cast<float>(total);
+    return integer_sums ? static_cast<float>(total) : scale * static_cast<float>(total);
   }
 };
 

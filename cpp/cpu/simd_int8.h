@@ -11,6 +11,8 @@
 //   start(correction)                    a sum that begins
 //   step(acc, w, x)                      acc + the four products
 //   widen(acc)                           the sum of a run as a 32-bit integer per lane
+//   widen(acc, pairs(scales))            with scales_runs the same times an integer of the lane, at no cost; else
+//                                        the same
 // The corrections take centre = 2^(bits-1) times the activations off, so that a run is exactly
 // sum((code - centre) * x). Where lanes accumulate in 16 bits, additions wrap around; as each complete run
 // stays below 2^15 in size (centre * 127 * terms <= 32512) the wrapped sum is the true one. That is twice the
@@ -19,6 +21,7 @@
 // For the quantization:
 //   magnitude(v)           the bits of |v|: ordered as integers, with NaN above infinity
 //   max_i32, reduce_max    of such bits
+//   add_i32, mul_i32       of integers, modulo 2^32; load_u8_i32(p): 16 bytes as such
 //   div(a, b)              rounded correctly
 //   limit(v, low, high)    of numbers; NaN gives any of the three
 //   round_within(v, low, high)   limited, then to the nearest even integer

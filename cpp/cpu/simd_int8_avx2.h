@@ -27,6 +27,12 @@ TERSOR_INLINE i32 round_within(f32 x, float low, float high) {
 TERSOR_INLINE i32 float_bits(f32 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 TERSOR_INLINE i32 add_i32(i32 x, i32 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 
+TERSOR_INLINE i32 mul_i32(i32 x, i32 y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+TERSOR_INLINE i32 load_u8_i32(const void* p) {
+  const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
+
 // 32 codes as bytes, in the order of the layout: {0, 4, 1, 5, 2, 6, 3, 7} of each eight k.
 TERSOR_INLINE __m256i bytes_in_order(i32 low, i32 high) {
   // After packing, one half holds k % 8 = 0..3, the other 4..7: interleaving them is the order wanted.
@@ -79,6 +85,12 @@ struct Int8Dot {
   TERSOR_INLINE i32 widen(i32 acc) {
     const __m256i ones = _mm256_set1_epi16(1);
     return {_mm256_madd_epi16(acc.a, ones), _mm256_madd_epi16(acc.b, ones)};
+  }
+  // Scales up to 127 in both halves of their dwords: the multiplication by ones becomes one by them.
+  static constexpr bool scales_runs = true;
+  TERSOR_INLINE i32 pairs(i32 scales) { return or_(scales, sll<16>(scales)); }
+  TERSOR_INLINE i32 widen(i32 acc, i32 pairs) {
+    return {_mm256_madd_epi16(acc.a, pairs.a), _mm256_madd_epi16(acc.b, pairs.b)};
   }
 };
 

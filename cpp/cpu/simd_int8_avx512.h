@@ -8,6 +8,10 @@ TERSOR_INLINE i32 magnitude(f32 x) {
 }
 TERSOR_INLINE i32 max_i32(i32 x, i32 y) { return {_mm512_max_epi32(x.v, y.v)}; }
 TERSOR_INLINE i32 add_i32(i32 x, i32 y) { return {_mm512_add_epi32(x.v, y.v)}; }
+TERSOR_INLINE i32 mul_i32(i32 x, i32 y) { return {_mm512_mullo_epi32(x.v, y.v)}; }
+TERSOR_INLINE i32 load_u8_i32(const void* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
+}
 TERSOR_INLINE uint32_t reduce_max(i32 x) {
   const __m256i s = _mm256_max_epi32(_mm512_castsi512_si256(x.v), _mm512_extracti64x4_epi64(x.v, 1));
   __m128i t = _mm_max_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
@@ -47,6 +51,9 @@ struct Int8Dot {
   TERSOR_INLINE i32 start(uint32_t correction) { return splat_i32(correction); }
   TERSOR_A8_INLINE i32 step(i32 acc, Weights w, Activation x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
   TERSOR_INLINE i32 widen(i32 acc) { return acc; }
+  static constexpr bool scales_runs = false;
+  TERSOR_INLINE i32 pairs(i32 scales) { return scales; }
+  TERSOR_INLINE i32 widen(i32 acc, i32) { return acc; }
 };
 
 // 32 registers: 8 rows x 2 tiles of sums, 2 of weights, 1 activation; the float sums are in memory then.

@@ -108,10 +108,22 @@ struct Int8Dot {
     TERSOR_LANES acc.v[l] = (v4u)(((v4i)(acc.v[l] << 16) >> 16) + ((v4i)acc.v[l] >> 16));
     return acc;
   }
+  static constexpr bool scales_runs = false;
+  TERSOR_INLINE i32 pairs(i32 scales) { return scales; }
+  TERSOR_INLINE i32 widen(i32 acc, i32) { return widen(acc); }
 };
 TERSOR_INLINE i32 add_i32(i32 a, i32 b) {
   TERSOR_LANES a.v[l] = a.v[l] + b.v[l];
   return a;
+}
+TERSOR_INLINE i32 mul_i32(i32 a, i32 b) {
+  TERSOR_LANES a.v[l] = a.v[l] * b.v[l];
+  return a;
+}
+TERSOR_INLINE i32 load_u8_i32(const void* p) {
+  uint32_t lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = static_cast<const uint8_t*>(p)[i];
+  return load_i32(lanes);
 }
 
 #if defined(__aarch64__)

@@ -1,5 +1,6 @@
-// Launcher of kernels/sm80_lowbit_linear.cu, sm80_lowbit_linear_s4.cu and sm80_lowbit_linear_experts.cu: checks what
-// can be checked from sizes and addresses, chooses the instance and cuts the work into ranges.
+// Launcher of kernels/sm80_lowbit_linear.cu, sm80_lowbit_linear_s4.cu, sm80_lowbit_linear_experts.cu and
+// sm80_two_level_linear.cu: checks what can be checked from sizes and addresses, chooses the instance and cuts the work
+// into ranges.
 #include <cstdint>
 
 #include "common/status.h"
@@ -7,6 +8,7 @@
 #include "dispatch/launch.h"
 #include "dispatch/lowbit_linear_tiles.h"
 #include "kernels/sm80_lowbit_linear_experts.h"
+#include "kernels/sm80_two_level_linear.h"
 #include "tersor.h"
 #include "tile/act_codes.h"
 
@@ -15,10 +17,12 @@ namespace tersor {
 LowbitLinearChooser* lowbit_linear_choosers[9] = {};
 LowbitLinearChooser* lowbit_linear_nibble_choosers[3] = {};
 LowbitExpertsChooser* lowbit_experts_choosers[9] = {};
+TwoLevelChooser* two_level_choosers[kTwoLevelMostBits + 1] = {};
 
 namespace {
 
 constexpr int kRowTiles = kLowbitRows / kTileRows;  // storage tiles of a row block
+constexpr int kTwoLevelScales = 3;                  // scale_dtype: cpp/cpu/int_scales.h
 
 struct Shape {
   int64_t m, n, k;
@@ -29,6 +33,7 @@ struct Shape {
   int64_t act_group;
   int width;        // enum LowbitWidth
   int64_t experts;  // 0: one weight for all rows
+  bool two_level() const { return scale_dtype == kTwoLevelScales; }
 };
 
 // What a launch needs to know about one problem.
@@ -70,8 +75,15 @@ int describe(const Shape& s, Problem* p) {
     return fail(TERSOR_INVALID, "m, n, k are %lld, %lld, %lld; accepted: 0 to 2^30, 2^25, %lld", (long long)s.m,
                 (long long)s.n, (long long)s.k, (long long)columns);
   }
-  if (s.scale_dtype < 0 || s.scale_dtype > 2) {
-    return fail(TERSOR_INVALID, "scale_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", s.scale_dtype);
+  if (s.scale_dtype < 0 || s.scale_dtype > kTwoLevelScales) {
+    return fail(TERSOR_INVALID, "scale_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16, 3 two levels",
+                s.scale_dtype);
+  }
+  if (s.two_level() && (s.width != kLowbitBytes || s.bits > kTwoLevelMostBits || s.experts)) {
+    return fail(TERSOR_INVALID,
+                "width is %d with %d bits, %lld experts and two levels of scales: accepted are 0 bytes, 2 to %d bits and "
+                "no experts",
+                s.width, s.bits, (long long)s.experts, kTwoLevelMostBits);
   }
   if (s.act_group < 0 || s.act_group % kBlockK) {
     return fail(TERSOR_INVALID, "act_group is %lld; accepted: multiples of %d, and 0 for one scale a token",
@@ -85,7 +97,7 @@ int describe(const Shape& s, Problem* p) {
   p->act_groups = static_cast<int>(whole ? 1 : div_up(s.k, s.act_group));
   p->act_group_blocks = static_cast<int>(whole ? p->weight.blocks : s.act_group / kBlockK);
   if (int status = check_groups(s, *p)) return status;
-  p->grouped = p->weight.groups > 1 || p->act_groups > 1 || s.width == kLowbitMixed;
+  p->grouped = (p->weight.groups > 1 && !s.two_level()) || p->act_groups > 1 || s.width == kLowbitMixed;
   if (s.experts < 0 || s.experts > 65535) {
     return fail(TERSOR_INVALID, "experts is %lld; accepted: 0 to 65535", (long long)s.experts);
   }
@@ -94,7 +106,8 @@ int describe(const Shape& s, Problem* p) {
     p->token_tiles = lowbit_experts_token_tiles(s.m, s.experts);
     p->token_blocks = static_cast<int>(s.m / (8 * p->token_tiles) + (s.m < s.experts + 1 ? s.m : s.experts + 1));
   } else {
-    const int most = lowbit_most_token_tiles(p->grouped, s.zero_points || s.act_zero_points);
+    const bool zero_points = (s.zero_points && !s.two_level()) || s.act_zero_points;
+    const int most = lowbit_most_token_tiles(p->grouped, zero_points);
     p->token_tiles = lowbit_token_tiles(s.m, most);
     p->token_blocks = static_cast<int>(div_up(s.m, 8 * p->token_tiles));
   }
@@ -103,10 +116,14 @@ int describe(const Shape& s, Problem* p) {
   p->units = int64_t(p->row_blocks) * p->stages;
   p->group_slots = slots_of(p->weight.group_blocks, p->weight.groups);
   p->act_slots = slots_of(p->act_group_blocks, p->act_groups);
-  const int scale_bytes = s.scale_dtype == TERSOR_FLOAT32 ? 4 : 2;
+  const int scale_bytes = s.two_level() ? 1 : s.scale_dtype == TERSOR_FLOAT32 ? 4 : 2;
   p->group_bytes = lowbit_group_bytes(scale_bytes, s.zero_points);
   p->stage_bytes = lowbit_stage_bytes(s.bits, p->token_tiles, s.width, p->grouped, p->group_slots, p->act_slots,
                                       scale_bytes, s.zero_points);
+  if (s.two_level()) {
+    p->stage_bytes = two_level_stage_bytes(s.bits, p->token_tiles, p->grouped, p->group_slots, p->act_slots,
+                                           s.zero_points);
+  }
   p->shared_bytes = lowbit_stages(s.bits, p->token_tiles, s.width, p->grouped) * p->stage_bytes + 16;
   return TERSOR_OK;
 }
@@ -120,9 +137,9 @@ int plan(const Shape& shape, int multiprocessors, int64_t shared_memory_per_mult
   if (multiprocessors < 1) return fail(TERSOR_INVALID, "multiprocessors is %d; accepted: 1 or more", multiprocessors);
   // The driver keeps 1 KB of each block's shared memory for itself.
   int64_t resident = shared_memory_per_multiprocessor / (p.shared_bytes + 1024);
-  const int64_t by_registers = shape.experts
-                                   ? lowbit_experts_blocks_per_multiprocessor(p.token_tiles)
-                                   : lowbit_blocks(p.token_tiles, shape.width, p.grouped);
+  const int64_t by_registers = shape.experts ? lowbit_experts_blocks_per_multiprocessor(p.token_tiles)
+                               : shape.two_level() ? two_level_blocks(p.token_tiles)
+                                                   : lowbit_blocks(p.token_tiles, shape.width, p.grouped);
   if (resident > by_registers) resident = by_registers;
   if (resident < 1) resident = 1;
   int64_t count = multiprocessors * resident / (p.token_blocks > 0 ? p.token_blocks : 1);
@@ -166,11 +183,12 @@ int check_call(const Call& c, const Problem& p) {
   if (c.y_dtype < 0 || c.y_dtype > 2) {
     return fail(TERSOR_INVALID, "y_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", c.y_dtype);
   }
-  if (!c.codes || !c.act_scales || !c.qweight || !c.scales || !c.y || (c.zero_points && !c.sums) ||
+  const bool no_sums = c.zero_points && !c.sums && c.scale_dtype != kTwoLevelScales;
+  if (!c.codes || !c.act_scales || !c.qweight || !c.scales || !c.y || no_sums ||
       (c.experts && !c.ends) || (c.width == kLowbitMixed && !c.stage_starts)) {
     return fail(TERSOR_INVALID, "%s is absent",
                 !c.codes ? "codes" : !c.act_scales ? "act_scales" : !c.qweight ? "qweight" : !c.scales ? "scales"
-                : !c.y ? "y" : c.experts && !c.ends ? "ends" : c.zero_points && !c.sums ? "sums" : "stage_starts");
+                : !c.y ? "y" : c.experts && !c.ends ? "ends" : no_sums ? "sums" : "stage_starts");
   }
   const bool aligned_to_16 = aligned(c.codes, 16) && c.row_bytes % 16 == 0 && aligned(c.qweight, 16) &&
                              aligned(c.scales, 16) && (!c.zero_points || aligned(c.zero_points, 16));
@@ -259,7 +277,11 @@ int start(const Call& c) {
   const auto stream = static_cast<cudaStream_t>(c.stream);
   LowbitExpertsKernel* grouped = nullptr;
   LowbitLinearKernel* kernel = nullptr;
-  if (c.experts) {
+  TwoLevelKernel* two_level = nullptr;
+  if (shape.two_level()) {
+    TwoLevelChooser* chooser = two_level_choosers[c.bits];
+    two_level = chooser ? chooser(p.grouped, p.token_tiles) : nullptr;
+  } else if (c.experts) {
     LowbitExpertsChooser* chooser = lowbit_experts_choosers[c.bits];
     grouped = chooser ? chooser(p.grouped, p.token_tiles) : nullptr;
   } else {
@@ -267,12 +289,21 @@ int start(const Call& c) {
         c.width == kLowbitBytes ? lowbit_linear_choosers[c.bits] : lowbit_linear_nibble_choosers[c.width];
     kernel = chooser ? chooser(p.grouped, p.token_tiles) : nullptr;
   }
-  if (!kernel && !grouped) {
+  if (!kernel && !grouped && !two_level) {
     return fail(TERSOR_INVALID, "bits %d, width %d with %d tokens at once: not in this build", c.bits, c.width,
                 8 * p.token_tiles);
   }
   int error = 0;
-  if (c.experts) {
+  if (two_level) {
+    const TwoLevelScales scales{static_cast<const uint8_t*>(c.scales), c.zero_points, a.groups, a.group_blocks};
+    LowbitLinearArguments weights = a;  // whose groups are none to the sums
+    weights.scales = nullptr;
+    weights.zero_points = nullptr;
+    weights.sums = nullptr;
+    weights.groups = 1;
+    weights.group_blocks = a.blocks;
+    error = launch(two_level, grid, block, p.shared_bytes, stream, weights, scales);
+  } else if (c.experts) {
     const int64_t entries = int64_t(a.tiles) * a.groups * kTileRows, scale_bytes = c.scale_dtype ? 2 : 4;
     const LowbitExperts experts{c.ends, static_cast<int>(c.experts), a.m, int64_t(a.tiles) * a.blocks * 64 * c.bits,
                                 entries * scale_bytes, entries};

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum tersor_dtype
+SCALE_CODE = {**CODE, torch.uint8: 3}  # of integer weights; uint8: two levels (formats/two_level.py)
 FLOATS = "float32, bfloat16, float16"
+
+
+def two_level(scales: Tensor) -> bool:
+    """Whether stored scales are integers of groups below floats of rows (formats/two_level.py)."""
+    return scales.dtype is torch.uint8
 
 
 def fail(op: str, argument: str, found: object, accepted: str) -> None:
@@ -27,11 +33,14 @@ def check_weight(op, k, qweight, scales, zero_points, n, bits, group_size, devic
     if qweight.dtype is not torch.uint8 or qweight.shape != (rows, blocks, 64 * bits):
         fail(op, "qweight", f"{qweight.dtype} {list(qweight.shape)}",
              f"torch.uint8 {[rows, blocks, 64 * bits]} for {n} x {k} weights of {bits} bits")
-    if scales.dtype not in CODE or scales.shape != (rows, groups, 16):
-        fail(op, "scales", f"{scales.dtype} {list(scales.shape)}", f"{FLOATS} {[rows, groups, 16]}")
-    if zero_points is not None and (zero_points.dtype is not torch.uint8 or zero_points.shape != scales.shape):
+    if scales.dtype not in SCALE_CODE or scales.shape != (rows, groups + 4 * two_level(scales), 16):
+        fail(op, "scales", f"{scales.dtype} {list(scales.shape)}",
+             f"{FLOATS} {[rows, groups, 16]}, or torch.uint8 {[rows, groups + 4, 16]} of two levels")
+    if two_level(scales) and bits > 6:
+        fail(op, "scales", f"two levels with {bits} bits", "2 to 6 bits with them")
+    if zero_points is not None and (zero_points.dtype is not torch.uint8 or zero_points.shape != (rows, groups, 16)):
         fail(op, "zero_points", f"{zero_points.dtype} {list(zero_points.shape)}",
-             f"torch.uint8 {list(scales.shape)}")
+             f"torch.uint8 {[rows, groups, 16]}")
     for name, tensor in (("qweight", qweight), ("scales", scales), ("zero_points", zero_points)):
         if tensor is not None and (tensor.device != device or not tensor.is_contiguous()):
             fail(op, name, f"{tensor.device}, contiguous={tensor.is_contiguous()}", f"contiguous on {device}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 
 from . import _C, ops_cuda
-from .op_checks import (CODE, FLOATS, as_rows, check_activations, check_bias, check_experts, check_input,
+from .op_checks import (CODE, FLOATS, SCALE_CODE, as_rows, check_activations, check_bias, check_experts, check_input,
                         check_projections, check_weight, fail)
 
 _LIBRARY = torch.library.Library("tersor", "DEF")
@@ -102,7 +102,7 @@ def _int_linear_cpu(x, qweight, scales, zero_points, bias, out_features, bits, g
     y = x.new_empty((m, out_features) if x.dim() == 2 else (*x.shape[:-1], out_features))
     _C.int_linear(
         rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, qweight.data_ptr(), scales.data_ptr(),
-        CODE[scales.dtype], 0 if zero_points is None else zero_points.data_ptr(),
+        SCALE_CODE[scales.dtype], 0 if zero_points is None else zero_points.data_ptr(),
         0 if bias is None else bias.data_ptr(), y.data_ptr(), out_features, out_features, bits, group_size,
         native_input(act_bits, act_group, act_clip, act_sym, input_scale), _threads(),
     )
@@ -137,7 +137,7 @@ class BoundIntLinear:
         self.pointers = (qweight.data_ptr(), scales.data_ptr(), 0 if zero_points is None else zero_points.data_ptr())
         self.input = native_input(self.act_bits, *self.options, self.input_scale)
         self.input_pointer = 0 if self.input_scale is None else self.input_scale.data_ptr()
-        self.scale_code = CODE[scales.dtype]
+        self.scale_code = SCALE_CODE[scales.dtype]
         if n and k and not (self.pointers[0] and self.pointers[1] and (zero_points is None or self.pointers[2])
                             and (self.input_scale is None or self.input_pointer)):
             fail("int_linear", "qweight, scales, zero_points and input_scale", "freed storage", "tensors with storage")
@@ -218,7 +218,7 @@ def _int_linear_multi_cpu(x, qweights, scales, zero_points, biases, out_features
     outputs, projections = checked_projections(op, x, qweights, scales, zero_points, biases, out_features, bits,
                                                group_size)
     _C.int_linear_multi(rows.data_ptr(), CODE[x.dtype], m, k, rows.stride(0) if m > 1 else k, projections,
-                        CODE[scales[0].dtype], bits, group_size,
+                        SCALE_CODE[scales[0].dtype], bits, group_size,
                         native_input(act_bits, act_group, act_clip, act_sym, input_scale), _threads())
     return outputs
 
@@ -322,7 +322,7 @@ def _int_linear_grouped_cpu(x, ends, qweight, scales, zero_points, bias, out_fea
     y = x.new_empty((rows, out_features))
     _C.int_linear_grouped(
         x.data_ptr(), CODE[x.dtype], rows, k, x.stride(0) if rows > 1 else k, ends.data_ptr(), ends.numel(),
-        qweight.data_ptr(), scales.data_ptr(), CODE[scales.dtype],
+        qweight.data_ptr(), scales.data_ptr(), SCALE_CODE[scales.dtype],
         0 if zero_points is None else zero_points.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
         out_features, out_features, bits, group_size,
         native_input(act_bits, act_group, act_clip, act_sym, input_scale), _threads(),
@@ -448,7 +448,7 @@ def _int_dequantize_cpu(qweight, scales, zero_points, out_features, in_features,
     if dtype not in CODE:
         fail("int_dequantize", "dtype", dtype, FLOATS)
     w = qweight.new_empty((out_features, in_features), dtype=dtype)
-    _C.int_dequantize(qweight.data_ptr(), scales.data_ptr(), CODE[scales.dtype],
+    _C.int_dequantize(qweight.data_ptr(), scales.data_ptr(), SCALE_CODE[scales.dtype],
                       0 if zero_points is None else zero_points.data_ptr(), out_features, in_features, bits,
                       group_size, w.data_ptr(), CODE[dtype], _threads())
     return w
@@ -460,10 +460,12 @@ def _int_dequantize_fake(qweight, scales, zero_points, out_features, in_features
 
 def int_dequantize_reference(qweight, scales, zero_points, out_features, in_features, bits, group_size, dtype):
     from .formats.integer import untile_rows
+    from .formats.two_level import expanded
 
     codes = _int_unpack_reference(qweight, out_features, in_features, bits).double()
     index = torch.arange(in_features) // (group_size or max(in_features, 1))
     zero = 2 ** (bits - 1) if zero_points is None else untile_rows(zero_points, out_features).double()[:, index]
+    scales = expanded(scales) if scales.dtype is torch.uint8 else scales
     return ((codes - zero) * untile_rows(scales, out_features).double()[:, index]).to(dtype)
 
 

@@ -3,6 +3,7 @@
 With 16-bit activations, above `MAX_ROWS` rows and for float32, `int_linear` is `int_dequantize` and a dense product;
 `Op.kernel` says so. Low-bit activations are rounded by `ops_lowbit_cuda` and multiplied as integers by
 `ops_lowbit_gemm_cuda`; those of experts with static scales by torch and as floats (`Int.kernel_grouped` says so).
+Scales in two levels have a kernel for integer products of one weight; all else takes their products, in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _C
 from .op_checks import (CODE, FLOATS, as_rows, check_activations, check_bias, check_experts, check_input,
-                        check_projections, check_weight, fail, state_of)
+                        check_projections, check_weight, fail, state_of, two_level)
 
 # Above so many rows a dense product of the dequantized weight is the faster way. Not measured on hardware yet.
 MAX_ROWS = 256
@@ -64,16 +65,18 @@ def capability(index: int) -> tuple[int, int]:
 
 
 def quantized(x: Tensor, act_bits: int, act_group: int, act_clip: float, act_sym: bool, input_scale: Tensor | None,
-              bits: int, group_size: int, zero_points: bool):
+              bits: int, group_size: int, zero_points: bool, two_levels: bool = False):
     """``x`` rounded to codes for weights of ``bits``, as `ops_lowbit_gemm_cuda.lowbit_linear` takes it; None where rows
     are too long for it."""
+    zero_points = zero_points and not two_levels  # which are part of the weights' bytes then
     from .act_codes import stored_width
     from .ops_lowbit_cuda import quantize_input
     from .ops_lowbit_gemm_cuda import refusal
 
     if refusal(x.shape[-1], zero_points, act_bits, act_sym):
         return None
-    width = stored_width(act_bits, bits, capability(x.device.index), act_group, group_size, act_sym)
+    width = stored_width(act_bits, bits, capability(x.device.index), act_group, group_size, act_sym,
+                         two_levels)
     return quantize_input(x, act_bits, act_group, act_clip, act_sym, input_scale, width=width, sums=zero_points)
 
 
@@ -90,6 +93,15 @@ def _rounded(x: Tensor, *activations) -> Tensor:
     from .formats.integer import quantize_activations
 
     return quantize_activations(x, *activations)
+
+
+def _one_level(scales: Tensor) -> Tensor:
+    """Scales in two levels as their products, float32: for kernels that know one level."""
+    if not two_level(scales):
+        return scales
+    from .formats.two_level import expanded
+
+    return expanded(scales)
 
 
 def _aligned_rows(x: Tensor) -> Tensor:
@@ -113,10 +125,11 @@ def int_linear(x, qweight, scales, zero_points, bias, out_features, bits, group_
                               act_clip, act_sym, input_scale)
     if act_bits < 16:
         codes = quantized(x, act_bits, act_group, act_clip, act_sym, input_scale, bits, group_size,
-                          zero_points is not None)
+                          zero_points is not None, two_level(scales))
         if codes is not None:
             return multiplied(x, codes, qweight, scales, zero_points, bias, n, bits, group_size)
         x = _rounded(x, act_bits, act_group, act_clip, act_sym, input_scale)
+    scales = _one_level(scales)
     rows = as_rows(x)
     m = rows.shape[0]
     if x.dtype not in _HALVES or m > MAX_ROWS:
@@ -148,7 +161,8 @@ def int_linear_multi(x, qweights, scales, zero_points, biases, out_features, bit
             check_weight("int_linear_multi", x.shape[-1], qweights[i], scales[i],
                          zero_points[i] if zero_points else None, n, bits, group_size, x.device)
             check_bias("int_linear_multi", x, biases[i] if biases else None, n)
-        codes = quantized(x, act_bits, act_group, act_clip, act_sym, input_scale, bits, group_size, bool(zero_points))
+        codes = quantized(x, act_bits, act_group, act_clip, act_sym, input_scale, bits, group_size, bool(zero_points),
+                          two_level(scales[0]))
         if codes is not None:
             return [
                 multiplied(x, codes, qweights[i], scales[i], zero_points[i] if zero_points else None,
@@ -179,6 +193,7 @@ def int_linear_grouped(x, ends, qweight, scales, zero_points, bias, out_features
         with torch.cuda.device(index):
             return int_linear_grouped(x, ends, qweight, scales, zero_points, bias, n, bits, group_size, act_bits,
                                       act_group, act_clip, act_sym, input_scale)
+    scales = _one_level(scales)
     if input_scale is not None:  # each expert's rows by its own
         owner = torch.bucketize(torch.arange(len(x), device=x.device), ends, right=True).clamp_max(ends.numel() - 1)
         x = _rounded(x, act_bits, act_group, 1.0, True, input_scale[owner])
@@ -231,6 +246,7 @@ def int_dequantize(qweight, scales, zero_points, out_features, in_features, bits
     check_weight("int_dequantize", in_features, qweight, scales, zero_points, out_features, bits, group_size, device)
     if dtype not in CODE:
         fail("int_dequantize", "dtype", dtype, FLOATS)
+    scales = _one_level(scales)
     w = qweight.new_empty((out_features, in_features), dtype=dtype)
     with torch.cuda.device(device):
         _C.cuda_int_dequantize(

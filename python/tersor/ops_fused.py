@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _C, ops, ops_cuda
-from .op_checks import (CODE, as_rows, check_activations, check_bias, check_input, check_projections, check_weight,
-                        fail, state_of)
+from .op_checks import (CODE, SCALE_CODE, as_rows, check_activations, check_bias, check_input, check_projections,
+                        check_weight, fail, state_of, two_level)
 from .transforms import definitions
 
 _OP = "int_linear_fused"
@@ -217,7 +217,7 @@ def _fused_cpu(x, other, qweights, scales, zero_points, biases, out_features, bi
     outputs, projections = ops.checked_projections(_OP, x, qweights, scales, zero_points, biases, out_features, bits,
                                                    group_size)
     prepared = _Prepared(producer, x.shape[-1], act_bits, act_group, act_clip, act_sym, input_scale)
-    _multiply(x, other, prepared, projections, CODE[scales[0].dtype], bits, group_size)
+    _multiply(x, other, prepared, projections, SCALE_CODE[scales[0].dtype], bits, group_size)
     return outputs
 
 
@@ -259,18 +259,19 @@ class CudaRounding:
     """
 
     def __init__(self, producer: Producer, k: int, bits: int, group_size: int, zero_points: bool, act_bits: int,
-                 act_group: int, act_clip: float, act_sym: bool, input_scale: Tensor | None, device: torch.device):
+                 act_group: int, act_clip: float, act_sym: bool, input_scale: Tensor | None, device: torch.device,
+                 two_levels: bool = False):
         from . import ops_lowbit_cuda
         from .act_codes import stored_width
 
         mixed = producer.block_bits is not None
         width = stored_width(4 if mixed else act_bits, bits, ops_cuda.capability(device.index), act_group, group_size,
-                             act_sym)
+                             act_sym, two_levels)
         self.producer = producer
         self.refusal = ops_lowbit_cuda.refusal(producer, k, act_bits, act_group, width, device)
         self._round = ops_lowbit_cuda.Rounding(
             k, producer if self.refusal is None else None, act_bits, act_group, act_clip, act_sym, input_scale,
-            producer.block_bits, width, zero_points)
+            producer.block_bits, width, zero_points and not two_levels)
         self._checked: tuple | None = None
 
     def __call__(self, x: Tensor, other: Tensor | None = None):
@@ -305,8 +306,8 @@ class BoundFusedCuda:
 
     def __init__(self, members: list[BoundLowbitCuda], producer: Producer):
         first = members[0]
-        alike = [(m.shape[1], m.bits, m.group_size, m.act_bits, m.options, m.device, m.tensors[2] is None)
-                 for m in members]
+        alike = [(m.shape[1], m.bits, m.group_size, m.act_bits, m.options, m.device, m.tensors[2] is None,
+                  two_level(m.tensors[1])) for m in members]
         for i, member in enumerate(members):
             if alike[i] != alike[0] or member.input_scale is not first.input_scale:
                 fail(_OP, f"projection {i}", f"width, bits, group_size and activations {alike[i]}",
@@ -320,7 +321,7 @@ class BoundFusedCuda:
             first = self.members[0]
             self._round = CudaRounding(self.producer, first.shape[1], first.bits, first.group_size,
                                        first.tensors[2] is not None, first.act_bits, *first.options, first.input_scale,
-                                       first.device)
+                                       first.device, two_level(first.tensors[1]))
         return self._round
 
     def __call__(self, x: Tensor, biases: list[Tensor | None], other: Tensor | None = None) -> list[Tensor]:
@@ -356,12 +357,14 @@ def _fused_cuda(x, other, qweights, scales, zero_points, biases, out_features, b
         check_weight(_OP, x.shape[-1], qweights[i], scales[i], zero_points[i] if zero_points else None, n, bits,
                      group_size, x.device)
         check_bias(_OP, x, biases[i] if biases else None, n)
-    if refusal(x.shape[-1], bool(zero_points), act_bits, act_sym):  # rows too long for integer sums
+    two_levels = two_level(scales[0])
+    if refusal(x.shape[-1], bool(zero_points) and not two_levels, act_bits, act_sym):  # rows too long for integer sums
         made = producer(x.float(), None if other is None else other.float())
         seen = quantize_activations(made, *options, block_bits).to(x.dtype)
         return ops.int_linear_multi.dispatch(seen, qweights, scales, zero_points, biases, out_features, bits,
                                              group_size, 16)
-    codes = CudaRounding(producer, x.shape[-1], bits, group_size, bool(zero_points), *options, x.device)(x, other)
+    codes = CudaRounding(producer, x.shape[-1], bits, group_size, bool(zero_points), *options, x.device,
+                         two_levels)(x, other)
     return [ops_cuda.multiplied(x, codes, qweights[i], scales[i], zero_points[i] if zero_points else None,
                             biases[i] if biases else None, n, bits, group_size)
             for i, n in enumerate(out_features)]

@@ -1,4 +1,5 @@
-"""Products of low-bit activations and integer weights on CUDA, in integers (cuda/kernels/sm80_lowbit_linear.cu).
+"""Products of low-bit activations and integer weights on CUDA, in integers (cuda/kernels/sm80_lowbit_linear.cu, and
+sm80_two_level_linear.cu for scales in two levels).
 
 What comes in was rounded by `ops_lowbit_cuda` (a `QuantizedInput`); what goes out is ``x w^T + bias + residual``.
 """
@@ -13,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _C, ops_cuda
 from .act_codes import SUM_CHANNELS, padded_channels, row_bytes
-from .op_checks import CODE, FLOATS, check_weight, fail, state_of
+from .op_checks import CODE, FLOATS, SCALE_CODE, check_weight, fail, state_of, two_level
 
 _OP = "lowbit_linear"
 _WIDTHS = {8: 0, 4: 1, 0: 2}  # enum LowbitWidth by QuantizedInput.width
@@ -77,8 +78,11 @@ def lowbit_linear(quantized, qweight: Tensor, scales: Tensor, zero_points: Tenso
     _check(q, device)
     if dtype not in CODE:
         fail(_OP, "dtype", dtype, FLOATS)
-    if why := refusal(q.k, zero_points is not None, 8 if q.zero_points is not None else 4, q.zero_points is None):
+    sums = zero_points is not None and not two_level(scales)  # with two levels they are part of the weights' bytes
+    if why := refusal(q.k, sums, 8 if q.zero_points is not None else 4, q.zero_points is None):
         fail(_OP, "quantized", why, "shorter ones")
+    if two_level(scales) and q.width != 8:
+        fail(_OP, "quantized.width", q.width, "8 for weights in two levels of scales")
     for name, tensor, shape in (("bias", bias, (n,)), ("residual", residual, (q.m, n))):
         if tensor is not None and (tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device
                                    or tensor.stride(-1) != 1 and n > 1
@@ -86,7 +90,7 @@ def lowbit_linear(quantized, qweight: Tensor, scales: Tensor, zero_points: Tenso
             fail(_OP, name, f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}",
                  f"{dtype} {list(shape)} on {device} with contiguous rows")
     if zero_points is not None:
-        if q.sums is None:
+        if sums and q.sums is None:
             fail(_OP, "quantized", "no sums of codes, but weights with zero points", "sums=True there")
         ops_cuda._check_zero_points(_OP, zero_points, bits, "in integer products")
     y = torch.empty((q.m, n), dtype=dtype, device=device)
@@ -98,7 +102,7 @@ def lowbit_linear(quantized, qweight: Tensor, scales: Tensor, zero_points: Tenso
         return y
     width, index = _WIDTHS[q.width], device.index
     table, cost = (None, 0) if width != 2 else stage_tables(q.block_bits)[q.m > _FEW]
-    scale_code = CODE[scales.dtype]
+    scale_code = SCALE_CODE[scales.dtype]
     if index is not None and torch.cuda.current_device() != index:
         with torch.cuda.device(index):
             return lowbit_linear(q, qweight, scales, zero_points, bias, n, bits, group_size, dtype, residual)
@@ -107,7 +111,7 @@ def lowbit_linear(quantized, qweight: Tensor, scales: Tensor, zero_points: Tenso
     partials, counters = ops_cuda._workspace(device, partial_bytes, counter_bytes)
     _C.cuda_lowbit_linear(
         q.codes.data_ptr(), width, q.codes.stride(0), q.scales.data_ptr(), q.scale_stride,
-        0 if zero_points is None else q.sums.data_ptr(), 0 if q.zero_points is None else q.zero_points.data_ptr(),
+        q.sums.data_ptr() if sums else 0, 0 if q.zero_points is None else q.zero_points.data_ptr(),
         0 if table is None else table.data_ptr(), cost, q.act_group, q.m, q.k, qweight.data_ptr(), scales.data_ptr(),
         scale_code, 0 if zero_points is None else zero_points.data_ptr(), 0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(), n if residual is None or q.m == 1 else residual.stride(0),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..registry import register_format
+from . import two_level
 from .base import Format, Params, Shape, Tensors, TensorSpec
 
 TILE_ROWS = 16  # rows that a kernel tile interleaves
@@ -27,7 +28,8 @@ class Int(Format):
     """``w = (q - zero_point) * scale`` with ``q`` in ``0 .. 2^bits - 1``.
 
     Symmetric weights fix the zero point at ``2^(bits-1)``. ``group_size`` columns of a row share a scale; 0 means the
-    whole row. ``scale_dtype`` is ``model`` (the weight's own dtype), ``fp32``, ``bf16`` or ``fp16``.
+    whole row. ``scale_dtype`` is ``model`` (the weight's own dtype), ``fp32``, ``bf16``, ``fp16``, or ``int8``: an
+    integer for each group below a float32 for each row (`two_level`), for rounded activations and up to 6 bits.
 
     ``activation`` is the input's precision inside the kernel: 16 leaves it exact; 8, 6 and 4 round it to integers, as
     `quantize_activations` defines. ``act_group`` channels of a token share a scale (multiples of 32; 0: all of them),
@@ -54,8 +56,12 @@ class Int(Format):
         if self.group_size < 0 or self.group_size % BLOCK_COLUMNS:
             raise ValueError(f"found group={self.group_size}, accepted are multiples of {BLOCK_COLUMNS} "
                              "(32, 64, 128 are usual) and 0 for one scale per channel")
-        if self.scale_dtype != "model" and self.scale_dtype not in _DTYPES:
-            raise ValueError(f"found scale={self.scale_dtype!r}, accepted are model, {', '.join(_DTYPES)}")
+        if self.scale_dtype not in ("model", "int8", *_DTYPES):
+            raise ValueError(f"found scale={self.scale_dtype!r}, accepted are model, {', '.join(_DTYPES)}, int8")
+        if self.two_level and (self.num_bits not in two_level.BITS or self.activation == 16 or not self.group_size):
+            raise ValueError(f"found scale=int8 with W{self.num_bits}A{self.activation} and group={self.group_size}, "
+                             "accepted are 2 to 6 weight bits in groups, with activations of 4, 6 or 8 bits: integer "
+                             "group scales belong to integer products")
         self._check_activations()
 
     def _check_activations(self) -> None:
@@ -77,6 +83,11 @@ class Int(Format):
         """``(act_group, act_clip, act_sym, static)``."""
         return self.act_group, self.act_clip, self.act_sym, self.act_scale == "static"
 
+    @property
+    def two_level(self) -> bool:
+        """Whether groups have integer scales below those of their rows."""
+        return self.scale_dtype == "int8"
+
     # -- parameters and projection ------------------------------------------------------------------------------
 
     @property
@@ -88,6 +99,8 @@ class Int(Format):
         return 2**self.num_bits - 1
 
     def _scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if self.two_level:
+            return torch.uint8
         if self.scale_dtype == "model":
             return dtype if dtype in _DTYPES.values() else torch.float32
         return _DTYPES[self.scale_dtype]
@@ -100,6 +113,13 @@ class Int(Format):
         so that what a method sees is what is stored.
         """
         params = Params(dtype=self._scale_dtype(dtype or w.dtype))
+        if self.two_level:
+            channel, groups, zeros = two_level.fit(w, self.num_bits, self.group_size, self.symmetric, search,
+                                                   importance)
+            params |= {"scales": groups * channel, "group_scales": groups, "channel_scales": channel}
+            if not self.symmetric:
+                params["zero_points"] = zeros
+            return params
         scales, zeros = self._fit_groups(w, params["dtype"], search, importance)
         params["scales"] = scales
         if zeros is not None:
@@ -109,8 +129,14 @@ class Int(Format):
     def refit(self, params: Params, w: Tensor, lo: int, *, search: bool = False) -> None:
         if not self.group_size:
             return
-        scales, zeros = self._fit_groups(w, params["dtype"], search, None)
         first = lo // self.group_size
+        if self.two_level:  # below the channel scales that there are
+            channel = params["channel_scales"]
+            groups, zeros, _ = two_level.fit_groups(w, channel, self.num_bits, self.group_size, self.symmetric, search)
+            params["group_scales"][:, first : first + groups.shape[1]] = groups
+            scales, zeros = groups * channel, None if self.symmetric else zeros
+        else:
+            scales, zeros = self._fit_groups(w, params["dtype"], search, None)
         params["scales"][:, first : first + scales.shape[1]] = scales
         if zeros is not None:
             params["zero_points"][:, first : first + zeros.shape[1]] = zeros
@@ -139,11 +165,19 @@ class Int(Format):
     def codes(self, w: Tensor, params: Params, lo: int = 0) -> Tensor:
         """Unsigned integer codes, still in ``w``'s dtype."""
         scales, zero = self._columns(params, lo, w.shape[1])
-        return torch.div(w, scales).round_().add_(zero).clamp_(0, self.levels)
+        return self._coded(w, scales, zero, params, lo)
+
+    def _coded(self, w: Tensor, scales: Tensor, zero: Tensor | int, params: Params, lo: int) -> Tensor:
+        codes = torch.div(w, scales).round_().add_(zero).clamp_(0, self.levels)
+        if self.two_level and not self.symmetric:
+            index = torch.arange(lo, lo + w.shape[1], device=w.device) // self.group_size
+            limit = two_level.reach(params["group_scales"][:, index])
+            codes = torch.minimum(torch.maximum(codes, zero - limit), zero + limit)
+        return codes
 
     def project(self, w: Tensor, params: Params, lo: int = 0, *, importance: Tensor | None = None) -> Tensor:
         scales, zero = self._columns(params, lo, w.shape[1])
-        return torch.div(w, scales).round_().add_(zero).clamp_(0, self.levels).sub_(zero).mul_(scales)
+        return self._coded(w, scales, zero, params, lo).sub_(zero).mul_(scales)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -157,6 +191,11 @@ class Int(Format):
             step = self.act_clip * groups / (2 ** (self.activation - 1) - 1)
             params["input_scale"] = step.clamp_min(torch.finfo(torch.float32).smallest_normal)
 
+    @property
+    def standard(self) -> bool:
+        """Whether the usual checkpoint layouts say all of its tensors."""
+        return self.act_scale == "dynamic" and not self.two_level
+
     # -- storage ------------------------------------------------------------------------------------------------
 
     def groups(self, in_features: int) -> int:
@@ -164,14 +203,21 @@ class Int(Format):
 
     def pack(self, w_hat: Tensor, params: Params) -> Tensors:
         codes = self.codes(w_hat, params).to(torch.uint8)
-        return self.pack_codes(codes, params["scales"].to(params["dtype"]), params.get("zero_points"),
-                               params.get("input_scale"))
+        scales = two_level.store(params["group_scales"], params["channel_scales"]) if self.two_level \
+            else tile_rows(params["scales"].to(params["dtype"]))
+        return self._tensors(codes, scales, params.get("zero_points"), params.get("input_scale"))
 
     def pack_codes(self, codes: Tensor, scales: Tensor, zero_points: Tensor | None,
                    input_scale: Tensor | None = None) -> Tensors:
         """Stored tensors from ``codes`` uint8 ``[out, in]``, ``scales`` ``[out, groups]`` in their final dtype and
         ``zero_points`` ``[out, groups]`` (None where symmetric). The standard checkpoint layouts come in here."""
-        tensors = {"qweight": ops.int_pack(codes.contiguous(), self.num_bits), "scales": tile_rows(scales)}
+        if self.two_level:
+            raise ValueError(f"{self}: found scales [out, groups], accepted are those of `fit`, in two levels")
+        return self._tensors(codes, tile_rows(scales), zero_points, input_scale)
+
+    def _tensors(self, codes: Tensor, scales: Tensor, zero_points: Tensor | None,
+                 input_scale: Tensor | None) -> Tensors:
+        tensors = {"qweight": ops.int_pack(codes.contiguous(), self.num_bits), "scales": scales}
         if not self.symmetric:
             tensors["zero_points"] = tile_rows(zero_points.to(torch.uint8))
         if self.act_scale == "static":
@@ -200,11 +246,12 @@ class Int(Format):
         return steps.clamp_min(torch.finfo(torch.float32).smallest_normal)
 
     def unpack_codes(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(codes, scales, zero_points)`` in row-major order, as `pack_codes` takes them."""
-        zero = tensors.get("zero_points")
+        """``(codes, scales, zero_points)`` in row-major order, as `pack_codes` takes them; scales in two levels as
+        their products, float32."""
+        zero, scales = tensors.get("zero_points"), tensors["scales"]
         return (
             ops.int_unpack(tensors["qweight"], *shape, self.num_bits),
-            untile_rows(tensors["scales"], shape[0]),
+            untile_rows(two_level.expanded(scales) if self.two_level else scales, shape[0]),
             None if zero is None else untile_rows(zero, shape[0]),
         )
 
@@ -220,13 +267,14 @@ class Int(Format):
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
         rows, blocks = math.ceil(shape[0] / TILE_ROWS), math.ceil(shape[1] / BLOCK_COLUMNS)
-        scales = (rows, self.groups(shape[1]), TILE_ROWS)
+        groups = self.groups(shape[1])
         spec = {
             "qweight": TensorSpec((rows, blocks, 64 * self.num_bits), torch.uint8),
-            "scales": TensorSpec(scales, self._scale_dtype(dtype)),
+            "scales": TensorSpec((rows, groups + two_level.CHANNEL_ROWS * self.two_level, TILE_ROWS),
+                                 self._scale_dtype(dtype)),
         }
         if not self.symmetric:
-            spec["zero_points"] = TensorSpec(scales, torch.uint8)
+            spec["zero_points"] = TensorSpec((rows, groups, TILE_ROWS), torch.uint8)
         if self.act_scale == "static":
             spec["input_scale"] = TensorSpec((self.input_groups(shape[1]),), torch.float32)
         return spec
@@ -276,9 +324,9 @@ class Int(Format):
             return kernel
         from ..ops_lowbit_gemm_cuda import refusal
 
-        why = refusal(shape[1], not self.symmetric, self.activation, self.act_sym)
+        why = refusal(shape[1], not self.symmetric and not self.two_level, self.activation, self.act_sym)
         return f"reference: {why}, torch rounds them for int_linear cuda" if why else \
-            "quantize_rows cuda, lowbit_linear cuda"
+            f"quantize_rows cuda, {'two_level' if self.two_level else 'lowbit'}_linear cuda"
 
     def kernel_grouped(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         kernel = ops.int_linear_grouped.kernel(torch.device(device))
@@ -287,7 +335,9 @@ class Int(Format):
         if self.act_scale == "static":
             return ("reference: no CUDA kernel for static activation scales of experts, torch rounds them for "
                     "int_linear_grouped cuda")
-        return self.kernel(shape, device).replace("lowbit_linear", "lowbit_linear_grouped")
+        name = self.kernel(shape, device).replace("lowbit_linear", "lowbit_linear_grouped")
+        return name.replace("two_level_linear cuda", "lowbit_linear_grouped cuda on scales of one level, made in each "
+                                                     "call")
 
     def text(self) -> str:
         shown = []

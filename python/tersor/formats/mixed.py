@@ -46,7 +46,7 @@ class MixedInputs(Around):
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return F.linear(self.quantize_input(x, tensors), self.unpack(tensors, shape, x.dtype), bias)
         inner, zero = self.inner, tensors.get("zero_points")
-        return ops_fused().int_linear_fused(
+        return ops_fused().int_linear_fused.dispatch(
             x, None, [tensors["qweight"]], [tensors["scales"]], [] if zero is None else [zero],
             [] if bias is None else [bias], [shape[0]], inner.num_bits, inner.group_size, 4, inner.act_group,
             inner.act_clip, True, None, block_bits=tensors["block_bits"])[0]

@@ -133,7 +133,7 @@ class Native(OwnLayout):
                 raise CheckpointError(f"{stored(name)}: found NaN or infinite values, accepted are finite ones")
         if site.kind != "experts":
             self._verify(held, site, tuple(site.shape))
-        elif not isinstance(self.format, Int):  # any bytes are sound integer codes
+        elif not isinstance(self.format, Int) or self.format.two_level:  # any bytes are sound integer codes
             for projection, shape in Experts.holding(site.module, self.format, "meta").projections.items():
                 for expert in range(site.shape[0]):
                     one = {name: tensor[expert] for name, tensor in under(held, projection).items()}
@@ -229,7 +229,7 @@ def _layout(what: str, group: Mapping) -> OwnLayout:
     except SpecError as error:
         raise CheckpointError(f"{what}.spec: {error}") from None
     steps = _steps(what, "pre", group.get("pre", [])) + _steps(what, "post", group.get("post", []))
-    if kind == PACKED and isinstance(format, Int) and format.act_scale == "dynamic":
+    if kind == PACKED and isinstance(format, Int) and format.standard:
         return Packed(format, steps)
     if kind != NATIVE:
         raise CheckpointError(f"{what}.format: found {kind!r} for {spec}, accepted are {PACKED!r} (integer formats) "
@@ -256,7 +256,7 @@ def layout_of(layer: nn.Module) -> OwnLayout:
     if not named:
         raise Unsupported(f"format {format!r}: its name {text!r} stands for another format")
     steps = _held(getattr(layer, "pre", None), "pre") + _held(getattr(layer, "post", None), "post")
-    packed = isinstance(format, Int) and format.act_scale == "dynamic" and not isinstance(layer, Experts)
+    packed = isinstance(format, Int) and format.standard and not isinstance(layer, Experts)
     return (Packed if packed else Native)(format, steps)
 
 

@@ -180,6 +180,8 @@ def _write_compressed_tensors(layers: Mapping[str, Layer], plain: Surroundings) 
             raise _refuse(container, name, f"found format {layer.format}, accepted are integer formats")
         if _steps(layer):
             raise _refuse(container, name, f"it has online steps ({_steps(layer)})")
+        if layer.format.two_level:
+            raise _refuse(container, name, f"found format {layer.format}, accepted are scales in one level")
         f = layer.format
         if f.activation == 6 or f.input_options[1:] != (1.0, True, False):
             raise _refuse(container, name, f"found activations of {f}, accepted are dynamic symmetric ones of 4 or 8 "

@@ -29,8 +29,9 @@ class BCT(Method):
 
     def choose(self, w: Tensor, fmt: Format, stats: Statistics | None = None, previous: Choice | None = None, *,
                dtype: torch.dtype | None = None) -> Choice:
-        if not isinstance(fmt, Int) or not fmt.symmetric:
-            raise ValueError(f"found format {fmt}, accepted are symmetric integers such as W8A8[group=64]")
+        if not isinstance(fmt, Int) or not fmt.symmetric or fmt.two_level:
+            raise ValueError(f"found format {fmt}, accepted are symmetric integers with scales in "
+                             "one level, such as W8A8[group=64]")
         params = fmt.fit(w, dtype=dtype)
         size = fmt.group_size or w.shape[1]
         blocks = torch.nn.functional.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size))

@@ -62,7 +62,7 @@ class FireQ(Method):
     def choose(self, w: Tensor, fmt: Format, stats: Statistics | None, previous: Choice | None = None, *,
                dtype: torch.dtype | None = None) -> Choice:
         inner = fmt.inner if isinstance(fmt, Inputs) else fmt
-        if not isinstance(inner, Int) or inner.num_bits != 4 or not inner.symmetric:
+        if not isinstance(inner, Int) or inner.num_bits != 4 or not inner.symmetric or inner.two_level:
             raise ValueError(f"found format {fmt}, accepted are W4AFP8 and other symmetric integers of 4 bits")
         params = fmt.fit(w, dtype=dtype)
         params["scales"] = group_scales(w, inner.group_size)

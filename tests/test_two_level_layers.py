@@ -1,0 +1,119 @@
+"""``W4A8[scale=int8]`` in models: compress, save and load, what refuses it, and what it costs."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from io_models import compressed, config_of, logits
+from test_compress import LINEARS, TOKENS, llama
+from test_gptq import correlated, output_error, statistics, weight
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tersor
+from tersor import evaluate
+from tersor.formats import Int
+from tersor.io import load, save
+from tersor.io.errors import CheckpointError, Unsupported
+from tersor.methods import GPTQ, RTN
+from tersor.ops_fused import BoundIntLinearFused
+
+MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "stdlib-llama"
+SPEC = "W4A8[group=32,scale=int8,act_group=0]"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", [f"rtn:{SPEC}", "gptq:W4A8[group=32,sym=false,scale=int8]", f"quarot+gptq:{SPEC}",
+                                    f"awq:{SPEC}", "rtn:W4Ax[group=32,scale=int8]",
+                                    "smoothquant+gptq:W3A8[group=64,scale=int8,act_group=0,act_sym=false]"])
+def test_compress(recipe):
+    model = llama(dtype=torch.float32)
+    before = model(TOKENS).logits
+    report = tersor.compress(model, recipe, calibration=TOKENS)
+    assert len(report.rows) >= LINEARS and not any(row.kernel.startswith("reference") for row in report.rows)
+    after = model(TOKENS).logits
+    assert 0 < (after - before).norm() / before.norm() < 0.5
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.siblings is attention.v_proj.siblings
+    assert (attention.q_proj.siblings is None) is ("Ax" in recipe)
+    twin = copy.deepcopy(model)
+    for layer in compressed(twin).values():
+        layer.siblings = None
+    assert torch.equal(twin(TOKENS).logits, after), "alone as together"
+
+
+@torch.no_grad()
+def test_norms_and_gates_run_in_the_call():
+    model = llama(dtype=torch.float32)
+    tersor.compress(model, f"rtn:{SPEC}")
+    plain = copy.deepcopy(model)
+    model(TOKENS)
+    calls = {name: layer.siblings._call for name, layer in compressed(model).items() if layer.siblings is not None}
+    assert calls and all(call is not None for call in calls.values())
+    tersor.compress(quarot := llama(dtype=torch.float32), f"quarot:{SPEC}", calibration=TOKENS)
+    quarot(TOKENS)
+    fused = [layer._fused[0] for layer in compressed(quarot).values() if layer.pre is not None]
+    assert any(isinstance(call, BoundIntLinearFused) for call in fused)
+    assert torch.equal(plain(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_beats_rounding_to_nearest(symmetric):
+    x, w = correlated(400, 160, dtype=torch.float32), weight(24, 160, dtype=torch.float32)
+    fmt = Int(3, 32, symmetric, 8, "int8")
+    nearest = RTN(search=False).choose(w, fmt)
+    chosen = GPTQ(search=False).choose(w, fmt, statistics(x))
+    assert output_error(w, chosen.w_hat, x) < 0.75 * output_error(w, nearest.w_hat, x)
+    stored = fmt.unpack(fmt.pack(chosen.w_hat, chosen.params), (24, 160))
+    assert torch.allclose(stored, chosen.w_hat, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+def test_save_and_load(tmp_path, symmetric):
+    model = llama()
+    tersor.compress(model, f"rtn:W4A8[group=64,sym={symmetric},scale=int8]")
+    assert save(model, tmp_path / "q") == "tersor"
+    group = config_of(tmp_path / "q")["config_groups"]["group_0"]
+    assert "scale=int8" in group["spec"] and group["format"] == "tersor-native"
+    again = load(tmp_path / "q")
+    assert torch.allclose(logits(again), logits(model), atol=0.02)  # torch's sums of bfloat16 differ in last bits
+    for name, layer in compressed(model).items():
+        for key, tensor in layer.tensors().items():
+            assert torch.equal(again.get_submodule(name).tensors()[key], tensor)
+    with pytest.raises(Unsupported, match="compressed-tensors cannot hold .*scale=int8.*accepted are scales in one"):
+        save(model, tmp_path / "p", "compressed-tensors")
+
+
+def test_channel_scales_that_are_not_finite_are_refused(tmp_path):
+    model = llama()
+    tersor.compress(model, f"rtn:{SPEC}")
+    scales = model.model.layers[0].mlp.up_proj.tensors()["scales"]
+    scales[0, -4:] = 255  # NaN
+    save(model, tmp_path / "q")
+    with pytest.raises(CheckpointError, match="not finite"):
+        load(tmp_path / "q")
+
+
+@pytest.mark.parametrize("recipe, words", [
+    ("rtn:W4A16[scale=int8]", "found scale=int8 with W4A16"), ("bct:W4A8[group=32,scale=int8]", "scales in one level"),
+    ("rtn:W8A8[group=128,scale=int8]", "2 to 6 weight bits"),
+])  # fmt: skip
+def test_recipes_that_are_refused(recipe, words):
+    with pytest.raises(ValueError, match=words):
+        tersor.compress(llama(), recipe)
+
+
+@torch.no_grad()
+def test_perplexity_is_near_that_of_one_level():
+    """The reference model, 4-bit weights in groups of 128, 8-bit activations."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    windows = evaluate.windows(evaluate.token_ids(tokenizer, (MODEL / "heldout.txt").read_text()[:12000]), 256, 12)
+    found = {}
+    for options in ("", "act_group=0", "scale=int8,act_group=0", "scale=int8,sym=false,act_group=0"):
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+        tersor.compress(model, f"rtn:W4A8[{options}]" if options else "rtn:W4A8")
+        found[options] = evaluate.perplexity(model, windows)
+    print(found)
+    assert found["scale=int8,act_group=0"] < 1.03 * found["act_group=0"]
+    assert found["scale=int8,sym=false,act_group=0"] < 1.03 * found["act_group=0"]
