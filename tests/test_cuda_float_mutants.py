@@ -12,7 +12,7 @@ from tersor.formats import NVFP4, Float, Microscaling
 from tersor.ops_round import float_round
 
 KERNEL, STREAM = "cuda/kernels/sm80_float_linear.cu", "cuda/tile/row_stream.h"
-FORMAT = {0: Float("e4m3", "channel"), 1: Microscaling("e2m1"), 2: NVFP4()}
+FORMAT = {0: Float("e4m3", "channel"), 1: Microscaling("e2m1"), 2: NVFP4(), 3: Microscaling("e2m3")}
 
 
 def instance(token_tiles, bfloat16=True):
@@ -50,9 +50,10 @@ MUTANTS = {  # kind of weight, file, what is replaced, by what
     "tails of rows whole": (0, STREAM, "left < kPieceBytes16 ? left : kPieceBytes16", "kPieceBytes16"),
     "a scale for two rows": (0, STREAM, "scale[2 * j + i / 2]", "scale[2 * j]"),
     "the next block's scales": (1, KERNEL, "kStreamRows * block + row : row", "kStreamRows * (block ^ 1) + row : row"),
-    "the mantissa lost": (1, KERNEL, 
-                              "kFields = (kWide ? 0x7f00u : kSix ? 0x7c00u : 0x7000u)",
-                              "kFields = (kWide ? 0x7f00u : kSix ? 0x7c00u : 0x6000u)"),
+    "the mantissa lost": (1, KERNEL,
+                          "kFields = (kWide ? 0x7f00u : kSix ? 0x7c00u : 0x7000u)",
+                          "kFields = (kWide ? 0x7f00u : kSix ? 0x7c00u : 0x6000u)"),
+    "the even code of six for the odd one": (3, KERNEL, "four << (p % 2 ? 8 : 20)", "four << (p % 2 ? 14 : 26)"),
     "one scale for all lanes": (2, KERNEL, "16 * (block % 2) + 8 * (c / 2)", "16 * (block % 2)"),
     "the global scale left out": (2, KERNEL, "Decoder::kFactor / ptx::load_global_constant(a.global)",
                                   "Decoder::kFactor / 1.0f"),
