@@ -36,26 +36,28 @@ def patch(model: nn.Module, layers: Mapping[str, LayerSpec | Format], device=Non
         if isinstance(spec, Format):
             spec = LayerSpec(spec)
         made[name] = _layer(name, _find(model, name), spec, device)
-    for name, layer in made.items():
-        replace(model, name, layer)
+    replace(model, made)
     return made
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Exchange one module wherever the model uses it, and undo the tying of input and output embeddings where it would
-    overwrite it."""
-    old = _find(model, name)
+def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Exchange modules by name, each wherever the model uses it, and undo the tying of input and output embeddings
+    where it would overwrite them."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, key))
     config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False) and isinstance(module, (Linear, Embedding)):
-        ends = [end() for end in (getattr(model, "get_output_embeddings", None),
-                                  getattr(model, "get_input_embeddings", None)) if end is not None]
-        if any(old is end for end in ends):
-            config.tie_word_embeddings = False
-    places = [(parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is old]
-    if not places:
-        raise ValueError(f"layer {name!r}: found the model itself, accepted are modules of it")
-    for parent, key in places:
-        setattr(parent, key, module)
+    ends = [end() for end in (getattr(model, "get_output_embeddings", None),
+                              getattr(model, "get_input_embeddings", None)) if end is not None]
+    found = {name: _find(model, name) for name in modules}
+    for name, module in modules.items():
+        if found[name] is model:
+            raise ValueError(f"layer {name!r}: found the model itself, accepted are modules of it")
+        if getattr(config, "tie_word_embeddings", False) and isinstance(module, (Linear, Embedding)):
+            config.tie_word_embeddings = not any(found[name] is end for end in ends)
+        for parent, key in places[id(found[name])]:
+            setattr(parent, key, module)
 
 
 def link_siblings(model: nn.Module) -> int:

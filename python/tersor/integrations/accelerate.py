@@ -49,8 +49,8 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
     if not taken and not report.kept:
         raise ValueError("model: found no packed module; accepted are compressed-tensors models that have not run yet, "
                          "and loaded GPTQ and AWQ models")
+    replace(model, taken)
     for name, layer in taken.items():
-        replace(model, name, layer)
         report.add(Row(name, str(layer.format), "", tuple(layer.shape), 8 * layer.nbytes / layer.shape[0]
                        / layer.shape[1], layer.kernel, bytes_before=layer.nbytes, bytes_after=layer.nbytes,
                        note="reference" if reference_kernel(layer.kernel) else ""))

@@ -285,22 +285,21 @@ class Loading(nn.Module):
 
 def begin(model: nn.Module, plan: LoadPlan) -> None:
     """Put a `Loading` in the place of each compressed module."""
-    for name, slot in plan.slots.items():
-        replace(model, name, Loading(slot))
+    replace(model, {name: Loading(slot) for name, slot in plan.slots.items()})
     untie(model, plan.slots)
 
 
 def finish(model: nn.Module) -> None:
     """Put the layers in the place of the `Loading` modules."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Loading):
-            layer = module.finish()
-            hook = getattr(module, "_hf_hook", None)
-            replace(model, name, layer)
-            if hook is not None:
-                from accelerate.hooks import add_hook_to_module
+    loading = {name: module for name, module in model.named_modules() if isinstance(module, Loading)}
+    layers = {name: module.finish() for name, module in loading.items()}
+    replace(model, layers)
+    for name, module in loading.items():
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            from accelerate.hooks import add_hook_to_module
 
-                add_hook_to_module(layer, hook)
+            add_hook_to_module(layers[name], hook)
 
 
 def untie(model: nn.Module, names) -> None:

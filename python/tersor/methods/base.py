@@ -99,7 +99,7 @@ class Method:
         missing = [f for f in fields if stats is None or getattr(stats, f) is None]
         if missing:
             raise ValueError(f"{self.name}: found no {', '.join(missing)} of the layer's inputs; accepted are "
-                             "statistics collected from calibration data")
+                             "statistics of calibration data, before another transform changes the input online")
         return stats
 
 
