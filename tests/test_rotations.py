@@ -255,7 +255,7 @@ def test_comet_gathers_outliers_in_wide_blocks(outlier_model):
         report = tersor.compress(model, spec, data)
         found[spec] = perplexity(model, ids) / whole - 1
     exact, narrow, comet = found.values()
-    assert comet - exact < 0.15 * (narrow - exact)
+    assert comet - exact < 0.03 * (narrow - exact)
     layer = model.model.layers[0].mlp.down_proj
     assert layer.tensors()["block_bits"].tolist() == [8, 4, 4, 4, 4, 4] and layer.pre[0].kind == "permute"
     assert any("outlier channels, 1 of 6 blocks" in row.note for row in report.rows)
