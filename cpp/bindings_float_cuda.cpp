@@ -59,17 +59,18 @@ void define_float_cuda(py::module_& module) {
   module.def(
       "cuda_fp8_linear",
       [](Address x, Address x_scales, int64_t x_groups, int64_t m, int64_t k, Address codes, int weight, Address scales,
-         int scale_dtype, int64_t scale_rows, int64_t group, Address bias, int y_dtype, Address y, int64_t n,
-         int64_t ldy, int64_t ranges, Address partials, Address counters, Address stream) {
+         int scale_dtype, Address scale_multiplier, int64_t scale_rows, int64_t group, Address bias, int y_dtype,
+         Address y, int64_t n, int64_t ldy, int64_t ranges, Address partials, Address counters, Address stream) {
         check(tersor_cuda_fp8_linear(pointer<const uint8_t>(x), pointer<const float>(x_scales), x_groups, m, k,
-                                     pointer<const uint8_t>(codes), weight, pointer(scales), scale_dtype, scale_rows,
-                                     group, pointer(bias), y_dtype, pointer(y), n, ldy, ranges,
-                                     pointer<float>(partials), pointer<uint32_t>(counters), pointer(stream)));
+                                     pointer<const uint8_t>(codes), weight, pointer(scales), scale_dtype,
+                                     pointer<const float>(scale_multiplier), scale_rows, group, pointer(bias), y_dtype,
+                                     pointer(y), n, ldy, ranges, pointer<float>(partials),
+                                     pointer<uint32_t>(counters), pointer(stream)));
       },
       py::arg("x"), py::arg("x_scales"), py::arg("x_groups"), py::arg("m"), py::arg("k"), py::arg("codes"),
-      py::arg("weight"), py::arg("scales"), py::arg("scale_dtype"), py::arg("scale_rows"), py::arg("group"),
-      py::arg("bias"), py::arg("y_dtype"), py::arg("y"), py::arg("n"), py::arg("ldy"), py::arg("ranges"),
-      py::arg("partials"), py::arg("counters"), py::arg("stream"),
+      py::arg("weight"), py::arg("scales"), py::arg("scale_dtype"), py::arg("scale_multiplier"),
+      py::arg("scale_rows"), py::arg("group"), py::arg("bias"), py::arg("y_dtype"), py::arg("y"), py::arg("n"),
+      py::arg("ldy"), py::arg("ranges"), py::arg("partials"), py::arg("counters"), py::arg("stream"),
       "e4m3 rows times 4-bit integers or e4m3 on a GPU; see cuda/tersor_float.h");
   module.def(
       "cuda_block_rows",

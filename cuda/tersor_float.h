@@ -36,13 +36,14 @@ int tersor_cuda_fp8_linear_plan(int64_t m, int64_t n, int64_t k, int weight, int
                                 int64_t* counter_bytes);
 
 /* y[m, n] = (x x_scales) (weights scales)^T + bias from such codes, on sm_89 and later. weight 0: symmetric integers of
- * 4 bits in the layout of cpp/cpu/int_layout.h, scales [ceil(n/16)][groups][16], groups of a multiple of 32 or (0) a row,
- * x interleaved; 1: e4m3 [n][k], scales [ceil(n/scale_rows)][ceil(k/group)], groups of a multiple of 128 or all of k.
+ * 4 bits in the layout of cpp/cpu/int_layout.h, scales [ceil(n/16)][groups][16] of scale_dtype (enum tersor_dtype, or
+ * 4: e4m3 times *scale_multiplier), groups of a multiple of 32 or (0) a row, x interleaved; 1: e4m3 [n][k], scales [ceil(n/scale_rows)][ceil(k/group)], groups of a multiple of 128 or all of k.
  * bias and y are of y_dtype, 1 bfloat16 or 2 float16. counters are zero before and after. */
 int tersor_cuda_fp8_linear(const uint8_t* x, const float* x_scales, int64_t x_groups, int64_t m, int64_t k,
-                           const uint8_t* codes, int weight, const void* scales, int scale_dtype, int64_t scale_rows,
-                           int64_t group, const void* bias, int y_dtype, void* y, int64_t n, int64_t ldy,
-                           int64_t ranges, float* partials, uint32_t* counters, void* stream);
+                           const uint8_t* codes, int weight, const void* scales, int scale_dtype,
+                           const float* scale_multiplier, int64_t scale_rows, int64_t group, const void* bias,
+                           int y_dtype, void* y, int64_t n, int64_t ldy, int64_t ranges, float* partials,
+                           uint32_t* counters, void* stream);
 
 /* x [m, k] rounded in groups: kind 0 MXFP4, 1 NVFP4, 2 MXFP8, 3 MXFP6 (e2m3). codes [m][64 ceil(k/128)], two of e2m1 in
  * a byte, or [m][128 ceil(k/128)], a byte each, and scales [m][ceil(k/128) * (4; NVFP4: 8)]: exponents with a bias of

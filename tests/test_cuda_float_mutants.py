@@ -91,6 +91,8 @@ def check_fp8(edits):
     native = fp8.library(0, (*inputs_instance(FP8, "fp8_linear", "TERSOR_FP8"), *edits))
     for seed, (n, k, group, ranges) in enumerate(((204, 300, 32, 4), (36, 1030, 128, 1))):
         weight = Weight(n, k, 4, group, True, torch.float16, seed)
+        if seed:
+            fp8.with_byte_scales(weight)
         x, bias = inputs(11, n, k, torch.bfloat16, True, seed)
         x[2, 5] *= 500  # the others of its row become subnormal
         wanted = float_round.reference(x.float(), "e4m3", "largest", 0)
@@ -117,6 +119,7 @@ INPUT_MUTANTS = {  # the check and its kind, file, what is replaced, by what
     "the codes' halves exchanged": (check_fp8, None, FP8, "e4m3_of_int4(word >> 4, word)",
                                     "e4m3_of_int4(word, word << 4)"),
     "one token's scale for two": (check_fp8, None, FP8, "of_tokens[i % 2]", "of_tokens[0]"),
+    "no multiplier of byte scales": (check_fp8, None, FP8, "512.0f * (a.scale_dtype", "512.0f * (-1 == a.scale_dtype"),
     "the next group's scale": (check_fp8, None, FP8, "const int group = a.groups == 1 ? 0 : block / a.group_blocks",
                                "const int group = a.groups == 1 ? 0 : index * 4 / a.group_blocks"),
     "no barrier before the largest": (check_fp8, None, FP8_ROWS, "  ptx::barrier();\n", ""),

@@ -10,6 +10,7 @@ from emulation import build
 from test_cpu_int_linear import Weight
 
 from tersor.formats import Float
+from tersor.formats.integer import tile_rows, untile_rows
 from tersor.ops_round import float_round
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -62,9 +63,12 @@ def multiply(native, weight, codes, scales, dtype, bias=None, ranges=1, seeds=(0
     integers = isinstance(weight, Weight)
     stored = weight.qweight if integers else weight.codes
     rows, group = (1, weight.group) if integers else (weight.scale_rows, weight.group)
+    multiplier = getattr(weight, "multiplier", None)  # of scales that are e4m3
     before = (codes, scales, scales.shape[1], len(codes), weight.k, stored, ctypes.c_int(0 if integers else 1),
-              weight.scales, ctypes.c_int(CODE[weight.scales.dtype]), rows, group, bias, ctypes.c_int(CODE[dtype]))
-    named = {"x": codes, "x_scales": scales, "codes": stored, "scales": weight.scales, "bias": bias}
+              weight.scales, ctypes.c_int(CODE.get(weight.scales.dtype, 4)), multiplier, rows, group, bias,
+              ctypes.c_int(CODE[dtype]))
+    named = {"x": codes, "x_scales": scales, "codes": stored, "scales": weight.scales, "scale_multiplier": multiplier,
+             "bias": bias}
     return call(native, "tersor_cuda_fp8_linear", before, (), len(codes), weight.n, dtype, ranges, named, seeds, count,
                 pad)
 
@@ -141,6 +145,41 @@ def test_int4_against_float64(group):
         assert_near(y, values(codes, scales, k, True), weight.truth, bias, (group, m, n, k))
 
 
+def with_byte_scales(weight):
+    """The weight with scales of e4m3, small ones beside subnormal ones, under one multiplier."""
+    before = weight.scales.double()
+    weight.multiplier = torch.tensor([2.0**-13])
+    codes = (weight.scales.float() * 40).to(torch.float8_e4m3fn)
+    weight.scales = codes
+    ratio = untile_rows(codes.double() * 2.0**-13 / before, weight.n)
+    size = weight.group if 0 < weight.group < weight.k else weight.k
+    weight.truth = weight.truth * ratio[:, torch.arange(weight.k) // size]
+    return weight
+
+
+@pytest.mark.parametrize("group", (32, 128))
+def test_int4_under_byte_scales(group):
+    for seed, (m, n, k, ranges) in enumerate(CASES):
+        dtype = HALVES[seed % 2]
+        weight = with_byte_scales(Weight(n, k, 4, group, True, torch.float32, seed))
+        x, bias = inputs(m, n, k, dtype, False, seed)
+        codes, scales, _ = rounded(library(0), x, interleaved=True)
+        y, _ = multiply(library(0), weight, codes, scales, dtype, bias, min(ranges, units(n, k)), seeds=(0, 1))
+        assert_near(y, values(codes, scales, k, True), weight.truth, bias, (group, m, n, k))
+
+
+def test_every_scale_of_a_byte():
+    weight = Weight(127, 32, 4, 32, True, torch.float32)
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    weight.scales, weight.multiplier = tile_rows(numbers.view(-1, 1).view(torch.uint8)), torch.ones(1)
+    weight.scales = weight.scales.view(torch.float8_e4m3fn)
+    x = torch.zeros(1, 32)
+    x[0, 5] = 448
+    y, _ = multiply(library(0), weight, *rounded(library(0), x, interleaved=True)[:2], torch.bfloat16)
+    wanted = 448 * numbers.double() * (weight.codes[:, 5].double() - 8)
+    assert torch.equal(y[0], wanted.bfloat16())
+
+
 def test_every_integer_has_its_value():
     weight = Weight(32, 128, 4, 0, True, torch.float32, 1)
     weight.scales.fill_(1.0)
@@ -202,8 +241,8 @@ def refusal(name, **changes):
                  codes=x.data_ptr(), out=scales.data_ptr(), values=0, stream=0)
     else:
         a = dict(x=x.data_ptr(), x_scales=scales.data_ptr(), x_groups=1, m=2, k=64, codes=weight.data_ptr(), weight=0,
-                 scales=scales.data_ptr(), scale_dtype=0, scale_rows=1, group=0, bias=0, y_dtype=2, y=y.data_ptr(),
-                 n=32, ldy=32, ranges=1, partials=0, counters=0, stream=0)
+                 scales=scales.data_ptr(), scale_dtype=0, scale_multiplier=0, scale_rows=1, group=0, bias=0, y_dtype=2,
+                 y=y.data_ptr(), n=32, ldy=32, ranges=1, partials=0, counters=0, stream=0)
     a.update(changes)
     native = library(0).library
     native.tersor_last_error.restype = ctypes.c_char_p
@@ -222,6 +261,8 @@ def refusal(name, **changes):
     ("linear", dict(group=40), "group is 40; accepted: multiples of 32"),
     ("linear", dict(weight=1, group=32), "group is 32; accepted: multiples of 128"),
     ("linear", dict(weight=1, group=64), "kind 1: not in this build"),
+    ("linear", dict(weight=1, scale_dtype=4), "1 and 4; accepted: 0 int4"),
+    ("linear", dict(scale_dtype=4), "scale_multiplier is absent"),
     ("linear", dict(y_dtype=0), "y_dtype is 0"),
     ("linear", dict(x_groups=2), "2 and 1; accepted: 1 or 1"),
     ("linear", dict(ldy=31), "n = 32"),

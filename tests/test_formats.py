@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tersor.formats import (
-    NVFP4, PRESETS, AdditiveCodebook, BilevelInt, BlockDiagonal, Dense, Float, Inputs, Int, LowRank, Microscaling,
-    Outliers, OutputVectors, Sparse24, Sum,
+    NVFP4, PRESETS, AdditiveCodebook, BilevelInt, BlockDiagonal, ByteScales, Dense, Float, Inputs, Int, LowRank,
+    Microscaling, Outliers, OutputVectors, Sparse24, Sum,
 )
 from tersor.formats.base import reference_kernel
 from tersor.formats.bits import kmeans, nearest, pack_bits, unpack_bits
@@ -21,8 +21,12 @@ from tersor.registry import resolve_format
 FORMATS = [
     Int(4), Int(3, 32, False), Int(2, 0), Int(5, 64, scale_dtype="fp16"), Int(8, 0, activation=8),
     Int(4, 32, activation=4), Int(6, 32, activation=6, act_group=64, act_clip=0.9),
-    Int(4, 32, False, activation=8, act_group=0, act_sym=False), Dense(), LowRank(4), Float("e4m3", "tensor"), Float("e4m3", "channel"),
-    Float("e4m3", "block"), Microscaling("e2m1"), Microscaling("e2m3"), Microscaling("e4m3"), NVFP4(),
+    Int(4, 32, False, activation=8, act_group=0, act_sym=False), Int(4, 32, activation=8, scale_dtype="int8"),
+    Int(3, 64, False, activation=8, scale_dtype="int8", act_group=0),
+    Sparse24(Int(4, 32, activation=8, scale_dtype="int8")), Dense(), LowRank(4),
+    Float("e4m3", "tensor"), Float("e4m3", "channel"), Float("e4m3", "block"), Microscaling("e2m1"),
+    Microscaling("e2m3"), Microscaling("e4m3"), NVFP4(),
+    ByteScales(Int(3, 32, False, scale_dtype="fp32")), Inputs(ByteScales(Int(4, 64, scale_dtype="fp32"))),
     Inputs(Int(4, 32), "fp8", "token"), PRESETS["FP8"], PRESETS["FP8_BLOCK"], PRESETS["NVFP4"], PRESETS["MXFP4"],
     PRESETS["MXFP6A8"], PRESETS["MXFP4XFP8"], Sparse24(), Sparse24(Int(4, 32)), Sparse24(Int(4, 32, False)),
     Sparse24(Int(4, 32, activation=8)), Sparse24(NVFP4()), Sum((Int(3, 32), LowRank(4))),
@@ -146,7 +150,8 @@ def test_a_layer_holds_it(fmt):
 def test_kernel_is_named_or_reference(fmt):
     name = fmt.kernel(EVEN)
     fmt = fmt.inner if isinstance(fmt, Inputs) else fmt  # rounds its input, then does what the format in it does
-    expected = isinstance(fmt, (Int, Dense, LowRank, Float, Microscaling, NVFP4)) or isinstance(fmt, Sum) and all(
+    named = (ByteScales, Dense, Float, Int, LowRank, Microscaling, NVFP4)
+    expected = isinstance(fmt, named) or isinstance(fmt, Sum) and all(
         isinstance(term, (Int, LowRank)) for term in fmt.terms)
     assert reference_kernel(name) is not expected, name
 

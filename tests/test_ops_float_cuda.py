@@ -13,7 +13,7 @@ from test_cpu_int_linear import Weight
 from test_cuda_float_linear import assert_near
 
 from tersor import _C, ops_float, ops_float_cuda
-from tersor.formats import NVFP4, Float, Int, Microscaling
+from tersor.formats import NVFP4, ByteScales, Float, Int, Microscaling
 from tersor.formats.base import reference_kernel
 from tersor.formats.inputs import _ROUNDING, Inputs
 from tersor.ops_round import float_round
@@ -64,17 +64,18 @@ class Launchers:
         given = (x, x_dtype, m, k, ldx, top, groups, interleaved, codes, scales, values, stream)
         self.launch(fp8.library(0).library, "tersor_cuda_fp8_rows", buffers, given)
 
-    def fp8_linear(self, x, x_scales, x_groups, m, k, codes, weight, scales, scale_dtype, scale_rows, group, bias,
-                   y_dtype, y, n, ldy, ranges, partials, counters, stream):
+    def fp8_linear(self, x, x_scales, x_groups, m, k, codes, weight, scales, scale_dtype, multiplier, scale_rows, group,
+                   bias, y_dtype, y, n, ldy, ranges, partials, counters, stream):
         _, partial_bytes, counter_bytes = ops_float_cuda._fp8_plan(m, n, k, weight, None)
         groups = -(-k // group) if group else 1
         sizes = (-(-n // 16) * -(-k // 32) * 256, -(-n // 16) * 16 * groups) if weight == 0 else \
             (n * k, -(-n // scale_rows) * groups)
         buffers = [(x, m * -(-k // 128) * 128, 0), (x_scales, 4 * m * x_groups, 0), (codes, sizes[0], 0),
-                   (scales, sizes[1] * (4 if scale_dtype == 0 else 2), 0), (bias, 2 * n, 0), (y, 2 * m * n, 1),
+                   (scales, sizes[1] * {0: 4, 1: 2, 2: 2, 4: 1}[scale_dtype], 0), (multiplier, 4, 0), (bias, 2 * n, 0),
+                   (y, 2 * m * n, 1),
                    (partials, partial_bytes, 1), (counters, counter_bytes, 1)]
-        values = (x, x_scales, x_groups, m, k, codes, weight, scales, scale_dtype, scale_rows, group, bias, y_dtype, y,
-                  n, ldy, ranges, partials, counters, stream)
+        values = (x, x_scales, x_groups, m, k, codes, weight, scales, scale_dtype, multiplier, scale_rows, group, bias,
+                  y_dtype, y, n, ldy, ranges, partials, counters, stream)
         self.launch(fp8.library(weight).library, "tersor_cuda_fp8_linear", buffers, values)
 
     def block_rows(self, x, x_dtype, m, k, ldx, kind, one, codes, scales, values, stream):
@@ -202,6 +203,26 @@ def test_inputs_in_fp8(launchers, weights, scale):
     assert y[0, 1].isnan().all() and y[0, 0].isfinite().all() and y[1].isfinite().all()
 
 
+def test_byte_scales_of_integers(launchers):
+    n, k = 200, 300
+    fmt = Inputs(ByteScales(Int(4, 32, scale_dtype="fp32")))
+    params = fmt.fit(w := torch.randn(n, k))
+    tensors = fmt.pack(fmt.project(w, params), params)
+    given = dict(x=torch.randn(5, k).bfloat16(), codes=tensors["qweight"], scales=tensors["scales"], bias=None, n=n,
+                 rows=1, group=32, scale="token", multiplier=tensors["scale_multiplier"])
+    y = ops_float_cuda.fp8_linear(*given.values())
+    seen = fmt.quantize_input(given["x"].float()).double()
+    fp8.assert_near(y, seen, fmt.unpack(tensors, (n, k), torch.float64), None)
+    assert launchers.calls == ["tersor_cuda_fp8_rows", "tersor_cuda_fp8_linear"]
+    by_op = ops_float.fp8_linear(*(given | dict(x=given["x"].float())).values())
+    assert (by_op.double() - y.double()).norm() < 5e-3 * y.double().norm()
+    for changes, name in ((dict(scales=tensors["scales"].float()), "scale_multiplier"),
+                          (dict(multiplier=None), "scales"), (dict(multiplier=torch.ones(2)), "scale_multiplier"),
+                          (dict(scales=tensors["scales"][:-1]), "scales")):
+        with pytest.raises(ValueError, match=f"{name}: found"):
+            ops_float_cuda.fp8_linear(*(given | changes).values())
+
+
 @pytest.mark.parametrize("changes, name", [(dict(scale="row"), "scale"), (dict(x=torch.randn(2, 64)), "x"),
                                            (dict(group=48), "group_size"), (dict(bias=torch.ones(3)), "bias")])
 def test_fp8_checks_come_before_pointers(launchers, changes, name):
@@ -277,6 +298,8 @@ def test_inputs_say_how_they_are_multiplied(monkeypatch):
     cases = ((Inputs(Int(4)), (8, 9), "fp8_linear"),
              (Inputs(Float("e4m3", "block"), "fp8", "group"), (9, 0), "fp8_linear"),
              (Inputs(Int(4)), (8, 6), None), (Inputs(Int(4, symmetric=False)), (9, 0), None),
+             (Inputs(ByteScales(Int(4, scale_dtype="fp32"))), (8, 9), "fp8_linear"),
+             (Inputs(ByteScales(Int(8, scale_dtype="fp32"))), (8, 9), None),
              (Inputs(Int(8)), (9, 0), None), (Inputs(NVFP4(), "nvfp4"), (12, 0), "fp4_linear"),
              (Inputs(NVFP4(), "nvfp4"), (12, 1), None), (Inputs(NVFP4(), "mxfp4"), (12, 0), None),
              (Inputs(Microscaling("e2m1"), "mxfp4"), (12, 0), "fp4_linear"),

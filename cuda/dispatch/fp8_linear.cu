@@ -17,9 +17,10 @@ namespace {
 constexpr char kLinear[] = "fp8_linear", kRows[] = "quantize_fp8_rows";
 
 int check_weight(int weight, int scale_dtype, int64_t k, int64_t group) {
-  if (weight < 0 || weight > 1 || scale_dtype < 0 || scale_dtype > 2) {
-    return fail(TERSOR_INVALID, "%s: weight and dtype of scales are %d and %d; accepted: 0 int4, 1 e4m3; 0 to 2",
-                kLinear, weight, scale_dtype);
+  const bool bytes = weight == kFp8Int4 && scale_dtype == kFp8ScaleE4m3;
+  if (weight < 0 || weight > 1 || ((scale_dtype < 0 || scale_dtype > 2) && !bytes)) {
+    return fail(TERSOR_INVALID, "%s: weight and dtype of scales are %d and %d; accepted: 0 int4, 1 e4m3; 0 to 2, int4 "
+                "also 4", kLinear, weight, scale_dtype);
   }
   const int64_t unit = weight == kFp8Int4 ? kBlockK : kStreamK;
   if (group < 0 || (weight == kFp8E4m3 && group == 0) || (group > 0 && group < k && group % unit != 0)) {
@@ -86,9 +87,9 @@ extern "C" int tersor_cuda_fp8_linear_plan(int64_t m, int64_t n, int64_t k, int 
 
 extern "C" int tersor_cuda_fp8_linear(const uint8_t* x, const float* x_scales, int64_t x_groups, int64_t m, int64_t k,
                                       const uint8_t* codes, int weight, const void* scales, int scale_dtype,
-                                      int64_t scale_rows, int64_t group, const void* bias, int y_dtype, void* y,
-                                      int64_t n, int64_t ldy, int64_t ranges, float* partials, uint32_t* counters,
-                                      void* stream) {
+                                      const float* scale_multiplier, int64_t scale_rows, int64_t group,
+                                      const void* bias, int y_dtype, void* y, int64_t n, int64_t ldy, int64_t ranges,
+                                      float* partials, uint32_t* counters, void* stream) {
   if (int status = check_stream(kLinear, m, n, k)) return status;
   if (int status = check_weight(weight, scale_dtype, k, group)) return status;
   const int64_t stages = div_up(k, kStreamK);
@@ -104,6 +105,10 @@ extern "C" int tersor_cuda_fp8_linear(const uint8_t* x, const float* x_scales, i
     return fail(TERSOR_INVALID, "%s: x, x_scales, codes or scales is absent, or x or int4 codes no multiple of 16",
                 kLinear);
   }
+  if (scale_dtype == kFp8ScaleE4m3 && !scale_multiplier) {
+    return fail(TERSOR_INVALID, "%s: scale_multiplier is absent; accepted with scales that are e4m3: one number",
+                kLinear);
+  }
   Fp8Arguments a{};
   if (int status = describe_stream(kLinear, bias, y, m, n, k, ldy, ranges, partials, counters, &a.rows)) return status;
   const int tiles = stream_token_tiles(m);
@@ -112,6 +117,7 @@ extern "C" int tersor_cuda_fp8_linear(const uint8_t* x, const float* x_scales, i
   a.x_scales = x_scales;
   a.codes = codes;
   a.scales = scales;
+  a.scale_multiplier = scale_multiplier;
   a.k = static_cast<int>(k);
   a.padded = static_cast<int>(stages * kStreamK);
   a.x_groups = static_cast<int>(x_groups);

@@ -9,8 +9,10 @@
 //     for each sign, looked up by prmt, takes 11.) 2^9 is made up for with the results.
 //
 // Products are exact; sums in fp32 are promoted at each group of weights, at the latest after 128 k, by the scale of
-// the row times that of the token. A block of 4 warps computes 128 rows x 8 * kTokenTiles tokens in stages of 128 k;
-// stream-K as in row_stream.h: results are the same to the bit in every launch.
+// the row times that of the token. Scales of int4 may be bytes of e4m3 under one multiplier (FireQ, arXiv 2505.20839),
+// which scales the results. That paper's kernel turns a code into the e4m3 number nearest to code * scale, by a table of
+// the group; here the scale stays with the sums, which rounds nothing. A block of 4 warps computes 128 rows x 8 *
+// kTokenTiles tokens in stages of 128 k; stream-K as in row_stream.h: results are the same to the bit in every launch.
 //
 // SHARED MEMORY, bytes: stages x (codes 8192 or 16384 + 1056 kTokenTiles + 2048) + 16:
 //     kTokenTiles 1, 2, 4, 8   4 stages: int4 45200  49424  57872  74768
@@ -121,7 +123,11 @@ struct Fp8Linear {
       const int group = a.groups == 1 ? 0 : block / a.group_blocks;
       const int64_t at = kInt4 ? (int64_t(row / 16) * a.groups + group) * 16 + row % 16
                                : int64_t(row / a.scale_rows) * a.groups + group;
-      scales[i] = load_number(a.scales, at, a.scale_dtype);
+      if (kInt4 && a.scale_dtype == kFp8ScaleE4m3) {
+        scales[i] = e4m3_value(ptx::load_global_constant(static_cast<const uint8_t*>(a.scales) + at));
+      } else {
+        scales[i] = load_number(a.scales, at, a.scale_dtype);
+      }
     }
     if (thread < kTokens) {
       const int64_t at = int64_t(token) * a.x_groups + (a.x_groups == 1 ? 0 : index);
@@ -199,7 +205,10 @@ struct Fp8Linear {
     }
   }
 
-  TERSOR_DEVICE float factor(int) const { return kInt4 ? 512.0f : 1.0f; }
+  TERSOR_DEVICE float factor(int) const {
+    if constexpr (!kInt4) return 1.0f;
+    return 512.0f * (a.scale_dtype == kFp8ScaleE4m3 ? ptx::load_global_constant(a.scale_multiplier) : 1.0f);
+  }
 };
 
 template <class Type, int kWeight, int kTokenTiles>

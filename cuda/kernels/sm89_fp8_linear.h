@@ -8,12 +8,14 @@
 namespace tersor {
 
 enum Fp8Weight { kFp8Int4 = 0, kFp8E4m3 = 1 };
+constexpr int kFp8ScaleE4m3 = 4;  // a kind of scales of int4 beside those of enum tersor_dtype
 
 struct Fp8Arguments {
   RowStream rows;
   const uint8_t* x;       // [m, padded] codes of tile/fp8_codes.h
   const float* x_scales;  // [m, x_groups]
   const uint8_t* codes;   // int4: [tiles, blocks, 256] (cpp/cpu/int_layout.h); e4m3: [n, k]
+  const float* scale_multiplier;  // of scales that are e4m3
   const void* scales;     // int4: [tiles, groups, 16]; e4m3: [ceil(n / scale_rows), groups]
   int k, padded, x_groups;
   int tiles, blocks;  // int4: of 16 rows, of 32 k

@@ -115,9 +115,12 @@ def check_fp8_scale(scale: str) -> None:
 def _fp8_linear_by(linear, int_linear, rounding):
     """Rounding, then the product with what is left; one for each device."""
 
-    def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
+    def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale, scale_multiplier=None):
         check_fp8_scale(scale)
         seen = rounding(x, "e4m3", *_FP8_SCALES[scale])
+        if scale_multiplier is not None:
+            check_byte_scales(codes, scales, scale_multiplier)
+            scales = scales.float() * scale_multiplier
         if codes.dtype is torch.uint8:
             return int_linear(seen, codes, scales, None, bias, out_features, 4, group, 16)
         return linear(seen, codes, scales, None, bias, out_features, scale_rows, group)
@@ -125,14 +128,28 @@ def _fp8_linear_by(linear, int_linear, rounding):
     return fp8_linear
 
 
-def _fp8_linear_fake(x, codes, scales, bias, out_features, scale_rows, group, scale):
+def check_byte_scales(codes: Tensor, scales: Tensor, scale_multiplier: Tensor) -> None:
+    """What comes with a multiplier: integers under scales that are e4m3."""
+    if codes.dtype is not torch.uint8 or scales.dtype is not torch.float8_e4m3fn:
+        fail("fp8_linear", "scale_multiplier", f"one for codes of {codes.dtype} under scales of {scales.dtype}",
+             "one for 4-bit integers under float8_e4m3fn")
+    if not scales.is_contiguous() or scales.device != codes.device:
+        fail("fp8_linear", "scales", f"{scales.device}, contiguous={scales.is_contiguous()}",
+             f"contiguous on {codes.device}")
+    if scale_multiplier.dtype is not torch.float32 or scale_multiplier.shape != (1,) \
+            or scale_multiplier.device != codes.device:
+        fail("fp8_linear", "scale_multiplier", f"{scale_multiplier.dtype} {list(scale_multiplier.shape)} on "
+             f"{scale_multiplier.device}", f"torch.float32 [1] on {codes.device}")
+
+
+def _fp8_linear_fake(x, codes, scales, bias, out_features, scale_rows, group, scale, scale_multiplier=None):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 fp8_linear = ops.Op(
     "fp8_linear",
-    "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int out_features, int scale_rows, int group, str scale) "
-    "-> Tensor",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int out_features, int scale_rows, int group, str scale, "
+    "Tensor? scale_multiplier=None) -> Tensor",
     _fp8_linear_by(_float_linear_cpu, ops.int_linear.cpu, ops_round.float_round.cpu), _fp8_linear_fake,
     _fp8_linear_by(_float_linear_reference, ops.int_linear.reference, ops_round.float_round.reference),
     cuda=ops_float_cuda.fp8_linear if _C.has_cuda_build else None, cuda_kernel=ops_float_cuda.FP8_KERNEL,

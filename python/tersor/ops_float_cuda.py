@@ -1,5 +1,5 @@
-"""Small floats on CUDA (`float_linear`, `fp8_linear`, `fp4_linear`, `mx_linear`, `float_round`): checks, scratch memory, the current
-stream, then the kernels of cuda/."""
+"""Small floats on CUDA (`float_linear`, `fp8_linear`, `fp4_linear`, `mx_linear`, `float_round`): checks, scratch
+memory, the current stream, then the kernels of cuda/."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def fp8_rows(rows: Tensor, scale: str, interleaved: bool) -> tuple[Tensor, Tenso
     return codes, scales
 
 
-def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
-    from .ops_float import check_fp8_scale, check_operands
+def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale, scale_multiplier=None):
+    from .ops_float import check_byte_scales, check_fp8_scale, check_operands
 
     op, index = "fp8_linear", x.device.index
     if x.dtype not in HALVES or x.dim() < 1:
@@ -120,8 +120,12 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
     check_fp8_scale(scale)
     k, n = x.shape[-1], out_features
     integers = codes.dtype is torch.uint8
+    if scale_multiplier is not None:
+        check_byte_scales(codes, scales, scale_multiplier)
     if integers:
-        check_weight(op, k, codes, scales, None, n, 4, group, x.device)
+        # bytes in the place of a float type: the shape is the same
+        floats = scales if scale_multiplier is None else scales.new_empty(scales.shape, dtype=torch.float16)
+        check_weight(op, k, codes, floats, None, n, 4, group, x.device)
     else:
         check_operands(codes, scales, None, n, k, scale_rows, group, x.device)
         if scales.dtype not in CODE:
@@ -129,7 +133,7 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
     check_bias(op, x, bias, n)
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
-            return fp8_linear(x, codes, scales, bias, n, scale_rows, group, scale)
+            return fp8_linear(x, codes, scales, bias, n, scale_rows, group, scale, scale_multiplier)
     rows = as_rows(x)
     m = rows.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
@@ -141,13 +145,13 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale):
     partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
     _C.cuda_fp8_linear(
         seen.data_ptr(), of_tokens.data_ptr(), of_tokens.shape[1], m, k, codes.data_ptr(), weight, scales.data_ptr(),
-        CODE[scales.dtype], scale_rows, group, address(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges,
-        partials.data_ptr(), counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
+        CODE.get(scales.dtype, 4), address(scale_multiplier), scale_rows, group, address(bias), CODE[x.dtype],
+        y.data_ptr(), n, n, ranges, partials.data_ptr(), counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
     )
     return y
 
 
-# -- activations in small groups, and rounding alone ---------------------------------------------------------------------------
+# -- activations in small groups, and rounding alone ------------------------------------------------------------------
 
 _BLOCK_KINDS = {("e2m1", "power", 32): 0, ("e2m1", "e4m3", 16): 1, ("e4m3", "power", 32): 2, ("e2m3", "power", 32): 3}
 _FP8_GROUPS = {("e4m3", "largest", 0): "token", ("e4m3", "largest", 128): "group", ("e4m3", "whole", 0): "tensor"}

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops_float, ops_float_cuda, ops_round
 from ..registry import register_format
 from .base import Around, Shape, reference_kernel
+from .byte_scales import ByteScales
 from .floating import NVFP4, Float, Microscaling
 from .integer import Int
 
@@ -33,8 +34,8 @@ class Inputs(Around):
     """Weights in ``inner``; the input is rounded to ``kind`` at each call.
 
     ``fp8`` is E4M3 with a scale per ``token``, per ``tensor`` or per ``group`` of 128 channels; ``mxfp4``, ``mxfp6``
-    (E2M3), ``mxfp8`` and ``nvfp4`` bring their own groups. Every scale comes from the input of that call, also where a checkpoint
-    format would fix it by calibration (FP8 per tensor, the global scale of NVFP4).
+    (E2M3), ``mxfp8`` and ``nvfp4`` bring their own groups. Every scale comes from the input of that call, also where
+    a checkpoint format would fix it by calibration (FP8 per tensor, the global scale of NVFP4).
     """
 
     kind: str = "fp8"
@@ -56,9 +57,10 @@ class Inputs(Around):
         kernel = self._product(x.device, shape) if x.is_cuda and x.dtype in ops_float_cuda.HALVES else None
         if kernel is None:
             return self.inner.linear(self.quantize_input(x), tensors, bias, shape)
-        if isinstance(self.inner, Int):
-            return ops_float.fp8_linear(x, tensors["qweight"], tensors["scales"], bias, shape[0], 1,
-                                        self.inner.group_size, self.scale)
+        if isinstance(self.inner, (Int, ByteScales)):
+            group = getattr(self.inner, "inner", self.inner).group_size
+            return ops_float.fp8_linear(x, tensors["qweight"], tensors["scales"], bias, shape[0], 1, group, self.scale,
+                                        tensors.get("scale_multiplier"))
         codes, scales, one, rows, group = self.inner._operands(tensors, shape)
         if kernel == ops_float_cuda.FP4_KERNEL:
             return ops_float.fp4_linear(x, codes, scales, one, bias, shape[0])
@@ -66,11 +68,18 @@ class Inputs(Around):
             return ops_float.mx_linear(x, codes, scales, bias, shape[0], _ROUNDING[self.kind][0])
         return ops_float.fp8_linear(x, codes, scales, bias, shape[0], rows, group, self.scale)
 
+    def bind(self, tensors: Mapping[str, Tensor], shape: Shape):
+        """On the CPU, over scales that are widened once: as `linear` does it. What else there is widens nothing."""
+        if not isinstance(self.inner, ByteScales) or tensors["qweight"].device.type != "cpu":
+            return None
+        return Bound(self.inner.bind(tensors, shape), self)
+
     def _product(self, device: torch.device, shape: Shape) -> str | None:
         """The kernel that multiplies rounded inputs as they are stored on this device; None: they go on in 16 bits."""
         inner = self.inner
         if self.kind == "fp8":
-            weights = type(inner) is Float or type(inner) is Int and inner.num_bits == 4 and inner.symmetric
+            codes = inner.inner if isinstance(inner, ByteScales) else inner
+            weights = type(inner) is Float or type(codes) is Int and codes.num_bits == 4 and codes.symmetric
             return ops_float_cuda.FP8_KERNEL if weights and ops_float_cuda.takes_fp8(device) else None
         if self.kind in ("mxfp6", "mxfp8"):
             weights = isinstance(inner, Microscaling) and not inner._is_one_code(shape)
@@ -95,6 +104,16 @@ class Inputs(Around):
                 return name
         scale = "" if self.scale == "token" else f"[scale={self.scale}]"
         return f"A{self.kind.upper()}{scale}/{self.inner.text()}"
+
+
+class Bound:
+    """`Inputs.linear` over a bound product."""
+
+    def __init__(self, product, format: Inputs):
+        self.product, self.format = product, format
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.product(self.format.quantize_input(x), bias)
 
 
 @register_format(r"A(FP8|MXFP4|MXFP6|MXFP8|NVFP4)", "AFP8/W4A16", "quantizes the input of the format nested in it")

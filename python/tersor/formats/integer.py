@@ -466,4 +466,9 @@ def _integer(match, inner, *, group: int | None = None, sym: bool | None = None,
         group = 0
     symmetric = match[3] is None if sym is None else sym
     act_group = 0 if act_group == -1 else act_group
+    if scale == "e4m3":  # the codes of a format with float32 scales
+        from .byte_scales import ByteScales
+
+        return ByteScales(Int(bits, group, symmetric, activation, "fp32", act_group, float(act_clip), act_scale,
+                              act_sym))
     return Int(bits, group, symmetric, activation, scale, act_group, float(act_clip), act_scale, act_sym)

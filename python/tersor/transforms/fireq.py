@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats.base import Format, Params
+from ..formats.byte_scales import ByteScales
 from ..formats.floating import ELEMENTS, round_to
 from ..formats.inputs import Inputs
 from ..formats.integer import Int
@@ -33,7 +34,8 @@ class FireQ(Method):
     range. The paper leaves attention's projections alone; ``attention=true`` scales them as well. A group's scale is
     its largest weight over 7 as an E4M3 number, under one power of two per matrix: the smallest up to 2^14 that loses
     least to E4M3's underflow and lets nothing overflow. Scales times that power are exact in bfloat16 and float32, so
-    the integer format stores them (at 16 bits each). Keys and queries are scaled by the cache's ``fireq``.
+    ``W4AFP8`` stores them as 16 bits each; ``fireq:AFP8/W4A16[scale=e4m3]`` stores the bytes and the power. Keys and
+    queries are scaled by the cache's ``fireq``.
 
     ValueError for formats other than integers of 4 bits, symmetric, with inputs of 16 bits, FP8 or integers.
     """
@@ -61,12 +63,15 @@ class FireQ(Method):
 
     def choose(self, w: Tensor, fmt: Format, stats: Statistics | None, previous: Choice | None = None, *,
                dtype: torch.dtype | None = None) -> Choice:
-        inner = fmt.inner if isinstance(fmt, Inputs) else fmt
+        stored = fmt.inner if isinstance(fmt, Inputs) else fmt
+        inner = stored.inner if isinstance(stored, ByteScales) else stored
         if not isinstance(inner, Int) or inner.num_bits != 4 or not inner.symmetric or inner.two_level:
             raise ValueError(f"found format {fmt}, accepted are W4AFP8 and other symmetric integers of 4 bits")
         params = fmt.fit(w, dtype=dtype)
         params["scales"] = group_scales(w, inner.group_size)
-        if dtype is torch.float16:
+        if isinstance(stored, ByteScales):
+            stored.set_scales(params, params["scales"], 1 / power(_largest(w, inner.group_size)))
+        elif dtype is torch.float16:
             params["dtype"] = torch.float16
             params["scales"] = params["scales"].half().to(w)
         return Choice(fmt.project(w, params), Params(params))
@@ -74,10 +79,14 @@ class FireQ(Method):
 
 def group_scales(w: Tensor, group_size: int) -> Tensor:
     """E4M3 scales ``[out, groups]`` of ``w [out, in]`` under the matrix's power of two, divided by it again."""
-    size = group_size or w.shape[1]
-    largest = F.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size)).abs().amax(2)
+    largest = _largest(w, group_size)
     multiplier = power(largest)
     return round_to(largest * multiplier / 7, "e4m3").clamp_min(_LEAST) / multiplier
+
+
+def _largest(w: Tensor, group_size: int) -> Tensor:
+    size = group_size or w.shape[1]
+    return F.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size)).abs().amax(2)
 
 
 def power(largest: Tensor) -> float:

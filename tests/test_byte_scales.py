@@ -1,0 +1,136 @@
+"""Integer weights under group scales of e4m3: ``W4A16[scale=e4m3]``, and FireQ with them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from io_models import compressed, config_of, logits
+from test_compress import LINEARS, TOKENS, llama
+from test_gptq import correlated, output_error, statistics, weight
+
+import tersor
+from tersor import ops_float
+from tersor.formats import ByteScales, Inputs, Int
+from tersor.formats.integer import untile_rows
+from tersor.io import load, save
+from tersor.io.errors import Unsupported
+from tersor.layer import Linear
+from tersor.methods import GPTQ, RTN
+from tersor.registry import resolve_format
+from tersor.transforms import fireq
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FIREQ = "AFP8/W4A16[group=32,scale=e4m3]"
+
+
+@pytest.mark.parametrize("text", ["W4A16[scale=e4m3]", "W3A16[group=32,sym=false,scale=e4m3]", "AFP8/W4A16[scale=e4m3]",
+                                  "W4A8[scale=e4m3,act_group=0]"])
+def test_specs(text):
+    fmt = resolve_format(text)
+    stored = fmt.inner if isinstance(fmt, Inputs) else fmt
+    assert isinstance(stored, ByteScales) and fmt.text() == text and resolve_format(fmt.text()) == fmt
+    assert not fmt.kernel((64, 128)).startswith("reference")
+
+
+def test_what_it_is_around():
+    for inner in (Int(4), ByteScales(Int(4, scale_dtype="fp32"))):
+        with pytest.raises(ValueError, match="found .* accepted are integer weights with float32 scales"):
+            ByteScales(inner)
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("fmt", [Int(4, 32, scale_dtype="fp32"), Int(3, 64, False, scale_dtype="fp32"),
+                                 Int(8, 0, scale_dtype="fp32")], ids=str)
+def test_scales_are_bytes_under_one_power_of_two(fmt, search):
+    torch.manual_seed(0)
+    fmt, w = ByteScales(fmt), torch.randn(40, 200) * torch.logspace(-3, 0, 40)[:, None]
+    w[5, :32] = 0
+    params = fmt.fit(w, search=search, dtype=torch.bfloat16)
+    w_hat = fmt.project(w, params)
+    tensors = fmt.pack(w_hat, params)
+    spec = fmt.spec((40, 200))
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == \
+        {name: (one.shape, one.dtype) for name, one in spec.items()}
+    assert tensors["scales"].dtype is torch.float8_e4m3fn and tensors["scales"].numel() == tensors["scales"].nbytes
+    assert torch.frexp(tensors["scale_multiplier"])[0].item() == 0.5
+    assert 224 <= tensors["scales"].float().max() <= 448, "of E4M3's range nothing is given away"
+    assert torch.equal(fmt.unpack(tensors, (40, 200)), w_hat)
+    wide = untile_rows(tensors["scales"].double() * tensors["scale_multiplier"].double(), 40)
+    assert torch.equal(wide, params["scales"].double())
+    plain = fmt.inner.project(w, fmt.inner.fit(w, search=search))
+    # a scale may lose 3 % of its group's range, which is four steps of 8 bits
+    assert (w_hat - w).norm() < (1.1 if fmt.inner.num_bits < 8 else 1.4) * (plain - w).norm()
+
+
+def test_a_matrix_of_zeros():
+    fmt = ByteScales(Int(4, 32, scale_dtype="fp32"))
+    params = fmt.fit(torch.zeros(16, 64))
+    assert not fmt.unpack(fmt.pack(fmt.project(torch.zeros(16, 64), params), params), (16, 64)).any()
+
+
+@pytest.mark.parametrize("text", ["W4A16[group=32,scale=e4m3]", "W4A8[group=32,sym=false,scale=e4m3]", FIREQ])
+def test_products_are_those_of_the_widened_scales(text):
+    fmt, (n, k) = resolve_format(text), (40, 200)
+    layer = Linear(k, n, fmt, bias=True, dtype=torch.float32)
+    torch.nn.init.normal_(layer.bias)
+    params = fmt.fit(w := torch.randn(n, k))
+    layer.load_tensors(tensors := fmt.pack(fmt.project(w, params), params))
+    assert layer._bind() is not None
+    for m in (1, 5, 40):
+        x = torch.randn(m, k)
+        wanted = F.linear(fmt.quantize_input(x).double(), fmt.unpack(tensors, (n, k), torch.float64),
+                          layer.bias.double())
+        bound, plain = layer(x), fmt.linear(x, tensors, layer.bias, (n, k))
+        assert (bound - wanted).norm() < 1e-5 * wanted.norm() and (plain - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_the_operation_and_its_definition():
+    fmt, (n, k) = resolve_format(FIREQ), (40, 200)
+    params = fmt.fit(w := torch.randn(n, k))
+    t = fmt.pack(fmt.project(w, params), params)
+    x = torch.randn(3, k)
+    given = (x, t["qweight"], t["scales"], None, n, 1, 32, "token", t["scale_multiplier"])
+    y = ops_float.fp8_linear(*given)
+    assert (y - ops_float.fp8_linear.reference(*given)).norm() < 1e-5 * y.norm()
+    with pytest.raises(ValueError, match="scale_multiplier: found .* accepted"):
+        ops_float.fp8_linear(*given[:2], t["scales"].float(), *given[3:])
+
+
+def test_gptq_beats_rounding_to_nearest():
+    x, w = correlated(400, 160, dtype=torch.float32), weight(24, 160, dtype=torch.float32)
+    fmt = resolve_format("W3A16[group=32,scale=e4m3]")
+    nearest = RTN(search=False).choose(w, fmt)
+    chosen = GPTQ(search=False).choose(w, fmt, statistics(x))
+    assert output_error(w, chosen.w_hat, x) < 0.75 * output_error(w, nearest.w_hat, x)
+    stored = fmt.unpack(fmt.pack(chosen.w_hat, chosen.params), (24, 160))
+    assert torch.allclose(stored, chosen.w_hat, rtol=1e-6, atol=1e-7)
+
+
+def test_fireq_stores_the_bytes_that_it_chooses():
+    w = torch.randn(32, 256) * 1e-3
+    fmt = resolve_format("AFP8/W4A16[scale=e4m3]")
+    choice = fireq.FireQ().choose(w, fmt, None, dtype=torch.bfloat16)
+    tensors = fmt.pack(choice.w_hat, choice.params)
+    wide = untile_rows(tensors["scales"].float() * tensors["scale_multiplier"], 32)
+    assert torch.equal(wide, fireq.group_scales(w, 128))
+    same = fireq.FireQ().choose(w, Inputs(Int(4)), None, dtype=torch.bfloat16)
+    assert torch.equal(choice.w_hat, same.w_hat), "as with 16-bit scales"
+    assert fmt.bits((4096, 4096)) < Inputs(Int(4)).bits((4096, 4096)) - 0.06
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", [f"fireq:{FIREQ}", "gptq:W4A16[group=32,scale=e4m3]"])
+def test_models_are_compressed_saved_and_loaded(tmp_path, recipe):
+    model = llama(dtype=torch.float32)
+    before = model(TOKENS).logits
+    report = tersor.compress(model, recipe, calibration=TOKENS)
+    assert len(report.rows) >= LINEARS and not any(row.kernel.startswith("reference") for row in report.rows)
+    after = logits(model)
+    assert (model(TOKENS).logits - before).norm() / before.norm() < 0.5
+    save(model, tmp_path)
+    assert {group["spec"] for group in config_of(tmp_path)["config_groups"].values()} == \
+        {recipe.split(":", 1)[1]}
+    loaded = load(tmp_path)
+    assert torch.equal(logits(loaded), after)
+    assert all(layer._buffers["scales"].dtype is torch.float8_e4m3fn for layer in compressed(loaded).values())
+    with pytest.raises(Unsupported, match="accepted are integer formats"):
+        save(model, tmp_path / "other", "compressed-tensors")
