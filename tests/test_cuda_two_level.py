@@ -1,5 +1,5 @@
-"""Weights with integer group scales on the host-compiled CUDA kernel: against int64 bit for bit where scales of rows and
-tokens are 1, against float64 with real ones; and defects that must be caught."""
+"""Weights with integer group scales on the host-compiled CUDA kernel: against int64 bit for bit where scales of rows
+and tokens are 1, against float64 with real ones; and defects that must be caught."""
 
 import ctypes
 import functools

@@ -32,7 +32,9 @@ class Weight:
         self.codes = codes.to(torch.uint8)
         self.integers = (codes - zero) * self.group_scales[:, index]
         assert int(self.integers.abs().max()) <= 127
-        self.channels = torch.ones(n, 1) if unit else (torch.rand(n, 1, generator=random) * 0.01 + 0.001).bfloat16().float()
+        self.channels = (torch.rand(n, 1, generator=random) * 0.01 + 0.001).bfloat16().float()
+        if unit:
+            self.channels.fill_(1)
         self.truth = self.integers.double() * self.channels.double()
         self.qweight = pack(self.codes, bits)
         self.scales = store(self.group_scales, self.channels)

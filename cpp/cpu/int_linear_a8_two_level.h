@@ -3,9 +3,9 @@
 //   result = x_scale[m] * channel[n] * sum over groups g of group_scale[n, g] *
 //            sum over k in g of (code - zero_point[n, g]) * q[m, k]
 //
-// Everything right of channel[n] is one integer of 32 bits, exact for k up to kTwoLevelColumns, in whatever order; until
-// the last block of k it lies in the result, then it is scaled in fp32. AVX2 has the group's scale for nothing: the
-// multiplication that widens pairs of 16-bit sums takes it instead of ones. Elsewhere a segment is multiplied once.
+// Everything right of channel[n] is one integer of 32 bits, exact for k up to kTwoLevelColumns, in whatever order;
+// until the last block of k it lies in the result, then it is scaled in fp32. AVX2 has the group's scale for nothing:
+// the multiplication that widens pairs of 16-bit sums takes it instead of ones. Elsewhere a segment is multiplied once.
 #pragma once
 
 #include "cpu/int_linear_a8_micro.h"

@@ -81,8 +81,8 @@ int describe(const Shape& s, Problem* p) {
   }
   if (s.two_level() && (s.width != kLowbitBytes || s.bits > kTwoLevelMostBits || s.experts)) {
     return fail(TERSOR_INVALID,
-                "width is %d with %d bits, %lld experts and two levels of scales: accepted are 0 bytes, 2 to %d bits and "
-                "no experts",
+                "width is %d with %d bits, %lld experts and two levels of scales: accepted are 0 bytes, 2 to %d bits "
+                "and no experts",
                 s.width, s.bits, (long long)s.experts, kTwoLevelMostBits);
   }
   if (s.act_group < 0 || s.act_group % kBlockK) {
