@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from io_models import compressed, config_of, logits
+from io_models import compressed, config_of, logits, moe
 from test_compress import LINEARS, TOKENS, llama
 from test_gptq import correlated, output_error, statistics, weight
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,3 +117,14 @@ def test_perplexity_is_near_that_of_one_level():
     print(found)
     assert found["scale=int8,act_group=0"] < 1.03 * found["act_group=0"]
     assert found["scale=int8,sym=false,act_group=0"] < 1.03 * found["act_group=0"]
+
+
+def test_experts(tmp_path):
+    model = moe()
+    before = logits(model)
+    report = tersor.compress(model, "rtn:W4A8[group=32,sym=false,scale=int8,act_group=0]")
+    assert any("experts" in row.name for row in report.rows)
+    after = logits(model)
+    assert (after - before).norm() < 0.5 * before.norm()
+    save(model, tmp_path / "q")
+    assert torch.allclose(logits(load(tmp_path / "q")), after, atol=0.02)
