@@ -1,4 +1,4 @@
-"""Low-bit activations on a GPU: tersor's integer layers against cuBLAS bf16, torch._int_mm and torch._scaled_mm.
+"""Low-bit layers on a GPU: tersor's, of integers and small floats, against cuBLAS bf16, torch._int_mm, torch._scaled_mm.
 
     python bench/lowbit_cuda.py --out bench/results/lowbit-cuda.json
 
@@ -22,9 +22,11 @@ import torch
 from linear_cuda import Contender, captured, copies, timed
 
 import tersor
+from tersor.formats import Int
 
 SPECS = ("W8A8[act_group=-1]", "W6A8[group=-1,act_group=-1]", "W4A8[group=-1,act_group=-1]", "W4A8[act_group=-1]",
-         "W4A8[scale=int8,act_group=-1]", "W4A8", "W4A4[group=-1,act_group=-1]", "W4A4[act_group=-1]")
+         "W4A8[scale=int8,act_group=-1]", "W4A8", "W4A4[group=-1,act_group=-1]", "W4A4[act_group=-1]", "W4AFP8",
+         "AFP8/W4A16[scale=e4m3]", "FP8_DYNAMIC", "MXFP8", "MXFP6A8", "AMXFP8/MXFP4A16", "MXFP4", "NVFP4", "MXFP6A16")
 SHAPES, TOKENS = "28672x8192,4096x4096", "1,16,64,512,4096"
 ROUNDS = 7
 BF16, INT8 = "bf16_operations_per_ms", "int8_operations_per_ms"
@@ -51,7 +53,7 @@ class Layer(Contender):
 
 
 def tersor_layers(w: torch.Tensor, spec: str) -> list[Layer]:
-    """The layer as a model runs it, and its product alone on codes that were made before."""
+    """The layer as a model runs it, and, of integers, its product alone on codes that were made before."""
     from tersor import ops_cuda
 
     n, k = w.shape
@@ -66,6 +68,11 @@ def tersor_layers(w: torch.Tensor, spec: str) -> list[Layer]:
     sets = [{name: tensor.clone() for name, tensor in tensors.items()} for _ in range(copies(size))]
     unpacked = chosen.unpack(tensors, (n, k), torch.float32)
 
+    whole = [lambda x, t=t: chosen.linear(x, t, None, (n, k)) for t in sets]
+    if not isinstance(chosen, Int):
+        seen = chosen.quantize_input  # of floats what a kernel sees does not depend on the weight
+        return [Layer(f"tersor {spec}", size, whole, lambda x: seen(x.float()) @ unpacked.T, 6e-3, BF16)]
+
     def expected(x):
         return chosen.quantize_input(x.float(), tensors) @ unpacked.T
 
@@ -73,7 +80,6 @@ def tersor_layers(w: torch.Tensor, spec: str) -> list[Layer]:
         options = chosen.activation, chosen.act_group, chosen.act_clip, chosen.act_sym, None
         return x, ops_cuda.quantized(x, *options, chosen.num_bits, chosen.group_size, not chosen.symmetric)
 
-    whole = [lambda x, t=t: chosen.linear(x, t, None, (n, k)) for t in sets]
     product = [lambda pair, t=t: ops_cuda.multiplied(
         *pair, t["qweight"], t["scales"], t.get("zero_points"), None, n, chosen.num_bits, chosen.group_size)
         for t in sets]

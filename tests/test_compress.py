@@ -172,6 +172,6 @@ def test_token_batches():
 def test_specs_lists_every_name_with_its_kernel():
     infos = {info.name: info for info in tersor.specs()}
     assert infos["W4A16"].kernel.startswith("int_linear") and infos["W4A8"].kernel.startswith("int_linear")
-    assert infos["2:4"].kernel.startswith("reference") and infos["W4A4"].kernel.startswith("int_linear")
+    assert infos["2:4/W4A16"].kernel.startswith("reference") and infos["W4A4"].kernel.startswith("int_linear")
     assert {"rtn", "gptq", "awq", "smoothquant"} <= {name for name, info in infos.items() if info.kind == "method"}
     assert all(info.help for info in infos.values())
