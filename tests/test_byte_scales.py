@@ -134,3 +134,19 @@ def test_models_are_compressed_saved_and_loaded(tmp_path, recipe):
     assert all(layer._buffers["scales"].dtype is torch.float8_e4m3fn for layer in compressed(loaded).values())
     with pytest.raises(Unsupported, match="accepted are integer formats"):
         save(model, tmp_path / "other", "compressed-tensors")
+
+
+@pytest.mark.parametrize("text", ["W4A16[group=32,scale=e4m3]", FIREQ])
+def test_experts(text):
+    fmt, (n, k) = resolve_format(text), (24, 96)
+    packed = []
+    for expert in range(3):
+        params = fmt.fit(w := torch.randn(n, k) * 10.0 ** -expert)
+        packed.append(fmt.pack(fmt.project(w, params), params))
+    stacked = {name: torch.stack([one[name] for one in packed]) for name in packed[0]}
+    x, ends = torch.randn(7, k), torch.tensor([2, 2, 6], dtype=torch.int32)
+    y = fmt.linear_grouped(x, ends, stacked, None, (n, k))
+    for expert, (begin, end) in enumerate(((0, 2), (2, 2), (2, 6))):
+        wanted = fmt.linear(x[begin:end], packed[expert], None, (n, k))
+        assert torch.allclose(y[begin:end], wanted, rtol=1e-5, atol=1e-7 * 10.0 ** -expert)
+    assert not y[6].any()
