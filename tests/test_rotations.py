@@ -151,8 +151,8 @@ def test_only_the_map_among_heads_runs_online():
             == ["kronecker"] * 3
     # values that the recipe rounds otherwise are not turned, and the output keeps a map of its own
     model = llama()
-    report = tersor.compress(model, {"*v_proj": "rtn:W8A8[group=32]", "*": "flatquant[steps=0]:W4A4[group=32]"}, batches,
-                             tie=False)
+    recipe = {"*v_proj": "rtn:W8A8[group=32]", "*": "flatquant[steps=0]:W4A4[group=32]"}
+    report = tersor.compress(model, recipe, batches, tie=False)
     assert model.model.layers[0].self_attn.o_proj.pre[0].kind == "kronecker" and len(report.rows) == 21
 
 

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..gate import fuse_gates
 from ..io import plan as planning
-from ..io import write
+from ..io import own, write
 from ..io.errors import CheckpointError, Unsupported
 from ..io.shards import open_files
 from ..norm import fuse_norms
@@ -76,6 +76,7 @@ class TersorQuantizer(HfQuantizer):
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise CheckpointError(f"checkpoint: found {checkpoint_files!r}, accepted are safetensors files")
         manifest = planning.read_manifest(self.quantization_config.manifest)
+        own.declare(model, manifest)
         planning.begin(model, planning.plan_load(model, open_files(checkpoint_files), manifest))
 
     def _process_model_after_weight_loading(self, model, **kwargs):

@@ -18,7 +18,7 @@ from ..formats.base import Format, Tensors, TensorSpec, under
 from ..formats.integer import Int
 from ..registry import resolve_format
 from ..spec import SpecError
-from ..transforms.steps import STEPS, Step
+from ..transforms.steps import KEY_TRANSFORM, STEPS, Step
 from .compressed_tensors import PackQuantized
 from .errors import CheckpointError, Unsupported
 from .layout import Decoded, Layout, Manifest, Site, module_specs
@@ -182,6 +182,9 @@ class Own(Manifest):
         groups = raw.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise CheckpointError(f"config_groups: found {groups!r}, accepted is an object of groups")
+        self.key_transforms = raw.get("key_transforms", [])
+        if not isinstance(self.key_transforms, list) or not all(isinstance(name, str) for name in self.key_transforms):
+            raise CheckpointError(f"key_transforms: found {self.key_transforms!r}, accepted is a list of module names")
         self.by_name: dict[str, OwnLayout] = {}
         for key, group in groups.items():
             what = f"config_groups.{key}"
@@ -210,6 +213,20 @@ class Own(Manifest):
                 raise CheckpointError(f"{checkpoint.where(f'{site.stored}.{packed[0]}')}: no group of the "
                                       "configuration covers the module")
         return {name: self.by_name[name] for name in sites if name in self.by_name}
+
+
+def declare(model: nn.Module, manifest: Manifest) -> None:
+    """Give attentions the buffer that the checkpoint has for their maps of keys (FlatQuant), to be filled by a loader.
+    CheckpointError for modules that are no attentions."""
+    modules = dict(model.named_modules())
+    for name in getattr(manifest, "key_transforms", ()):
+        module = modules.get(name)
+        size = getattr(module, "head_dim", None)
+        if not isinstance(size, int) or not isinstance(getattr(module, "layer_idx", None), int):
+            raise CheckpointError(f"key_transforms: found {name!r}, accepted are attentions of the model that have a "
+                                  "head_dim")
+        dtype = next(module.parameters()).dtype
+        module.register_buffer(KEY_TRANSFORM, torch.empty(size, size, dtype=dtype, device="meta"))
 
 
 def _fits(layout: OwnLayout, site: Site) -> None:

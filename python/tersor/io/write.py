@@ -16,7 +16,7 @@ from ..formats.base import Tensors
 from ..formats.integer import Int, untile_rows
 from ..layer import Embedding, Linear
 from ..patch import is_conv1d
-from ..transforms.steps import Permute
+from ..transforms.steps import KEY_TRANSFORM, Permute
 from . import awq, compressed_tensors, gptq, own
 from .errors import Unsupported
 
@@ -63,8 +63,10 @@ def choose(model: nn.Module, as_: str = "auto") -> Written:
         raise ValueError(f"layer {foreign[0]!r}: found {type(foreign[1]).__name__} with packed tensors of another "
                          "library, accepted are models that `accelerate` has taken over whole")
     plain = Surroundings.of(model, layers)
-    if as_ != "auto":
-        return _WRITERS[as_](layers, plain)
+    if plain.key_transforms and as_ not in ("auto", own.METHOD):
+        raise _refuse(as_, plain.key_transforms[0], f"it has a {KEY_TRANSFORM}, which {own.METHOD} holds")
+    if as_ != "auto" or plain.key_transforms:
+        return _WRITERS[own.METHOD if plain.key_transforms else as_](layers, plain)
     for container in CONTAINERS[:-1]:
         try:
             return _WRITERS[container](layers, plain)
@@ -79,7 +81,7 @@ class Surroundings:
 
     ``kept``: names of the modules left alone that a reader might take for compressed ones; ``experts``: fused expert
     modules among them; ``conv1d``: compressed modules that the model builds as Conv1D; ``head``: the name of the
-    output head; ``stored``: a module's name in the checkpoint.
+    output head; ``stored``: a module's name in the checkpoint; ``key_transforms``: attentions with a map of keys.
     """
 
     kept: tuple[str, ...]
@@ -87,6 +89,7 @@ class Surroundings:
     conv1d: frozenset[str]
     head: str | None
     stored: Callable[[str], str]
+    key_transforms: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, layers: Mapping[str, Layer]) -> "Surroundings":
@@ -100,7 +103,8 @@ class Surroundings:
                 experts.append(name)
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         head = next((name for name, module in model.named_modules() if module is output), None)
-        return cls(tuple(kept), tuple(experts), _conv1d_names(model) & set(layers), head, _stored_names(model))
+        return cls(tuple(kept), tuple(experts), _conv1d_names(model) & set(layers), head, _stored_names(model),
+                   tuple(name for name, module in model.named_modules() if KEY_TRANSFORM in module._buffers))
 
     def both(self, names) -> list[str]:
         """Names as the model and as the checkpoint has them: readers of either kind find theirs."""
@@ -382,6 +386,8 @@ def _write_own(layers: Mapping[str, Layer], plain: Surroundings) -> Written:
         "version": own.VERSION,
         "written_by": f"tersor {__version__}",
     }
+    if plain.key_transforms:
+        config["key_transforms"] = list(plain.key_transforms)
     return Written(own.METHOD, config, _encode_own)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -99,6 +99,11 @@ def read_plan(spec: str, options: dict) -> CachePlan:
         if method.innermost:
             raise SpecError(f"cache spec {spec!r}: found {method.name!r} before {names[names.index(method.name) + 1]!r}, "
                             f"accepted is {method.name!r} as the last method: it packs pages itself")
+    for i, method in enumerate(methods):
+        inside = [other.name for other in methods[i + 1:] if other.calibrated or other.rotary]
+        if method.given and inside:
+            raise SpecError(f"cache spec {spec!r}: found {inside[0]!r} inside {method.name!r}, accepted are methods that "
+                            "know nothing of the model's own keys")
     if methods and methods[-1].innermost and settings.hadamard:
         raise SpecError(f"cache spec {spec!r}: found hadamard=true with {names[-1]!r}, which packs pages itself; accepted "
                         "is hadamard=false")
@@ -122,7 +127,8 @@ def plan_for(model: nn.Module, spec: str | CachePlan, options: dict) -> CachePla
             raise ValueError(f"cache spec {str(plan.spec)!r}: method {method.name!r} learns from data first; accepted is "
                              f"the plan of tersor.kv.calibrate(model, {str(plan.spec)!r}, ...)")
         method.check(model, plan.settings)
-    return plan
+    given = {method.name: method.find(model) for method in plan.methods if method.given}
+    return replace(plan, tensors={**plan.tensors, **given}) if given else plan
 
 
 def calibrate(model: nn.Module, spec: str, calibration: Sequence | None = None, tokenizer=None, *, length: int = 512,

@@ -60,6 +60,22 @@ def recording(model: nn.Module, take: Callable[[Seen], tuple[Tensor, Tensor, Ten
         model.set_attn_implementation(before)
 
 
+@contextmanager
+def recording_block(attention: nn.Module,
+                    take: Callable[[Seen], tuple[Tensor, Tensor, Tensor] | None]) -> Iterator[None]:
+    """`recording`, for a block that is run without its model: ``attention`` is its module with the model's ``config``."""
+    AttentionInterface.register(NAME, _attention)
+    config = attention.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    _takers.append(take)
+    try:
+        yield
+    finally:
+        _takers.remove(take)
+        config._attn_implementation = before
+
+
 def record(model: nn.Module, batches: list[Tensor], take: Callable[[Seen], None], progress=None) -> None:
     """Run ``batches`` of token ids through the model without gradients, and ``take`` what each layer sees."""
     def keep(seen: Seen) -> None:

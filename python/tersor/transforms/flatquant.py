@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,10 @@ from ..registry import register_method
 from .definitions import hadamard_matrix, kronecker
 from .graph import turn_rows, value_rows
 from .group import BlockView, Group
-from .steps import HeadMix, Kronecker
+from .steps import KEY_TRANSFORM, HeadMix, Kronecker
+
+if TYPE_CHECKING:
+    from ..kv.record import Seen
 
 _LEAST = 1e-5
 _CLIP = 4.0  # where the logits of clip ratios start: sigmoid(4) = 0.982
@@ -40,9 +44,13 @@ class FlatQuant(Method):
     them over.
 
     ``steps`` of AdamW with ``batch`` sequences each, at ``lr`` (ten times that for clipping), which falls to a
-    thousandth along a cosine; ``steps=0`` leaves Hadamard or random rotations. ``smooth`` 0: no scales. The transforms
-    of keys and queries are the cache's own (``tersor.Cache(model, "K4V4[hadamard=true]")``). ValueError for formats that
-    are not integers.
+    thousandth along a cosine; ``steps=0`` leaves Hadamard or random rotations. ``smooth`` 0: no scales.
+
+    ``kv``: bits of the cache that the model is for; below 16 each block also learns a map P of its keys (after rotary
+    embedding; queries are multiplied by its inverse transpose) with keys and values rounded as ``K4V4`` does. It is a
+    buffer ``key_transform [head_dim, head_dim]`` of the attention module, saved with the model; nothing but
+    ``tersor.Cache(model, "flatquant:K4V4")`` uses it. ValueError for formats that are not integers, and with ``kv`` for
+    blocks without one attention of transformers' interface.
     """
 
     steps: int = 60
@@ -50,6 +58,7 @@ class FlatQuant(Method):
     lr: float = 5e-3
     smooth: float = 0.3
     seed: int = 0
+    kv: int = 16
 
     needs = frozenset({"abs_max", "inputs"})
     transforms = True
@@ -59,6 +68,8 @@ class FlatQuant(Method):
         if self.steps < 0 or self.batch < 1 or not self.lr > 0:
             raise ValueError(f"options 'steps', 'batch' and 'lr': found {self.steps}, {self.batch} and {self.lr}, "
                              "accepted are 0 or more steps, 1 or more sequences and a positive rate")
+        if self.kv not in (2, 3, 4, 8, 16):
+            raise ValueError(f"option 'kv': found {self.kv}, accepted are 2, 3, 4, 8 bits, and 16 for no map of keys")
         if not 0 <= self.smooth <= 1:
             raise ValueError(f"option 'smooth': found {self.smooth}, accepted are numbers from 0 to 1")
 
@@ -70,11 +81,15 @@ class FlatQuant(Method):
                                      "such as W4A4")
             if self.smooth and group.producer is not None:
                 group.fold(self._scales(group))
+        attention = None if self.kv == 16 else find_attention(block.module)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             flats = make_flats(block.groups)
+            keys = None if attention is None else Keys(attention, self.kv)
         if self.steps:
-            train(block, flats, self)
+            train(block, flats, self, keys)
+        if keys is not None:
+            keys.finish(next(block.module.parameters()).dtype)
         for flat in flats:
             flat.fold()
         for flat in flats:
@@ -193,16 +208,57 @@ def make_flats(groups: Sequence[Group]) -> list[Flat]:
     return flats
 
 
-def train(block: BlockView, flats: list[Flat], options: FlatQuant) -> None:
+def find_attention(block: nn.Module) -> nn.Module:
+    """The attention of a block: one module with a configuration, a layer's index and a head dimension."""
+    found = [module for module in block.modules() if isinstance(getattr(module, "layer_idx", None), int)
+             and isinstance(getattr(module, "head_dim", None), int)
+             and getattr(getattr(module, "config", None), "_attn_implementation", None)]
+    if len(found) != 1:
+        raise ValueError(f"flatquant: kv: found {len(found)} attentions of transformers' interface in "
+                         f"{type(block).__name__}, accepted are blocks with one; kv=16 leaves keys as they are")
+    return found[0]
+
+
+class Keys(nn.Module):
+    """The map of a block's keys while it is trained, with what a cache of ``bits`` does to keys and values."""
+
+    def __init__(self, attention: nn.Module, bits: int):
+        from ..kv.store import value_group  # the cache is above layers and their transforms
+
+        super().__init__()
+        self.value_group = value_group(attention.head_dim, 64)
+        self.factor, self.bits = Factor(attention.head_dim), bits
+        self.held = [attention]  # not a part of this module
+
+    def take(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention over a packed cache sees them."""
+        turn, back = self.factor().to(seen.key), self.factor(inverse=True).to(seen.key)
+        # a channel of keys over 64 tokens, a token's values over 64 channels or so: the defaults of K4V4
+        keys = fake_cache(seen.key @ turn, self.bits, 2, 64)
+        values = fake_cache(seen.value, self.bits, 3, self.value_group)
+        return seen.query @ back, keys, values
+
+    @torch.no_grad()
+    def finish(self, dtype: torch.dtype) -> None:
+        self.held[0].register_buffer(KEY_TRANSFORM, self.factor().detach().to(dtype))
+
+
+def train(block: BlockView, flats: list[Flat], options: FlatQuant, keys: Keys | None = None) -> None:
     """Fit transforms and clip ratios of a block to what it computes unquantized."""
     expected = [block.run(b).float() for b in range(block.batches)]
     maps = [p for flat in flats for part in (flat.left, flat.right) for p in part.parameters()]
+    maps += [] if keys is None else list(keys.parameters())
     clips = [p for flat in flats for p in (flat.input_clip, *flat.weight_clips)]
     optimizer = torch.optim.AdamW([{"params": maps, "lr": options.lr}, {"params": clips, "lr": 10 * options.lr}],
                                   weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps, options.lr * 1e-3)
     order = torch.Generator().manual_seed(options.seed)
-    with torch.enable_grad(), _standing_in(block, flats) as refresh:
+    seen = contextlib.nullcontext()
+    if keys is not None:
+        from ..kv.record import recording_block
+
+        seen = recording_block(keys.held[0], keys.take)
+    with torch.enable_grad(), _standing_in(block, flats) as refresh, seen:
         for _ in range(options.steps):
             picked = torch.randperm(block.batches, generator=order)[:options.batch].tolist()
             optimizer.zero_grad()
@@ -264,6 +320,17 @@ def fake_weight(w: Tensor, fmt: Int, clip: Tensor) -> Tensor:
     step = torch.where(step > 0, step, scale)[..., None]
     q = (round_through(groups / step) + zero[..., None]).clamp(0, fmt.levels) - zero[..., None]
     return (q * step).flatten(1)[:, : w.shape[1]]
+
+
+def fake_cache(x: Tensor, bits: int, axis: int, size: int) -> Tensor:
+    """``x`` rounded to ``bits`` between the extremes of each ``size`` numbers along ``axis`` (fewer in the last group),
+    as packed pages of a cache are, differentiable."""
+    parts = []
+    for part in x.split(size, axis):
+        low, high = part.amin(axis, keepdim=True), part.amax(axis, keepdim=True)
+        step = ((high - low) / (2**bits - 1)).clamp_min(1e-12)
+        parts.append(round_through((part - low) / step) * step + low)
+    return torch.cat(parts, axis)
 
 
 def fake_input(x: Tensor, fmt: Int, clip: Tensor) -> Tensor:

@@ -292,8 +292,8 @@ def value_rows(producer: Producer) -> Tensor:
 
 
 def turn_rows(values: Tensor, heads: Tensor, turn: Tensor) -> Tensor:
-    """``values [rows, ...]`` with the rows of each of ``heads [kv_heads, head]`` turned: what a layer of these rows puts
-    out for a head, ``v``, becomes ``v @ turn``. Differentiable."""
+    """``values [rows, ...]`` with the rows of each of ``heads [kv_heads, head]`` turned: what a layer of these rows
+    puts out for a head, ``v``, becomes ``v @ turn``. Differentiable."""
     heads = heads.to(values.device)
     part = values[heads].flatten(2) if values.dim() > 1 else values[heads][..., None]
     turned = (turn.to(values).T @ part).reshape(-1, *values.shape[1:])

@@ -11,6 +11,7 @@ from ..formats.base import TensorSpec
 from . import definitions
 
 STEPS: dict[str, type["Step"]] = {}
+KEY_TRANSFORM = "key_transform"  # buffer of an attention module: FlatQuant's map of keys, [head_dim, head_dim]
 
 
 class Step(nn.Module):
@@ -217,8 +218,8 @@ class Kronecker(Step, kind="kronecker"):
 
 
 class HeadMix(Step, kind="head_mix"):
-    """``y = left^T X`` with the channels as ``X [heads, width / heads]``: an invertible map among attention's heads, the
-    same for all channels of a head (FlatQuant's P_o). ``left [heads, heads]`` float32."""
+    """``y = left^T X`` with the channels as ``X [heads, width / heads]``: an invertible map among attention's heads,
+    the same for all channels of a head (FlatQuant's P_o). ``left [heads, heads]`` float32."""
 
     def __init__(self, left: Tensor):
         super().__init__()

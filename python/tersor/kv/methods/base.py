@@ -23,14 +23,15 @@ CACHE_METHODS: dict[str, type["CacheMethod"]] = {}
 class CacheMethod(ABC):
     """Subclasses are frozen dataclasses whose fields are the options of the spec; each is one file and one paper.
 
-    ``calibrated``: needs tensors of each layer, which `learn` makes, from data unless not ``data``; ``rotary``: works
-    with keys turned back to position 0, so the model's rotary embedding must be found; ``cuda``: its stores take tensors
-    of a GPU.
+    ``calibrated``: needs tensors of each layer, which `learn` makes, from data unless not ``data``; ``given``: takes
+    them from the model, where `find` looks for them; ``rotary``: works with keys turned back to position 0, so the
+    model's rotary embedding must be found; ``cuda``: its stores take tensors of a GPU.
     """
 
     name: ClassVar[str] = ""
     calibrated: ClassVar[bool] = False
     data: ClassVar[bool] = True
+    given: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
     cuda: ClassVar[bool] = False
     innermost: ClassVar[bool] = False  # makes pages of its own, so that no method can stand between it and the bits
@@ -41,6 +42,10 @@ class CacheMethod(ABC):
     def learn(self, model: nn.Module, batches: list[Tensor], settings: Settings, progress) -> dict[int, dict[str, Tensor]]:
         """Tensors of each layer, from token ids ``[sequences, length]`` of each batch. Only where ``calibrated``."""
         raise TypeError(f"{self.name} learns nothing")
+
+    def find(self, model: nn.Module) -> dict[int, dict[str, Tensor]]:
+        """Tensors of each layer that the model holds; ValueError where it does not. Only where ``given``."""
+        raise TypeError(f"{self.name} takes nothing from a model")
 
     def describe(self, tensors: dict[int, dict[str, Tensor]]) -> str:
         """In words, what `learn` found that its user should know."""
