@@ -114,13 +114,15 @@ class Int(Format):
         """
         params = Params(dtype=self._scale_dtype(dtype or w.dtype))
         if self.two_level:
-            channel, groups, zeros = two_level.fit(w, self.num_bits, self.group_size, self.symmetric, search,
-                                                   importance)
-            params |= {"scales": groups * channel, "group_scales": groups, "channel_scales": channel}
-            if not self.symmetric:
-                params["zero_points"] = zeros
-            return params
-        scales, zeros = self._fit_groups(w, params["dtype"], search, importance)
+            scales, zeros = self._fit_groups(w, torch.float32, search, importance)
+            channel = two_level.channel_scales(scales, 2 ** (self.num_bits - 1) if zeros is None else zeros,
+                                               self.num_bits)
+            groups, zeros = two_level.fit_groups(w, channel, scales, zeros, self.num_bits, self.group_size, search,
+                                                 importance)
+            params |= {"group_scales": groups, "channel_scales": channel}
+            scales = groups * channel
+        else:
+            scales, zeros = self._fit_groups(w, params["dtype"], search, importance)
         params["scales"] = scales
         if zeros is not None:
             params["zero_points"] = zeros
@@ -132,9 +134,10 @@ class Int(Format):
         first = lo // self.group_size
         if self.two_level:  # below the channel scales that there are
             channel = params["channel_scales"]
-            groups, zeros, _ = two_level.fit_groups(w, channel, self.num_bits, self.group_size, self.symmetric, search)
+            scales, zeros = self._fit_groups(w, torch.float32, search, None)
+            groups, zeros = two_level.fit_groups(w, channel, scales, zeros, self.num_bits, self.group_size, search)
             params["group_scales"][:, first : first + groups.shape[1]] = groups
-            scales, zeros = groups * channel, None if self.symmetric else zeros
+            scales = groups * channel
         else:
             scales, zeros = self._fit_groups(w, params["dtype"], search, None)
         params["scales"][:, first : first + scales.shape[1]] = scales

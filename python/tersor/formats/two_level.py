@@ -16,8 +16,6 @@ from torch import Tensor
 TOP = 127  # the largest size of (q - zero_point) * group_scale
 BITS = range(2, 7)  # of codes: with more, group scales would be one or two
 CHANNEL_ROWS = 4  # rows of 16 bytes that hold a tile's 16 channel scales
-_SHRINKS = (1.0, 0.92, 0.85)  # of the range that channel scales cover, in a search
-_STEPS = 12  # group scales tried in a search, a sixteenth of the largest apart
 _LEAST, _MOST = 2.0**-100, torch.finfo(torch.float32).max / 256
 
 
@@ -26,20 +24,13 @@ def most_group_scale(bits: int) -> int:
     return TOP // 2 ** (bits - 1)
 
 
-def channel_scales(ranges: Tensor, largest: Tensor, bits: int, shrink: float = 1.0) -> Tensor:
-    """``[out, 1]`` from the ranges ``[out, groups]`` that codes span and the ``largest [out, 1]`` weights: the widest
-    group of a row gets the largest group scale, unless products would leave -127 .. 127 then."""
-    widest = ranges.amax(1, keepdim=True) / ((2**bits - 1) * most_group_scale(bits))
-    found = torch.maximum(widest, largest / TOP) * shrink
+def channel_scales(scales: Tensor, zeros: Tensor | float, bits: int) -> Tensor:
+    """``[out, 1]`` for scales and zero points ``[out, groups]`` of one level: the coarsest group of a row gets the
+    largest group scale, unless products would leave -127 .. 127 then."""
+    largest = torch.maximum(torch.as_tensor(zeros).to(scales), 2**bits - 1 - torch.as_tensor(zeros).to(scales)) * scales
+    found = torch.maximum(scales / most_group_scale(bits), largest / TOP).amax(1, keepdim=True)
     found = found.float().clamp(_LEAST, _MOST).contiguous().view(torch.int32)
-    return ((found + 0x80) & ~0xFF).view(torch.float32).to(largest)  # 16 significant bits
-
-
-def _grouped(w: Tensor, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """``w`` as ``[out, groups, group_size]`` (padded with 0), the lowest of each group, and the range of its codes."""
-    grouped = torch.nn.functional.pad(w, (0, -w.shape[1] % group_size)).unflatten(1, (-1, group_size))
-    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    return grouped, low, torch.maximum(-low, high) * 2 if symmetric else high - low
+    return ((found + 0x80) & ~0xFF).view(torch.float32).to(scales)  # 16 significant bits
 
 
 def reach(group_scales: Tensor) -> Tensor:
@@ -47,50 +38,35 @@ def reach(group_scales: Tensor) -> Tensor:
     return torch.div(TOP, group_scales, rounding_mode="floor")
 
 
-def fit_groups(w: Tensor, channel: Tensor, bits: int, group_size: int, symmetric: bool, search: bool,
-               importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Group scales and zero points ``[out, groups]`` of ``w [out, in]`` below ``channel [out, 1]``, and the squared
-    error of each group (weighted by ``importance [in]``): the better one of the two group scales around the range's,
-    or with ``search`` the best of `_STEPS` down to a third of it."""
-    levels, most = 2**bits - 1, most_group_scale(bits)
-    grouped, low, ranges = _grouped(w, group_size, symmetric)
+def fit_groups(w: Tensor, channel: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int,
+               search: bool, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Group scales and zero points ``[out, groups]`` (None where symmetric) of ``w [out, in]`` below ``channel [out,
+    1]``, for ``scales`` and ``zeros`` of one level: the better of the two integers around a scale in squared error
+    (weighted by ``importance [in]``), with ``search`` the best of the four."""
+    levels, most, half = 2**bits - 1, most_group_scale(bits), 2 ** (bits - 1)
+    padding = -w.shape[1] % group_size
+    grouped = torch.nn.functional.pad(w, (0, padding)).unflatten(1, (-1, group_size))
     weight = torch.ones_like(w[0]) if importance is None else importance.to(w)
-    weight = torch.nn.functional.pad(weight, (0, -w.shape[1] % group_size)).view(1, -1, group_size)
-    full = ranges / (levels * channel)
-    above = full.ceil().clamp(1, most)
-    candidates = [above, full.floor().clamp(1, most)]
-    if search:
-        candidates += [(above * (1 - step / 16)).round().clamp(min=1) for step in range(1, _STEPS)]
-    best = None
-    for scale in candidates:
-        step = (scale * channel)[..., None]
-        zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low / step[..., 0]).round().clamp(0, levels)
-        z, limit = zero[..., None], reach(scale)[..., None]
-        centred = (grouped / step).round().clamp(torch.maximum(-z, -limit), torch.minimum(levels - z, limit))
-        error = (centred.mul_(step).sub_(grouped).square_() * weight).sum(-1)
+    weight = torch.nn.functional.pad(weight, (0, padding)).view(1, -1, group_size)
+    below, best = (scales / channel).floor(), None
+    for more in (1, 0, -1, 2) if search else (1, 0):
+        scale = (below + more).clamp(1, most)
+        step = scale * channel
+        zero = None if zeros is None else (zeros * scales / step).round_().clamp_(0, levels)
+        codes = (grouped / step[..., None]).round_()
+        if zero is None:  # in reach: most_group_scale sees to it
+            codes = codes.clamp_(-half, half - 1)
+        else:
+            least, largest = -torch.minimum(zero, reach(scale)), torch.minimum(levels - zero, reach(scale))
+            codes = codes.clamp_(least[..., None], largest[..., None])
+        error = (codes.mul_(step[..., None]).sub_(grouped).square_() * weight).sum(-1)
         if best is None:
             best = scale, zero, error
-        else:
-            better = error < best[2]
-            best = tuple(torch.where(better, new, old) for new, old in zip((scale, zero, error), best))
-    return best
-
-
-def fit(w: Tensor, bits: int, group_size: int, symmetric: bool, search: bool,
-        importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Channel scales ``[out, 1]``, group scales and zero points ``[out, groups]`` of ``w [out, in]``. ``search`` also
-    tries channel scales for clipped ranges."""
-    best, ranges, largest = None, _grouped(w, group_size, symmetric)[2], w.abs().amax(1, keepdim=True)
-    for shrink in _SHRINKS if search else _SHRINKS[:1]:
-        channel = channel_scales(ranges, largest, bits, shrink)
-        scales, zeros, error = fit_groups(w, channel, bits, group_size, symmetric, search, importance)
-        found = channel, scales, zeros, error.sum(1, keepdim=True)
-        if best is None:
-            best = found
-        else:
-            better = found[3] < best[3]
-            best = tuple(torch.where(better, new, old) for new, old in zip(found, best))
-    return best[:3]
+            continue
+        better = error < best[2]
+        best = tuple(None if old is None else torch.where(better, new, old)
+                     for new, old in zip((scale, zero, error), best))
+    return best[:2]
 
 
 def store(group_scales: Tensor, channel: Tensor) -> Tensor:
