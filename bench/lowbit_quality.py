@@ -28,12 +28,11 @@ sys.path.insert(0, str(common.BENCH.parent / "tests"))
 from outliers import MODEL, text_tokens, with_outliers  # noqa: E402
 
 LENGTH = 256
-SPECS = """rtn:W8A8 rtn:W6A8 smoothquant:W6A8 gptq:W6A8 rtn:W6A6[act_group=128] flexq:W6A6[act_group=128] rtn:W4A8
-rtn:W4A4[act_group=0] smoothquant:W4A4[act_group=0] quarot:W4A4[act_group=0] quarot:W4A4[act_group=0,act_clip=0.9]
-quarot+gptq:W4A4[act_group=0,act_clip=0.9] flatquant[steps=0]:W4A4[act_group=0]
-flatquant[steps=0]+gptq:W4A4[act_group=0] flatquant:W4A4[act_group=0]
-rtn:W4A4 smoothquant:W4A4 quarot:W4A4 flatquant[steps=0]:W4A4 rtn:W4Ax comet:W4Ax comet[limit=0.05]:W4Ax
-rtn:W4AFP8 fireq:W4AFP8 rtn:NVFP4 rtn:MXFP4""".split()
+SPECS = """rtn:W8A8 rtn:W6A8 smoothquant:W6A8 rtn:W6A6[act_group=128] flexq:W6A6[act_group=128] rtn:W4A8
+rtn:W4A8[scale=int8,act_group=0] rtn:W4A4[act_group=0] smoothquant:W4A4[act_group=0] quarot:W4A4[act_group=0]
+quarot+gptq:W4A4[act_group=0,act_clip=0.9] flatquant[steps=0]:W4A4[act_group=0] flatquant:W4A4[act_group=0]
+flatquant+gptq:W4A4[act_group=0] rtn:W4A4 quarot:W4A4 flatquant:W4A4 rtn:W4Ax comet:W4Ax comet[limit=0.05]:W4Ax
+rtn:W4AFP8 fireq:W4AFP8""".split()
 
 
 def perplexity(model, ids) -> float:
