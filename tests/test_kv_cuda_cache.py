@@ -143,12 +143,14 @@ def test_hadamard_and_methods(device, monkeypatch):
     model, ids, steps = make(), prompt(1, 72), (66, 1, 5)
     plan = tersor.kv.calibrate(model.float(), "smoothattention:K4V4", [prompt(1, 64)[0]])
     model.to(torch.bfloat16)
-    for spec in ("K4V4[hadamard=true]", plan):
+    for layer in model.model.layers:  # what flatquant[kv=4] leaves
+        layer.self_attn.register_buffer("key_transform", torch.eye(64).bfloat16() + 0.05 * torch.randn(64, 64).bfloat16())
+    for spec in ("K4V4[hadamard=true]", plan, "flatquant:K4V4"):
         ours = run(model, tersor.Cache(model, spec), ids, steps)
         theirs = on_cpu(monkeypatch, lambda spec=spec: run(model, tersor.Cache(model, spec), ids, steps))
         assert distance(ours, theirs) < CLOSE
     monkeypatch.setattr(CACHE_METHODS["gear"], "cuda", False)  # a method that says nothing of GPUs
-    words = "layer 0: found method 'gear' on .*accepted on CUDA are cskv, ems, fireq, h2o, "
+    words = "layer 0: found method 'gear' on .*accepted on CUDA are cskv, ems, fireq, flatquant, h2o, "
     with torch.no_grad(), pytest.raises(ValueError, match=words):
         model(ids, past_key_values=tersor.Cache(model, "gear:K4V4"))
 

@@ -75,7 +75,8 @@ def with_method(name, settings="K4V4", **options):
     """The store of a method around pages, with what its calibration finds."""
     rows = torch.empty((HEADS, DIM), device=CUDA)
     tensors = {"key_max": rows, "pair_norm": rows, "key_basis": torch.empty((1, 2 * DIM, DIM), device=CUDA),
-               "value_basis": torch.empty((1, 2 * DIM, DIM), device=CUDA)}
+               "value_basis": torch.empty((1, 2 * DIM, DIM), device=CUDA),
+               "keys": torch.empty((DIM, DIM), device=CUDA), "queries": torch.empty((DIM, DIM), device=CUDA)}
     return CACHE_METHODS[name](**options).wrap(shape(settings), tensors, base_store)
 
 
@@ -99,6 +100,7 @@ STORES = {
                                   ((0,), PagedStore(shape("K8V8").changed(kv_heads=1)))], HEADS),
     "smoothattention": lambda: with_method("smoothattention"),
     "fireq": lambda: with_method("fireq"),
+    "flatquant": lambda: with_method("flatquant"),
     "share_heads": lambda: with_method("share_heads", heads=1),
     "streaming": lambda: WindowStore(shape("K8V8"), 0, 70),
     "razor": lambda: HeadGroups([((1,), PagedStore(shape().changed(kv_heads=1))), (

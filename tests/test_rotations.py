@@ -208,6 +208,24 @@ def test_the_outlier_model_computes_the_same_and_is_hard_to_quantize(outlier_mod
     assert losses[0] < 3 and losses[1] > 10
 
 
+@pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers"])
+def test_training_gains_on_text_that_it_has_not_seen(outliers, outlier_model):
+    """A block's output, from the real kernels, on held-out text: nearer after training than before."""
+    whole = outlier_model if outliers else AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    ids, data = text_tokens(512).view(2, 256), text_tokens(1536, 60_000).view(6, 256)
+
+    def output(model):
+        with torch.no_grad():
+            return model.model(ids, output_hidden_states=True).hidden_states[1].double()
+
+    expected, errors = output(whole), []
+    for steps in (0, 24):
+        model = copy.deepcopy(whole)
+        tersor.compress(model, {"*layers.0.*": f"flatquant[steps={steps}]:W4A4[act_group=0]", "*": "keep"}, data)
+        errors.append(float((output(model) - expected).square().mean()))
+    assert errors[1] < 0.95 * errors[0]
+
+
 def test_methods_order_as_they_should(outlier_model):
     ids, data = text_tokens(512).view(2, 256), text_tokens(512, 60_000).view(2, 256)
     found = []

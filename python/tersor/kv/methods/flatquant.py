@@ -39,11 +39,11 @@ class FlatQuant(CacheMethod):
             if matrix is None:
                 continue
             size = geometry["head_dim"]
-            if tuple(matrix.shape) != (size, size) or not bool(matrix.isfinite().all()) \
-                    or int(torch.linalg.matrix_rank(matrix.double())) < size:
+            inverse = torch.linalg.inv_ex(matrix.double()) if tuple(matrix.shape) == (size, size) else None
+            if inverse is None or int(inverse.info) or not bool(inverse.inverse.isfinite().all()):
                 raise ValueError(f"{self.name}: {name}.{KEY_TRANSFORM}: found {list(matrix.shape)}, accepted is a "
                                  f"finite matrix [{size}, {size}] with an inverse")
-            found[module.layer_idx] = {KEY_TRANSFORM: matrix.detach()}
+            found[module.layer_idx] = {"keys": matrix.detach(), "queries": inverse.inverse.T}
         missing = [layer for layer in range(geometry["layers"]) if layer not in found]
         if missing:
             raise ValueError(f"{self.name}: layer {missing[0]}: found no {KEY_TRANSFORM}, accepted are models of "
@@ -51,7 +51,5 @@ class FlatQuant(CacheMethod):
         return found
 
     def wrap(self, shape: Shape, tensors: dict[str, Tensor], inner: Inner) -> Store:
-        keys = tensors[KEY_TRANSFORM].double()
-        queries = torch.linalg.inv(keys).T
-        return Projected(inner(shape.changed(rotary=None)), shape.kv_heads, queries=queries, keys=keys,
-                         dtype=shape.dtype, device=shape.device)
+        return Projected(inner(shape.changed(rotary=None)), shape.kv_heads, queries=tensors["queries"],
+                         keys=tensors["keys"], dtype=shape.dtype, device=shape.device)
