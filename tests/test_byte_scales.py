@@ -12,7 +12,7 @@ from tersor import ops_float
 from tersor.formats import ByteScales, Inputs, Int
 from tersor.formats.integer import untile_rows
 from tersor.io import load, save
-from tersor.io.errors import Unsupported
+from tersor.io.errors import CheckpointError, Unsupported
 from tersor.layer import Linear
 from tersor.methods import GPTQ, RTN
 from tersor.registry import resolve_format
@@ -134,6 +134,16 @@ def test_models_are_compressed_saved_and_loaded(tmp_path, recipe):
     assert all(layer._buffers["scales"].dtype is torch.float8_e4m3fn for layer in compressed(loaded).values())
     with pytest.raises(Unsupported, match="accepted are integer formats"):
         save(model, tmp_path / "other", "compressed-tensors")
+
+
+@pytest.mark.parametrize("value", [0.75, 0.0, -0.5, float("inf"), float("nan")])
+def test_multipliers_that_are_no_powers_of_two_are_refused(tmp_path, value):
+    model = llama(dtype=torch.float32)
+    tersor.compress(model, "rtn:W4A16[group=32,scale=e4m3]")
+    model.model.layers[0].mlp.up_proj.tensors()["scale_multiplier"][0] = value
+    save(model, tmp_path)
+    with pytest.raises(CheckpointError, match="up_proj.*scale_multiplier: found .*, accepted are finite"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["W4A16[group=32,scale=e4m3]", FIREQ])

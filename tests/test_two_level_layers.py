@@ -11,12 +11,13 @@ from test_gptq import correlated, output_error, statistics, weight
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tersor
-from tersor import evaluate
+from tersor import evaluate, ops
 from tersor.formats import Int
 from tersor.io import load, save
 from tersor.io.errors import CheckpointError, Unsupported
 from tersor.methods import GPTQ, RTN
 from tersor.ops_fused import BoundIntLinearFused
+from tersor.registry import resolve_format
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "stdlib-llama"
 SPEC = "W4A8[group=32,scale=int8,act_group=0]"
@@ -85,14 +86,54 @@ def test_save_and_load(tmp_path, symmetric):
         save(model, tmp_path / "p", "compressed-tensors")
 
 
-def test_channel_scales_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize("name, place, value, words", [
+    ("scales", (0, slice(-4, None)), 255, "channel scales: found nan, accepted are positive finite"),
+    ("scales", (0, slice(-4, None)), 0, "channel scales: found 0, accepted are positive finite"),
+    ("scales", (0, 0, 3), 0, "group scales: found 0 to .* accepted are 1 to 15"),
+    ("scales", (0, 1, 3), 16, "group scales: found .* to 16, accepted are 1 to 15"),
+    ("zero_points", (0, 0, 3), 200, r"\(code - zero point\) \* group scale: found .* accepted are up to 127"),
+])  # fmt: skip
+def test_files_that_leave_what_kernels_hold_are_refused(tmp_path, name, place, value, words):
     model = llama()
-    tersor.compress(model, f"rtn:{SPEC}")
-    scales = model.model.layers[0].mlp.up_proj.tensors()["scales"]
-    scales[0, -4:] = 255  # NaN
+    tersor.compress(model, f"rtn:{SPEC.replace('scale', 'sym=false,scale')}")
+    tensors = model.model.layers[0].mlp.up_proj.tensors()
+    tensors[name][place] = value
     save(model, tmp_path / "q")
-    with pytest.raises(CheckpointError, match="not finite"):
+    with pytest.raises(CheckpointError, match=f"up_proj.*{words}"):
         load(tmp_path / "q")
+
+
+def test_padding_is_verified_as_well():
+    n, k = 40, 232  # rows to 48, columns to 256
+    for symmetric in (True, False):
+        fmt = Int(4, 64, symmetric, 8, "int8")
+        params = fmt.fit(w := torch.randn(n, k) + 2)
+        tensors = fmt.pack(fmt.project(w, params), params)
+        fmt.verify(tensors, (n, k))
+        tensors["scales"][2, 1, 12] = 200  # row 44
+        with pytest.raises(ValueError, match="found a size of 1600, accepted are up to 127"):
+            fmt.verify(tensors, (n, k))
+    fmt.verify(tensors := fmt.pack(fmt.project(w, params), params), (n, k))
+    # Row 5: codes up to 8 from zero point 0 under group scale 15 are in range, those of the last group's padding not.
+    tensors["scales"][0, :4, 5], tensors["zero_points"][0, :, 5] = 15, 0
+    padded = torch.zeros(n, 256, dtype=torch.uint8)
+    padded[5, 240:] = 9
+    tensors["qweight"] = ops.int_pack(padded, 4)
+    with pytest.raises(ValueError, match="found a size of 135, accepted are up to 127"):
+        fmt.verify(tensors, (n, k))
+    padded[5, 240:] = 8
+    fmt.verify({**tensors, "qweight": ops.int_pack(padded, 4)}, (n, k))
+
+
+def test_formats_around_two_levels_verify_them():
+    for text in ("W4Ax[group=32,scale=int8]", f"{SPEC}+lr4", f"2:4/{SPEC}", f"bd32/{SPEC}"):
+        fmt = resolve_format(text)
+        params = fmt.fit(w := torch.randn(32, 64))
+        tensors = fmt.pack(fmt.project(w, params), params)
+        fmt.verify(tensors, (32, 64))
+        next(tensor for name, tensor in tensors.items() if name.endswith("scales"))[0, 0, 0] = 0
+        with pytest.raises(ValueError, match="group scales: found 0 to"):
+            fmt.verify(tensors, (32, 64))
 
 
 @pytest.mark.parametrize("recipe, words", [

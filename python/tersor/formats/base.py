@@ -133,6 +133,10 @@ class Format:
     def check(self, shape: Shape) -> None:
         """Raise ValueError when a weight of this shape cannot be stored."""
 
+    def verify(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
+        """Raise ValueError when stored tensors, of the right shapes and dtypes, hold values that `pack` never gives and
+        that kernels rely on not to meet."""
+
     def bits(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> float:
         """Stored bits per weight, everything counted (scales, zero points, codebooks, padding)."""
         return 8 * sum(t.nbytes for t in self.spec(shape, dtype).values()) / math.prod(shape)
@@ -180,6 +184,9 @@ class Around(Format):
 
     def check(self, shape: Shape) -> None:
         self.inner.check(shape)
+
+    def verify(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
+        self.inner.verify(tensors, shape)
 
 
 def prefixed(tensors: Mapping[str, Tensor] | Mapping[str, TensorSpec], prefix: str) -> dict:

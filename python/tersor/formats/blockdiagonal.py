@@ -108,6 +108,9 @@ class BlockDiagonal(Format):
             "columns": TensorSpec((1, shape[1]), store),
         }
 
+    def verify(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
+        self.core.verify(under(tensors, "core"), shape)
+
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
         return "reference: no kernel for block-diagonal wrappers"
 

@@ -84,6 +84,12 @@ class ByteScales(Around):
         return {**spec, "scales": TensorSpec(spec["scales"].shape, torch.float8_e4m3fn),
                 "scale_multiplier": TensorSpec((1,), torch.float32)}
 
+    def verify(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
+        multiplier = float(tensors["scale_multiplier"])
+        if not 0 < multiplier < math.inf or math.frexp(multiplier)[0] != 0.5:
+            raise ValueError(f"scale_multiplier: found {multiplier:g}, accepted are finite positive powers of two")
+        self.inner.verify(tensors, shape)
+
     # -- running ------------------------------------------------------------------------------------------------
 
     def quantize_input(self, x: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:

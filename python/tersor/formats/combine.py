@@ -115,6 +115,10 @@ class Sum(Format):
         for term in self.terms:
             term.check(shape)
 
+    def verify(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
+        for i, term in enumerate(self.terms):
+            term.verify(under(tensors, str(i)), shape)
+
     def text(self) -> str:
         return "+".join(term.text() for term in self.terms)
 

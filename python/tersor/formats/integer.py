@@ -282,6 +282,10 @@ class Int(Format):
             spec["input_scale"] = TensorSpec((self.input_groups(shape[1]),), torch.float32)
         return spec
 
+    def verify(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
+        if self.two_level:
+            two_level.verify(tensors, shape[0], self.num_bits, self.group_size)
+
     # -- running ------------------------------------------------------------------------------------------------
 
     def quantize_input(self, x: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:

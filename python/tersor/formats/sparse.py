@@ -101,6 +101,9 @@ class Sparse24(Format):
     def check(self, shape: Shape) -> None:
         self.inner.check(self.kept_shape(shape))
 
+    def verify(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
+        self.inner.verify(under(tensors, "values"), self.kept_shape(shape))
+
     def text(self) -> str:
         return "2:4" if self.inner == Dense() else f"2:4/{self.inner.text()}"
 

@@ -10,8 +10,12 @@ scales, then in the last 64 bytes their channel scales.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from .. import ops
 
 TOP = 127  # the largest size of (q - zero_point) * group_scale
 BITS = range(2, 7)  # of codes: with more, group scales would be one or two
@@ -87,3 +91,39 @@ def expanded(scales: Tensor) -> Tensor:
     """Float32 scales ``[..., groups, 16]`` that say the same as stored ones."""
     groups, channels = parts(scales)
     return groups * channels
+
+
+def verify(tensors: Mapping[str, Tensor], rows: int, bits: int, group_size: int) -> None:
+    """ValueError where stored tensors break what kernels rely on: group scales of the ``rows`` from 1 to
+    `most_group_scale`, channel scales positive and finite, and (code - zero point) * group scale within -127 .. 127,
+    padding included."""
+    from .integer import BLOCK_COLUMNS, untile_rows
+
+    groups, channels = parts(tensors["scales"])
+    padded, most = 16 * len(groups), most_group_scale(bits)
+    groups, channels = untile_rows(groups, padded).int(), untile_rows(channels, rows)
+    real = groups[:rows]
+    if not bool(((real >= 1) & (real <= most)).all()):
+        raise ValueError(f"group scales: found {int(real.min())} to {int(real.max())}, accepted are 1 to {most}")
+    wrong = channels[~((channels > 0) & (channels < float("inf")))]
+    if len(wrong):
+        raise ValueError(f"channel scales: found {float(wrong[0]):g}, accepted are positive finite numbers")
+    zeros = tensors.get("zero_points")
+    if zeros is None:  # codes lie at most 2^(bits - 1) from the zero point
+        found = int(groups.max()) * 2 ** (bits - 1)
+    else:
+        # Codes are unpacked where the zero points would let some leave the range: for few tiles, where `fit` chose.
+        zeros = untile_rows(zeros, padded).int()
+        possible = (torch.maximum(zeros, 2**bits - 1 - zeros) * groups).view(len(tensors["scales"]), -1).amax(1)
+        found, tiles = 0, (possible > TOP).nonzero().flatten()
+        for some in tiles.split(64) if len(tiles) else ():
+            qweight = tensors["qweight"][some]
+            blocks = qweight.shape[1]
+            codes = ops.int_unpack(qweight, 16 * len(some), BLOCK_COLUMNS * blocks, bits)
+            low, high = codes.unflatten(1, (blocks, BLOCK_COLUMNS)).aminmax(dim=-1)
+            of = torch.arange(blocks, device=codes.device) * BLOCK_COLUMNS // group_size
+            zero, scale = (values.unflatten(0, (-1, 16))[some].flatten(0, 1)[:, of] for values in (zeros, groups))
+            far = torch.maximum((low.int() - zero).abs(), (high.int() - zero).abs())
+            found = max(found, int((far * scale).max()))
+    if found > TOP:
+        raise ValueError(f"(code - zero point) * group scale: found a size of {found}, accepted are up to {TOP}")

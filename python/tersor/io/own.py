@@ -142,6 +142,10 @@ class Native(OwnLayout):
         return Decoded(self.format, held, pre, post)
 
     def _verify(self, held: Tensors, site: Site, shape: tuple[int, int]) -> None:
+        try:
+            self.format.verify(held, shape)
+        except ValueError as error:
+            raise CheckpointError(f"the tensors of {self.format}: {error}") from None
         # Codes may be indices into other tensors: unpacking once finds those that point outside.
         try:
             w = self.format.unpack(held, shape, torch.float32)
