@@ -1,5 +1,7 @@
 """Integer weights under group scales of e4m3: ``W4A16[scale=e4m3]``, and FireQ with them."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from tersor.formats import ByteScales, Inputs, Int
 from tersor.formats.integer import untile_rows
 from tersor.io import load, save
 from tersor.io.errors import CheckpointError, Unsupported
-from tersor.layer import Linear
+from tersor.layer import Linear, Siblings
 from tersor.methods import GPTQ, RTN
 from tersor.registry import resolve_format
 from tersor.transforms import fireq
@@ -134,6 +136,29 @@ def test_models_are_compressed_saved_and_loaded(tmp_path, recipe):
     assert all(layer._buffers["scales"].dtype is torch.float8_e4m3fn for layer in compressed(loaded).values())
     with pytest.raises(Unsupported, match="accepted are integer formats"):
         save(model, tmp_path / "other", "compressed-tensors")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["rtn:W4A8[group=32,scale=e4m3]", "rtn:W4A16[group=32,scale=e4m3]",
+                                    "quarot:W4A8[group=32,sym=false,scale=e4m3,act_group=0]"])
+def test_siblings_run_together(recipe):
+    model = llama(dtype=torch.float32)
+    tersor.compress(model, recipe, calibration=TOKENS)
+    apart = copy.deepcopy(model)
+    for layer in compressed(apart).values():
+        layer.siblings = None
+    block = model.model.layers[0]
+    for layers in ((block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj),
+                   (block.mlp.gate_proj, block.mlp.up_proj)):
+        assert layers[0].siblings is not None and layers[0].siblings.layers == layers
+    together = model(TOKENS).logits
+    assert block.self_attn.q_proj.siblings._call is not None and block.mlp.up_proj.siblings._call is not None
+    assert torch.equal(apart(TOKENS).logits, together)
+
+
+def test_static_scales_of_inputs_keep_siblings_apart():
+    fmt = resolve_format("W4A8[group=32,scale=e4m3,act_scale=static,act_group=0]")
+    assert not Siblings.fit_together([Linear(64, 32, fmt) for _ in range(2)])
 
 
 @pytest.mark.parametrize("value", [0.75, 0.0, -0.5, float("inf"), float("nan")])

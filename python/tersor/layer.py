@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import ops, ops_fused
 from .formats.base import Format, Shape
+from .formats.byte_scales import ByteScales
 from .formats.integer import TILE_ROWS, Int
 from .ops_fused import BoundFusedCuda, BoundIntLinearFused, BoundLowbitCuda, Producer
 from .registry import Resolved, resolve, resolve_format
@@ -279,8 +280,8 @@ class Siblings:
         """Whether these layers can share a call: same integer format, input width, dtype and online steps."""
         first = layers[0]
         return len(layers) > 1 and all(
-            type(layer) is Linear and isinstance(layer.format, Int) and layer.format == first.format
-            and layer.format.act_scale == "dynamic" and layer.in_features == first.in_features
+            type(layer) is Linear and _is_integer(layer.format) and layer.format == first.format
+            and layer.in_features == first.in_features
             and layer._buffers["scales"].dtype == first._buffers["scales"].dtype
             and _same_steps(layer.pre, first.pre) and layer.post is None
             for layer in layers
@@ -349,6 +350,13 @@ class Siblings:
 
     def __reduce__(self):
         return _no_siblings, ()
+
+
+def _is_integer(format: Format) -> bool:
+    """Whether layers of a format may share what is done to their input: integer weights without scales of their own
+    for it."""
+    codes = format.inner if isinstance(format, ByteScales) else format
+    return isinstance(codes, Int) and codes.act_scale == "dynamic"
 
 
 def _same_steps(one: nn.ModuleList | None, other: nn.ModuleList | None) -> bool:
