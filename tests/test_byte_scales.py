@@ -5,13 +5,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from io_models import compressed, config_of, logits
+from io_models import compressed, config_of, logits, moe
 from test_compress import LINEARS, TOKENS, llama
 from test_gptq import correlated, output_error, statistics, weight
 
 import tersor
 from tersor import ops_float
-from tersor.formats import ByteScales, Inputs, Int
+from tersor.experts import Experts
+from tersor.formats import ByteScales, Inputs, Int, byte_scales
+from tersor.formats.base import under
+from tersor.formats.byte_scales import widen
 from tersor.formats.integer import untile_rows
 from tersor.io import load, save
 from tersor.io.errors import CheckpointError, Unsupported
@@ -59,7 +62,7 @@ def test_scales_are_bytes_under_one_power_of_two(fmt, search):
     wide = untile_rows(tensors["scales"].double() * tensors["scale_multiplier"].double(), 40)
     assert torch.equal(wide, params["scales"].double())
     plain = fmt.inner.project(w, fmt.inner.fit(w, search=search))
-    # a scale may lose 3 % of its group's range, which is four steps of 8 bits
+    # a scale may lose 1/17 of its group's range, which is seven of 127 steps of 8 bits to either side
     assert (w_hat - w).norm() < (1.1 if fmt.inner.num_bits < 8 else 1.4) * (plain - w).norm()
 
 
@@ -185,3 +188,46 @@ def test_experts(text):
         wanted = fmt.linear(x[begin:end], packed[expert], None, (n, k))
         assert torch.allclose(y[begin:end], wanted, rtol=1e-5, atol=1e-7 * 10.0 ** -expert)
     assert not y[6].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["W4A16[group=32,scale=e4m3]", "W4A8[group=32,sym=false,scale=e4m3]", FIREQ])
+def test_experts_widen_their_scales_once(monkeypatch, text):
+    model = moe()
+    tersor.compress(model, f"rtn:{text}")
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    fmt, made = experts.format, []
+    monkeypatch.setattr(byte_scales, "widen", lambda *scales: made.append(1) or widen(*scales))
+    x, chosen = torch.randn(5, 64), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]])
+    weights = torch.rand(5, 2)
+
+    def run(module=experts):
+        made.clear()
+        return module(x, chosen, weights)
+
+    first = run()
+    assert len(made) == 2, "one for each projection"
+    assert torch.equal(run(), first) and not made
+    assert torch.equal(run(copy.deepcopy(experts)), first) and made
+
+    one = {name: tensor[2].clone() for name, tensor in under(experts.tensors(), "down_proj").items()}
+    experts.load_expert("down_proj", 0, one)
+    changed = run()
+    assert len(made) == 1 and not torch.equal(changed, first)
+    experts.tensors()["down_proj.scale_multiplier"].mul_(2)  # in place: the next call sees it
+    assert torch.equal(run(), 2 * changed) and len(made) == 1
+    rows, ends = x[:, : experts.projections["down_proj"][1]], torch.tensor([1, 3, 5], dtype=torch.int32)
+    held = under(experts.tensors(), "down_proj")
+    assert torch.equal(experts._linear_grouped(rows, ends, "down_proj"),
+                       fmt.linear_grouped(rows, ends, held, None, experts.projections["down_proj"]))
+    experts.load_tensors({name: tensor.clone() for name, tensor in experts.tensors().items()})
+    run()
+    assert len(made) == 2
+
+
+def test_kernels_say_where_scales_are_widened():
+    for text in ("W4A16[scale=e4m3]", "W4A8[scale=e4m3]", "AFP8/W4A16[scale=e4m3]"):
+        fmt = resolve_format(text)
+        assert "widened" not in fmt.kernel((64, 128)) + fmt.kernel_grouped((64, 128)), "held"
+    assert byte_scales._each_call("int_linear cuda", "cuda") == "int_linear cuda on scales widened in each call"
+    assert byte_scales._each_call("reference: why", "cuda") == "reference: why"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .formats.base import Format, Shape
 from .layer import _is_grad_enabled, _Multiply
+from .ops import plain
 
 _UP = ("gate_up_proj", "up_proj")
 
@@ -109,6 +110,7 @@ class Experts(nn.Module):
         self._sorted = len(inspect.signature(module.forward).parameters) == 1
         device = module.down_proj.device if device is None else device
         self._names: dict[str, tuple[str, ...]] = {}
+        self._bound: dict[str, tuple] = {}
         for projection, shape in self.projections.items():
             format.check(shape)
             spec = format.spec(shape, self.weight_dtype)
@@ -155,12 +157,14 @@ class Experts(nn.Module):
             if tensor.shape != held[name].shape or tensor.dtype != held[name].dtype:
                 raise ValueError(f"tensor {name!r} of experts in {self.format}: found {tensor.dtype} "
                                  f"{list(tensor.shape)}, accepted is {held[name].dtype} {list(held[name].shape)}")
+        self._bound.clear()
         for name, tensor in tensors.items():
             self._buffers[_buffer(*name.split(".", 1))] = tensor.contiguous()
 
     def load_expert(self, projection: str, expert: int, tensors: Mapping[str, Tensor]) -> None:
         """Copy what ``format.pack`` gave for one matrix of one expert into its place."""
         names = self._names[projection]
+        self._bound.pop(projection, None)
         if set(tensors) != set(names):
             raise ValueError(f"tensors of {projection}[{expert}]: found {sorted(tensors)}, accepted are "
                              f"{sorted(names)}")
@@ -194,7 +198,19 @@ class Experts(nn.Module):
         if bias is not None:
             bias = bias.detach().to(x.dtype).contiguous()
         held = {name: self._buffers[_buffer(projection, name)] for name in self._names[projection]}
+        if plain(x) and (bound := self._bind_grouped(projection, held)) is not None:
+            return bound(x, ends, bias)
         return self.format.linear_grouped(x, ends, held, bias, self.projections[projection])
+
+    def _bind_grouped(self, projection: str, held: dict[str, Tensor]):
+        """The format's short cut for the tensors that the buffers hold now, with the values that they have now."""
+        bound, before = self._bound.get(projection, (None, ()))
+        now = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in held.values()]
+        if len(before) != len(now) or any(one is not other or version != then for (one, version), (other, then)
+                                          in zip(now, before)):
+            bound = self.format.bind_grouped(held, self.projections[projection])
+            self._bound[projection] = bound, now
+        return bound
 
     def _grouped(self, x: Tensor, ends: Tensor) -> Tensor:
         """All experts on rows sorted by expert, one call for each projection."""
@@ -268,6 +284,9 @@ class Experts(nn.Module):
         """The kernel that runs for the chosen experts, or ``reference: why``."""
         device = next(iter(self.tensors().values())).device
         return self.format.kernel_grouped(self.projections["down_proj"], device)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_bound": {}}
 
     def extra_repr(self) -> str:
         shown = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in self.projections.items())

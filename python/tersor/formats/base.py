@@ -110,6 +110,11 @@ class Format:
         the CPU they are checked once instead of in every call. None where there is no such short cut."""
         return None
 
+    def bind_grouped(self, tensors: Mapping[str, Tensor], shape: Shape) -> Callable | None:
+        """`linear_grouped` on these very tensors as a callable ``(x, ends, bias) -> y`` for eager inputs on the CPU,
+        which makes once what the format would make of them in every call. None where it would make nothing."""
+        return None
+
     def producer(self, tensors: Mapping[str, Tensor]) -> dict | None:
         """What `ops_fused.Producer` must know of the stored tensors, where the bound `linear` can also run a step
         while it rounds its input; None where it cannot."""

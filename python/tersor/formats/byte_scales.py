@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Around, Params, Shape, Tensors, TensorSpec
+from .base import Around, Params, Shape, Tensors, TensorSpec, reference_kernel
 from .floating import ELEMENTS, round_to
 from .integer import Int
 
@@ -23,8 +23,10 @@ class ByteScales(Around):
     two.
 
     In the spec grammar ``W4A16[scale=e4m3]``; what FireQ (arXiv 2505.20839) chooses: ``fireq:AFP8/W4A16[scale=e4m3]``.
-    On the CPU scales are widened to float32 when a layer is bound, on CUDA `fp8_linear` reads the bytes and other
-    kernels widened ones, made in each call. ValueError for an ``inner`` that is not such an `Int`.
+    On the CPU layers and experts hold scales widened to float32 beside the stored ones, made in their first call. On
+    CUDA `fp8_linear` reads the bytes; layers with rounded activations hold widened scales as well; layers of 16-bit
+    activations and experts take ones made in each call, as calls with gradients do everywhere. ValueError for an
+    ``inner`` that is not such an `Int`.
     """
 
     inner: Int
@@ -103,19 +105,35 @@ class ByteScales(Around):
         return self.inner.linear_grouped(x, ends, self.widened(tensors), bias, shape)
 
     def bind(self, tensors: Mapping[str, Tensor], shape: Shape) -> Callable | None:
+        if tensors["qweight"].is_cuda and self.activation == 16:
+            return None  # as `inner` says
         return self.inner.bind(self.widened(tensors), shape)
+
+    def bind_grouped(self, tensors: Mapping[str, Tensor], shape: Shape) -> Callable | None:
+        if tensors["qweight"].device.type != "cpu":
+            return None
+        wide = self.widened(tensors)
+        return lambda x, ends, bias: self.inner.linear_grouped(x, ends, wide, bias, shape)
 
     def producer(self, tensors: Mapping[str, Tensor]) -> dict | None:
         return self.inner.producer(tensors)
 
     def kernel(self, shape: Shape, device: torch.device | str = "cpu") -> str:
-        return self.inner.kernel(shape, device)
+        kernel = self.inner.kernel(shape, device)
+        return _each_call(kernel, device) if self.activation == 16 else kernel
 
     def kernel_grouped(self, shape: Shape, device: torch.device | str = "cpu") -> str:
-        return self.inner.kernel_grouped(shape, device)
+        return _each_call(self.inner.kernel_grouped(shape, device), device)
 
     def text(self) -> str:
         return self.inner.text().replace("scale=fp32", "scale=e4m3")
+
+
+def _each_call(kernel: str, device: torch.device | str) -> str:
+    """The name of a kernel that finds no widened scales to be held for it on a GPU."""
+    if torch.device(device).type != "cuda" or reference_kernel(kernel):
+        return kernel
+    return f"{kernel} on scales widened in each call"
 
 
 def widen(scales: Tensor, multiplier: Tensor) -> Tensor:

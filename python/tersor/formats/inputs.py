@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +73,13 @@ class Inputs(Around):
         if not isinstance(self.inner, ByteScales) or tensors["qweight"].device.type != "cpu":
             return None
         return Bound(self.inner.bind(tensors, shape), self)
+
+    def bind_grouped(self, tensors: Mapping[str, Tensor], shape: Shape):
+        """As `bind`: of all experts, widened once."""
+        if not isinstance(self.inner, ByteScales) or tensors["qweight"].device.type != "cpu":
+            return None
+        wide, plain = self.inner.widened(tensors), replace(self, inner=self.inner.inner)
+        return lambda x, ends, bias: plain.linear_grouped(x, ends, wide, bias, shape)
 
     def _product(self, device: torch.device, shape: Shape) -> str | None:
         """The kernel that multiplies rounded inputs as they are stored on this device; None: they go on in 16 bits."""
