@@ -6,9 +6,10 @@
 Every time includes rounding the activations. Contenders of this process take turns, in copies of the weight that no
 cache holds; `ms` is the median call. `ratio_bf16` and `ratio_fp32` are the times of torch's dense products over it.
 `+hadamard` and `+kronecker` transform while they round (one Hadamard matrix of the whole width; two square factors);
-`added` is what they take over the same layer without, the median of pairs of calls one right after the other. `of_read` and `of_int8` compare with this machine's own limits:
-bytes of the stored weight, and products, a second. ONNX Runtime and OpenVINO run in processes of their own
-(bench/contenders.py). `disturbed`: something else used the machine meanwhile, and the row tells nothing.
+`added` is what they take over the same layer without, the median of pairs of calls one right after the other.
+`of_read` and `of_int8` compare with this machine's own limits: bytes of the stored weight, and products, a second. ONNX
+Runtime and OpenVINO run in processes of their own (bench/contenders.py). `disturbed`: something else used the machine
+meanwhile, and the row tells nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Low-bit layers on a GPU: tersor's, of integers and small floats, against cuBLAS bf16, torch._int_mm, torch._scaled_mm.
+"""Low-bit layers on a GPU: tersor's, of integers and small floats, against cuBLAS bf16, _int_mm, _scaled_mm.
 
     python bench/lowbit_cuda.py --out bench/results/lowbit-cuda.json
 

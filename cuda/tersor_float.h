@@ -15,9 +15,10 @@ int tersor_cuda_float_linear_plan(int64_t m, int64_t n, int64_t k, int element, 
                                   int64_t* counter_bytes);
 
 /* y[m, n] = x[m, k] (values * scales)^T + bias; x, bias and y of x_dtype 1 bfloat16 or 2 float16. codes [n][k] e4m3
- * (element 0), [n][ceil(k/2)] pairs of e2m1 (1) or [n][ceil(6k/8)] of e2m3 (2), dense, low bits first. scales [ceil(n/scale_rows)]
- * [ceil(k/group)]: enum tersor_dtype with groups that are multiples of 128 or cover k; 3: exponents with a bias of 127,
- * groups of 32; 4: e4m3 over *global, groups of 16, element 1. counters are zero before and after. */
+ * (element 0), [n][ceil(k/2)] pairs of e2m1 (1) or [n][ceil(6k/8)] of e2m3 (2), dense, low bits first. scales
+ * [ceil(n/scale_rows)][ceil(k/group)]: enum tersor_dtype with groups that are multiples of 128 or cover k; 3: exponents
+ * with a bias of 127, groups of 32; 4: e4m3 over *global, groups of 16, element 1. counters are zero before and
+ * after. */
 int tersor_cuda_float_linear(const void* x, int x_dtype, int64_t m, int64_t k, int64_t ldx, const uint8_t* codes,
                              int element, const void* scales, int scale_kind, int64_t scale_rows, int64_t group,
                              const float* global, const void* bias, void* y, int64_t n, int64_t ldy, int64_t ranges,
@@ -37,8 +38,8 @@ int tersor_cuda_fp8_linear_plan(int64_t m, int64_t n, int64_t k, int weight, int
 
 /* y[m, n] = (x x_scales) (weights scales)^T + bias from such codes, on sm_89 and later. weight 0: symmetric integers of
  * 4 bits in the layout of cpp/cpu/int_layout.h, scales [ceil(n/16)][groups][16] of scale_dtype (enum tersor_dtype, or
- * 4: e4m3 times *scale_multiplier), groups of a multiple of 32 or (0) a row, x interleaved; 1: e4m3 [n][k], scales [ceil(n/scale_rows)][ceil(k/group)], groups of a multiple of 128 or all of k.
- * bias and y are of y_dtype, 1 bfloat16 or 2 float16. counters are zero before and after. */
+ * 4: e4m3 times *scale_multiplier), groups of a multiple of 32 or (0) a row, x interleaved; 1: e4m3 [n][k], scales
+ * [ceil(n/scale_rows)][ceil(k/group)], groups of a multiple of 128 or all of k. bias and y are of y_dtype, 1 bfloat16 or 2 float16. counters are zero before and after. */
 int tersor_cuda_fp8_linear(const uint8_t* x, const float* x_scales, int64_t x_groups, int64_t m, int64_t k,
                            const uint8_t* codes, int weight, const void* scales, int scale_dtype,
                            const float* scale_multiplier, int64_t scale_rows, int64_t group, const void* bias,

@@ -144,7 +144,8 @@ def test_hadamard_and_methods(device, monkeypatch):
     plan = tersor.kv.calibrate(model.float(), "smoothattention:K4V4", [prompt(1, 64)[0]])
     model.to(torch.bfloat16)
     for layer in model.model.layers:  # what flatquant[kv=4] leaves
-        layer.self_attn.register_buffer("key_transform", torch.eye(64).bfloat16() + 0.05 * torch.randn(64, 64).bfloat16())
+        turn = torch.eye(64) + 0.05 * torch.randn(64, 64)
+        layer.self_attn.register_buffer("key_transform", turn.bfloat16())
     for spec in ("K4V4[hadamard=true]", plan, "flatquant:K4V4"):
         ours = run(model, tersor.Cache(model, spec), ids, steps)
         theirs = on_cpu(monkeypatch, lambda spec=spec: run(model, tersor.Cache(model, spec), ids, steps))

@@ -70,7 +70,8 @@ int check_groups(const Shape& s, const Problem& p) {
 int describe(const Shape& s, Problem* p) {
   if (int status = check_int_arguments(s.n, s.k, s.bits, s.group_size, 1)) return status;
   constexpr int64_t rows = int64_t(1) << 25;
-  const int64_t columns = s.zero_points && s.act_zero_points ? 32768 : 65536;
+  const bool zero_points = s.zero_points && !s.two_level();  // whose sums are added: two levels have them in the weights
+  const int64_t columns = zero_points && s.act_zero_points ? 32768 : 65536;
   if (s.n > rows || s.k > columns || s.m < 0 || s.m > 32 * rows) {
     return fail(TERSOR_INVALID, "m, n, k are %lld, %lld, %lld; accepted: 0 to 2^30, 2^25, %lld", (long long)s.m,
                 (long long)s.n, (long long)s.k, (long long)columns);
@@ -106,8 +107,7 @@ int describe(const Shape& s, Problem* p) {
     p->token_tiles = lowbit_experts_token_tiles(s.m, s.experts);
     p->token_blocks = static_cast<int>(s.m / (8 * p->token_tiles) + (s.m < s.experts + 1 ? s.m : s.experts + 1));
   } else {
-    const bool zero_points = (s.zero_points && !s.two_level()) || s.act_zero_points;
-    const int most = lowbit_most_token_tiles(p->grouped, zero_points);
+    const int most = lowbit_most_token_tiles(p->grouped, zero_points || s.act_zero_points);
     p->token_tiles = lowbit_token_tiles(s.m, most);
     p->token_blocks = static_cast<int>(div_up(s.m, 8 * p->token_tiles));
   }
@@ -118,12 +118,10 @@ int describe(const Shape& s, Problem* p) {
   p->act_slots = slots_of(p->act_group_blocks, p->act_groups);
   const int scale_bytes = s.two_level() ? 1 : s.scale_dtype == TERSOR_FLOAT32 ? 4 : 2;
   p->group_bytes = lowbit_group_bytes(scale_bytes, s.zero_points);
-  p->stage_bytes = lowbit_stage_bytes(s.bits, p->token_tiles, s.width, p->grouped, p->group_slots, p->act_slots,
-                                      scale_bytes, s.zero_points);
-  if (s.two_level()) {
-    p->stage_bytes = two_level_stage_bytes(s.bits, p->token_tiles, p->grouped, p->group_slots, p->act_slots,
-                                           s.zero_points);
-  }
+  p->stage_bytes = s.two_level() ? two_level_stage_bytes(s.bits, p->token_tiles, p->grouped, p->group_slots,
+                                                         p->act_slots, s.zero_points)
+                                 : lowbit_stage_bytes(s.bits, p->token_tiles, s.width, p->grouped, p->group_slots,
+                                                      p->act_slots, scale_bytes, s.zero_points);
   p->shared_bytes = lowbit_stages(s.bits, p->token_tiles, s.width, p->grouped) * p->stage_bytes + 16;
   return TERSOR_OK;
 }

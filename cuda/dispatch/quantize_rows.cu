@@ -58,7 +58,8 @@ int check_steps(const tersor_cuda_rows& r) {
   const bool mixes_heads = r.left && r.butterflies == 1 && r.columns % 8 == 0;
   if (r.rows < 1 || r.columns < 1 || r.k % (r.rows * r.columns) != 0 || (!r.left && r.rows != 1) ||
       (!r.right && r.columns != r.butterflies && !mixes_heads)) {
-    return fail(TERSOR_INVALID, "rows, columns are %lld, %lld; accepted are those whose product divides k = %lld",
+    return fail(TERSOR_INVALID, "rows, columns are %lld, %lld; accepted are those whose product divides k = %lld; columns are those of right, "
+                "or butterflies, or for left alone a multiple of 8",
                 (long long)r.rows, (long long)r.columns, (long long)r.k);
   }
   if ((r.left && r.rows > kMostFactor) || (r.right && r.columns > kMostFactor)) {

@@ -1,8 +1,8 @@
-// y[m, n] = x[m, k] (values * scales)^T + bias: 16-bit activations, weights of FP8 (e4m3), MXFP8, MXFP6, MXFP4 or NVFP4.
+// y[m, n] = x[m, k] (values * scales)^T + bias: 16-bit activations, weights of FP8 (e4m3), MXFP8, MXFP6, MXFP4, NVFP4.
 //
 // LAYOUT. Weights are read as checkpoints store them, row by row: k lies in order, so a lane (g, c) finds its share of
-// 32 k, k = 8c .. 8c + 7, as 8 (e4m3), 6 (e2m3) or 4 (e2m1) contiguous bytes of each of its four rows (row_stream.h), and the
-// same 8 k of a token as 16 contiguous bytes of x. Weights are operand A of mma.m16n8k16, tokens its n.
+// 32 k, k = 8c .. 8c + 7, as 8 (e4m3), 6 (e2m3) or 4 (e2m1) contiguous bytes of each of its four rows (row_stream.h), and
+// the same 8 k of a token as 16 contiguous bytes of x. Weights are operand A of mma.m16n8k16, tokens its n.
 //
 //     shared memory of a stage     128 rows x 128 or 64 bytes of codes; tokens x 256 bytes; scales, as fp32 for each
 //                                  row and 32 k (e8m0) or row (float types), or the 8 e4m3 of a row (NVFP4)
@@ -10,8 +10,9 @@
 // DECODING is a move of bits: sign, exponent and mantissa of a code, put into the fields of a 16-bit float, are the
 // value times 2^-8 (e4m3 in f16), 2^-14 (e2m1 and e2m3 in f16), 2^-120 or 2^-126 (in bf16), subnormals included. f16
 // stays so, and the power is made up for with the results; bf16 is multiplied by the power, which is exact. Four
-// instructions for a pair, five in bf16; e2m3, whose codes straddle bytes, takes two more (tile/six_bits.h). NVFP4's e4m3 scale times a value has 6 bits and fits either type exactly: it is multiplied
-// in (times 2^-8). Other scales are applied to the fp32 sums of a group, so nothing is rounded before the sums.
+// instructions for a pair, five in bf16; e2m3, whose codes straddle bytes, takes two more (tile/six_bits.h). NVFP4's e4m3
+// scale times a value has 6 bits and fits either type exactly: it is multiplied in (times 2^-8). Other scales are
+// applied to the fp32 sums of a group, so nothing is rounded before the sums.
 //
 // A block of 4 warps computes 128 rows x 8 * kTokenTiles tokens (8, 16, 32, 64) in stages of 128 k, stream-K as in
 // row_stream.h: results are the same to the bit in every launch.

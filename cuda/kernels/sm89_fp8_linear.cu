@@ -10,8 +10,8 @@
 //
 // Products are exact; sums in fp32 are promoted at each group of weights, at the latest after 128 k, by the scale of
 // the row times that of the token. Scales of int4 may be bytes of e4m3 under one multiplier (FireQ, arXiv 2505.20839),
-// which scales the results. That paper's kernel turns a code into the e4m3 number nearest to code * scale, by a table of
-// the group; here the scale stays with the sums, which rounds nothing. A block of 4 warps computes 128 rows x 8 *
+// which scales the results. That paper's kernel turns a code into the e4m3 number nearest to code * scale, by a table
+// of the group; here the scale stays with the sums, which rounds nothing. A block of 4 warps computes 128 rows x 8 *
 // kTokenTiles tokens in stages of 128 k; stream-K as in row_stream.h: results are the same to the bit in every launch.
 //
 // SHARED MEMORY, bytes: stages x (codes 8192 or 16384 + 1056 kTokenTiles + 2048) + 16:

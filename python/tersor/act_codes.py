@@ -32,8 +32,8 @@ def stored_width(act_bits: int, bits: int, capability: tuple[int, int], act_grou
 
     Those exist on compute capability 8.0 to 8.9 (later GPUs run them as many others), take 4-bit weights and multiply
     64 channels at a time: groups of either side are multiples of 64 or whole. Codes that are not symmetric are stored
-    less their zero point and need 8 bits; weights in two levels of scales become bytes, and take them. Mixed 4- and 8-bit blocks are stored as such under the same conditions, with
-    ``act_bits=4``, and in 8 bits throughout elsewhere.
+    less their zero point and need 8 bits; weights in two levels of scales become bytes, and take them. Mixed 4- and
+    8-bit blocks are stored as such under the same conditions, with ``act_bits=4``, and in 8 bits throughout elsewhere.
     """
     native = (8, 0) <= tuple(capability) < (9, 0)
     fits = act_bits == 4 and bits == 4 and act_sym and not two_level and act_group % 64 == 0 and group_size % 64 == 0

@@ -122,14 +122,14 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale, s
     integers = codes.dtype is torch.uint8
     if scale_multiplier is not None:
         check_byte_scales(codes, scales, scale_multiplier)
+    elif scales.dtype not in CODE:
+        fail(op, "scales", scales.dtype, "floats, or bytes with a scale_multiplier")
     if integers:
         # bytes in the place of a float type: the shape is the same
         floats = scales if scale_multiplier is None else scales.new_empty(scales.shape, dtype=torch.float16)
         check_weight(op, k, codes, floats, None, n, 4, group, x.device)
     else:
         check_operands(codes, scales, None, n, k, scale_rows, group, x.device)
-        if scales.dtype not in CODE:
-            fail(op, "scales", scales.dtype, "floats")
     check_bias(op, x, bias, n)
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
@@ -145,7 +145,7 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale, s
     partials, counters = _workspace(x.device, partial_bytes, counter_bytes)
     _C.cuda_fp8_linear(
         seen.data_ptr(), of_tokens.data_ptr(), of_tokens.shape[1], m, k, codes.data_ptr(), weight, scales.data_ptr(),
-        CODE.get(scales.dtype, 4), address(scale_multiplier), scale_rows, group, address(bias), CODE[x.dtype],
+        CODE[scales.dtype] if scale_multiplier is None else 4, address(scale_multiplier), scale_rows, group, address(bias), CODE[x.dtype],
         y.data_ptr(), n, n, ranges, partials.data_ptr(), counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
     )
     return y

@@ -48,14 +48,15 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         for key, child in parent._modules.items():
             places.setdefault(id(child), []).append((parent, key))
     config = getattr(model, "config", None)
+    tied = getattr(config, "tie_word_embeddings", False)
     ends = [end() for end in (getattr(model, "get_output_embeddings", None),
-                              getattr(model, "get_input_embeddings", None)) if end is not None]
+                              getattr(model, "get_input_embeddings", None)) if tied and end is not None]
     found = {name: _find(model, name) for name in modules}
     for name, module in modules.items():
         if found[name] is model:
             raise ValueError(f"layer {name!r}: found the model itself, accepted are modules of it")
-        if getattr(config, "tie_word_embeddings", False) and isinstance(module, (Linear, Embedding)):
-            config.tie_word_embeddings = not any(found[name] is end for end in ends)
+        if isinstance(module, (Linear, Embedding)) and any(found[name] is end for end in ends):
+            config.tie_word_embeddings = False
         for parent, key in places[id(found[name])]:
             setattr(parent, key, module)
 

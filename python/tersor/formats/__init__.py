@@ -17,7 +17,7 @@ from .sparse import Outliers, Sparse24
 from .vector import OutputVectors
 
 __all__ = [
-    "NVFP4", "PRESETS", "AdditiveCodebook", "BilevelInt", "BlockDiagonal", "ByteScales", "Dense", "Float", "Format", "Inputs",
-    "Int", "LowRank", "Microscaling", "MixedInputs", "Outliers", "OutputVectors", "Params", "Shape", "Sparse24", "Sum",
-    "TensorSpec", "Tensors",
+    "NVFP4", "PRESETS", "AdditiveCodebook", "BilevelInt", "BlockDiagonal", "ByteScales", "Dense", "Float", "Format",
+    "Inputs", "Int", "LowRank", "Microscaling", "MixedInputs", "Outliers", "OutputVectors", "Params", "Shape",
+    "Sparse24", "Sum", "TensorSpec", "Tensors",
 ]

@@ -17,6 +17,7 @@ from ..io.errors import CheckpointError, Unsupported
 from ..io.shards import open_files
 from ..norm import fuse_norms
 from ..patch import link_siblings
+from ..transforms.steps import KEY_TRANSFORM
 
 METHOD = "tersor"
 ENVELOPE = "container_config"
@@ -77,7 +78,13 @@ class TersorQuantizer(HfQuantizer):
             raise CheckpointError(f"checkpoint: found {checkpoint_files!r}, accepted are safetensors files")
         manifest = planning.read_manifest(self.quantization_config.manifest)
         own.declare(model, manifest)
-        planning.begin(model, planning.plan_load(model, open_files(checkpoint_files), manifest))
+        checkpoint = open_files(checkpoint_files)
+        plan = planning.plan_load(model, checkpoint, manifest)
+        for name in plan.missing:  # transformers only warns of those, and leaves what memory held
+            if name.endswith(f".{KEY_TRANSFORM}"):
+                raise CheckpointError(f"{checkpoint.directory}: tensor {name!r}: not in the checkpoint, and the "
+                                      "configuration names it")
+        planning.begin(model, plan)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         planning.finish(model)

@@ -97,18 +97,18 @@ def read_plan(spec: str, options: dict) -> CachePlan:
             raise SpecError(f"cache spec {spec!r}: found method {name!r} twice, accepted is once")
     for method in methods[:-1]:
         if method.innermost:
-            raise SpecError(f"cache spec {spec!r}: found {method.name!r} before {names[names.index(method.name) + 1]!r}, "
-                            f"accepted is {method.name!r} as the last method: it packs pages itself")
+            raise SpecError(f"cache spec {spec!r}: found {method.name!r} before "
+                            f"{names[names.index(method.name) + 1]!r}, accepted is {method.name!r} as the last method: it packs pages itself")
     for i, method in enumerate(methods):
         inside = [other.name for other in methods[i + 1:] if other.calibrated or other.rotary]
         if method.given and inside:
-            raise SpecError(f"cache spec {spec!r}: found {inside[0]!r} inside {method.name!r}, accepted are methods that "
-                            "know nothing of the model's own keys")
+            raise SpecError(f"cache spec {spec!r}: found {inside[0]!r} inside {method.name!r}, accepted are methods "
+                            "that know nothing of the model's own keys")
     if methods and methods[-1].innermost and settings.hadamard:
-        raise SpecError(f"cache spec {spec!r}: found hadamard=true with {names[-1]!r}, which packs pages itself; accepted "
-                        "is hadamard=false")
-    return CachePlan(settings, CacheSpec(settings.key_bits, settings.value_bits, given, tuple(map(method_atom, methods))),
-                     methods)
+        raise SpecError(f"cache spec {spec!r}: found hadamard=true with {names[-1]!r}, which packs pages itself; "
+                        "accepted is hadamard=false")
+    atoms = tuple(map(method_atom, methods))
+    return CachePlan(settings, CacheSpec(settings.key_bits, settings.value_bits, given, atoms), methods)
 
 
 def plan_for(model: nn.Module, spec: str | CachePlan, options: dict) -> CachePlan:

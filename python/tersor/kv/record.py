@@ -63,7 +63,7 @@ def recording(model: nn.Module, take: Callable[[Seen], tuple[Tensor, Tensor, Ten
 @contextmanager
 def recording_block(attention: nn.Module,
                     take: Callable[[Seen], tuple[Tensor, Tensor, Tensor] | None]) -> Iterator[None]:
-    """`recording`, for a block that is run without its model: ``attention`` is its module with the model's ``config``."""
+    """`recording`, for a block that is run without its model: ``attention`` is its module, with a ``config``."""
     AttentionInterface.register(NAME, _attention)
     config = attention.config
     before = config._attn_implementation

@@ -25,8 +25,9 @@ class Comet(Method):
     outliers. A permutation gathers them in as few blocks of 128 channels as hold them, which get eight bits; all others
     get four. At most ``share`` of the blocks (one at least) are wide for outliers: the largest go first. Then blocks
     are widened, by the size of their channels, while rounding the sampled inputs changes the layers' output by more
-    than ``limit`` (relative, root mean square; 1 widens none). The permutation runs online, as the input is rounded, and once for all
-    layers that share it. Both rules are ours; the paper's scales are of 128 channels (``W4Ax[act_group=128]``).
+    than ``limit`` (relative, root mean square; 1 widens none). The permutation runs online,
+    as the input is rounded, and once for all layers that share it. Both rules are ours; the paper's scales are of 128
+    channels (``W4Ax[act_group=128]``).
 
     ValueError for formats other than W?Ax.
     """
@@ -56,8 +57,8 @@ class Comet(Method):
         wide = min(-(-len(outliers) // BLOCK), max(1, int(self.share * blocks)))
         order = most.argsort(descending=True, stable=True)
         gathered = wide
-        while wide < blocks and self.limit < 1 and self.loss(group, order, block_bits(blocks, wide)) > self.limit:
-            wide += 1
+        if self.limit < 1:
+            wide = self._widened(group, order, wide, blocks)
         for name in group.formats:
             group.stored[name] = {"block_bits": block_bits(blocks, wide)}
         if not wide:
@@ -67,13 +68,25 @@ class Comet(Method):
         group.insert(Permute(torch.cat([first, rest]).to(most.device)))
         return f"comet: {len(outliers)} outlier channels, {wide} of {blocks} blocks in eight bits"
 
-    def loss(self, group: Group, order: Tensor, bits: Tensor) -> float:
-        """Relative error of the layers' outputs when the inputs, in this order, are rounded to ``bits`` by block."""
+    def _widened(self, group: Group, order: Tensor, wide: int, blocks: int) -> int:
+        """How many blocks get eight bits until rounding the inputs, in this order, costs the outputs no more than
+        ``limit``."""
         fmt = next(iter(group.formats.values())).inner
         x = self.require(group.stats, "inputs").inputs.float()[:, order]
-        w = torch.cat([group.weight(name).float()[:, order] for name in group.formats])
-        change = quantize_activations(x, 4, fmt.act_group, fmt.act_clip, block_bits=bits.to(x.device)) - x
-        return float(F.linear(change, w).norm() / F.linear(x, w).norm().clamp_min(1e-30))
+        w = torch.cat([group.weight(name).float() for name in group.formats])[:, order]
+        most = self.limit * F.linear(x, w).norm()
+
+        def change(bits: Tensor) -> Tensor:
+            return quantize_activations(x, 4, fmt.act_group, fmt.act_clip, block_bits=bits.to(x.device)) - x
+
+        narrow, exact = change(block_bits(blocks, 0)), change(block_bits(blocks, blocks))
+        narrow[:, : BLOCK * wide] = exact[:, : BLOCK * wide]
+        error = F.linear(narrow, w)
+        while wide < blocks and error.norm() > most:
+            block = slice(BLOCK * wide, BLOCK * (wide + 1))
+            error += F.linear(exact[:, block] - narrow[:, block], w[:, block])
+            wide += 1
+        return wide
 
 
 def block_bits(blocks: int, wide: int) -> Tensor:

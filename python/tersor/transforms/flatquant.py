@@ -74,6 +74,7 @@ class FlatQuant(Method):
             raise ValueError(f"option 'smooth': found {self.smooth}, accepted are numbers from 0 to 1")
 
     def transform_block(self, block: BlockView) -> None:
+        attention = None if self.kv == 16 else find_attention(block.module)
         for group in block.groups:
             for name, fmt in group.formats.items():
                 if not isinstance(fmt, Int):
@@ -81,19 +82,18 @@ class FlatQuant(Method):
                                      "such as W4A4")
             if self.smooth and group.producer is not None:
                 group.fold(self._scales(group))
-        attention = None if self.kv == 16 else find_attention(block.module)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             flats = make_flats(block.groups)
             keys = None if attention is None else Keys(attention, self.kv)
         if self.steps:
             train(block, flats, self, keys)
-        if keys is not None:
-            keys.finish(next(block.module.parameters()).dtype)
         for flat in flats:
             flat.fold()
         for flat in flats:
             flat.finish()
+        if keys is not None:
+            keys.finish(next(block.module.parameters()).dtype)
 
     def transform(self, group: Group) -> str:
         return "flatquant: transformed online"

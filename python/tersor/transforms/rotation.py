@@ -33,7 +33,8 @@ def rotate_residual(model: nn.Module, ids: Tensor, turn: Callable[[Tensor], Tens
     made: dict[tuple[nn.Module, str], Tensor] = {}
     for (module, name), rewrite in changed.items():
         value = module._parameters[name]  # of 16 bits: float32 leaves nothing to round twice
-        made[module, name] = rewrite(value.double() if value.dtype.itemsize >= 4 else value.float(), turn).to(value.dtype)
+        wide = value.double() if value.dtype.itemsize >= 4 else value.float()
+        made[module, name] = rewrite(wide, turn).to(value.dtype)
     old = {}
     for (module, name), value in made.items():
         parameter = module._parameters[name]
