@@ -9,6 +9,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
+# A process for each core; tests of one file stay together, and share what they built.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 # The CPU wheel of torch: that of PyPI brings gigabytes of CUDA libraries on Linux. TORCH=torch==2.13.0 takes PyPI's.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -27,10 +29,10 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/tersor demo
 
 test: $(VENV)/.tested
-	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) tests
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS) tests
 
 emulated: $(VENV)/.tested
-	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) tests/test_emulation.py tests/test_replay.py \
+	$(VENV)/bin/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS) tests/test_emulation.py tests/test_replay.py \
 	  tests/test_cuda_*.py tests/test_ops_cuda.py tests/test_kernel_steps.py tests/test_compile_gate.py
 
 bench: $(VENV)/.installed
