@@ -18,9 +18,8 @@ enum tersor_dtype { TERSOR_FLOAT32 = 0, TERSOR_BFLOAT16 = 1, TERSOR_FLOAT16 = 2 
 
 const char* tersor_last_error(void);
 
-/* One weight matrix w[n, k] = (code - zero_point) * scale, in the layout of cpp/cpu/int_layout.h. Its scale_dtype is
- * that of scales, or 3: two levels, up to 6 bits, laid out as cpp/cpu/int_scales.h says, with |(code - zero_point) *
- * group scale| <= 127 everywhere. On CUDA tersor_cuda_lowbit_linear alone takes them. */
+/* One weight matrix w[n, k] = (code - zero_point) * scale, in the layout of cpp/cpu/int_layout.h. scale_dtype: that of
+ * scales, or 3: two levels, 2 to 6 bits (cpp/cpu/int_scales.h; on CUDA tersor_cuda_lowbit_linear alone takes them). */
 typedef struct tersor_projection {
   const uint8_t* qweight;     /* [ceil(n/16), ceil(k/32), 64*bits] */
   const void* scales;         /* [ceil(n/16), groups, 16], scale_dtype */
@@ -239,8 +238,8 @@ int tersor_cuda_int_linear_grouped(const void* x, int x_dtype, int64_t rows, int
  * that is 0; act_group 0: one scale for a token. sums may be null where weights have no zero points, act_zero_points
  * (int16 [m, groups]) where activations have none. For width 2, stage_starts is int32 [2, ceil(k / 128) + 1]: for each
  * 128 channels the 64-byte units of a row before them, and the cost before them, 1 or 2 each; row_cost is the last cost.
- * bias, residual and y have y_dtype. k is at most 65536, with zero points on both sides 32768; zero points of weights
- * at most 2^bits. scale_dtype 3, two levels (tersor_projection): width 0, no sums; k is at most 65536. partials and counters as above, of the sizes that plan says. */
+ * bias, residual and y have y_dtype. k is at most 65536, with zero points on both sides of one level 32768; those of
+ * weights at most 2^bits. scale_dtype 3: width 0, no sums. partials, counters as above, of the sizes that plan says. */
 int tersor_cuda_lowbit_linear_plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int scale_dtype,
                                    int has_zero_points, int64_t act_group, int act_has_zero_points, int width,
                                    int multiprocessors, int64_t shared_memory_per_multiprocessor, int64_t* ranges,
