@@ -36,6 +36,15 @@ def test_specs(text):
     assert not fmt.kernel((64, 128)).startswith("reference")
 
 
+@pytest.mark.parametrize("text, words", [
+    ("W4A16[scale=fp8]", "found scale='fp8', accepted are model, .* e4m3"),
+    ("W4Ax[scale=e4m3]", "found scale='e4m3', accepted are model, fp32, bf16, fp16, int8: "),
+])  # fmt: skip
+def test_scales_that_are_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        resolve_format(text)
+
+
 def test_what_it_is_around():
     for inner in (Int(4), ByteScales(Int(4, scale_dtype="fp32"))):
         with pytest.raises(ValueError, match="found .* accepted are integer weights with float32 scales"):

@@ -57,7 +57,8 @@ class Int(Format):
             raise ValueError(f"found group={self.group_size}, accepted are multiples of {BLOCK_COLUMNS} "
                              "(32, 64, 128 are usual) and 0 for one scale per channel")
         if self.scale_dtype not in ("model", "int8", *_DTYPES):
-            raise ValueError(f"found scale={self.scale_dtype!r}, accepted are model, {', '.join(_DTYPES)}, int8")
+            raise ValueError(f"found scale={self.scale_dtype!r}, accepted are model, {', '.join(_DTYPES)}, int8, "
+                             "and for ByteScales (specs such as W4A16) e4m3")
         if self.two_level and (self.num_bits not in two_level.BITS or self.activation == 16 or not self.group_size):
             raise ValueError(f"found scale=int8 with W{self.num_bits}A{self.activation} and group={self.group_size}, "
                              "accepted are 2 to 6 weight bits in groups, with activations of 4, 6 or 8 bits: integer "
@@ -342,9 +343,12 @@ class Int(Format):
         if self.act_scale == "static":
             return ("reference: no CUDA kernel for static activation scales of experts, torch rounds them for "
                     "int_linear_grouped cuda")
-        name = self.kernel(shape, device).replace("lowbit_linear", "lowbit_linear_grouped")
-        return name.replace("two_level_linear cuda", "lowbit_linear_grouped cuda on scales of one level, made in each "
-                                                     "call")
+        from ..ops_lowbit_gemm_cuda import refusal
+
+        if why := refusal(shape[1], not self.symmetric, self.activation, self.act_sym):
+            return f"reference: {why}, torch rounds them for int_linear_grouped cuda"
+        levels = " on scales of one level, made in each call" if self.two_level else ""
+        return f"quantize_rows cuda, lowbit_linear_grouped cuda{levels}"
 
     def text(self) -> str:
         shown = []

@@ -93,4 +93,7 @@ def _mixed(match, inner, *, group: int = 128, sym: bool = True, scale: str = "mo
            act_clip: float = 1.0):
     if inner is not None:
         raise ValueError(f"an integer format holds values and nothing nests in it, found {inner}")
+    if scale == "e4m3":
+        raise ValueError("found scale='e4m3', accepted are model, fp32, bf16, fp16, int8: one call rounds the blocks "
+                         "of an input and multiplies, and knows no such scales")
     return MixedInputs(Int(int(match[1]), 0 if group == -1 else group, sym, 4, scale, act_group, act_clip))
