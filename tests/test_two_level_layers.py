@@ -1,7 +1,9 @@
 """``W4A8[scale=int8]`` in models: compress, save and load, what refuses it, and what it costs."""
 
 import copy
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from test_gptq import correlated, output_error, statistics, weight
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tersor
-from tersor import evaluate, ops
+from tersor import evaluate, gate, norm, ops
 from tersor.formats import Int
+from tersor.gate import FusedGate
 from tersor.io import load, save
 from tersor.io.errors import CheckpointError, Unsupported
 from tersor.methods import GPTQ, RTN
+from tersor.norm import FusedRMSNorm
 from tersor.ops_fused import BoundIntLinearFused
 from tersor.registry import resolve_format
 
@@ -45,18 +49,33 @@ def test_compress(recipe):
 
 
 @torch.no_grad()
-def test_norms_and_gates_run_in_the_call():
-    model = llama(dtype=torch.float32)
-    tersor.compress(model, f"rtn:{SPEC}")
-    plain = copy.deepcopy(model)
-    model(TOKENS)
-    calls = {name: layer.siblings._call for name, layer in compressed(model).items() if layer.siblings is not None}
-    assert calls and all(call is not None for call in calls.values())
-    tersor.compress(quarot := llama(dtype=torch.float32), f"quarot:{SPEC}", calibration=TOKENS)
-    quarot(TOKENS)
-    fused = [layer._fused[0] for layer in compressed(quarot).values() if layer.pre is not None]
-    assert any(isinstance(call, BoundIntLinearFused) for call in fused)
-    assert torch.equal(plain(TOKENS).logits, model(TOKENS).logits)
+@pytest.mark.parametrize("recipe", [f"rtn:{SPEC}", f"quarot:{SPEC}"])
+def test_norms_and_gates_run_in_one_call(monkeypatch, recipe):
+    model, used = llama(dtype=torch.float32), Counter()
+    tersor.compress(model, recipe, calibration=TOKENS)
+    apart = copy.deepcopy(model)
+    for module in apart.modules():
+        if isinstance(module, (FusedGate, FusedRMSNorm)):
+            module.__class__ = type(module).__mro__[2]  # the model's own code
+    one_norm, one_gate = norm.rms_norm.cpu, gate._call
+
+    def gate_call(module):
+        call = one_gate(module)
+        used["gate"] += isinstance(call, BoundIntLinearFused) and call.producer.silu_mul
+        return call
+
+    monkeypatch.setattr(norm, "rms_norm", SimpleNamespace(cpu=lambda *args: used.update(["norm"]) or one_norm(*args)))
+    monkeypatch.setattr(gate, "_call", gate_call)
+    expected = apart(TOKENS).logits
+    assert not used
+    found = model(TOKENS).logits
+    assert used == {"gate": 2, "norm": 5}, "both layers' gates and norms, and the last norm"
+    assert (found - expected).norm() < 0.005 * expected.norm(), "to the rounding of inputs"
+    calls = [layer.siblings._call for layer in compressed(model).values() if layer.siblings is not None]
+    assert calls and all(call is not None for call in calls)
+    stepped = [layer for name, layer in compressed(model).items() if layer.pre is not None and "o_proj" in name]
+    assert len(stepped) == (2 if "quarot" in recipe else 0)
+    assert all(isinstance(layer._fused[0], BoundIntLinearFused) for layer in stepped)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
