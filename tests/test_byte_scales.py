@@ -200,6 +200,19 @@ def test_experts(text):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("text", ["W4A16[group=32,scale=e4m3]", "W4A8[group=32,scale=e4m3]", FIREQ])
+def test_state_dicts_that_are_loaded_into_a_layer_that_ran(text):
+    one, other = (Linear.from_linear(torch.nn.Linear(96, 32), f"rtn:{text}") for _ in range(2))
+    x = torch.randn(3, 96)
+    wanted = other(x)
+    assert not torch.equal(one(x), wanted)
+    bound = one._bind()
+    assert one._bind() is bound, "held"
+    one.load_state_dict(other.state_dict())  # in place
+    assert torch.equal(one(x), wanted)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("text", ["W4A16[group=32,scale=e4m3]", "W4A8[group=32,sym=false,scale=e4m3]", FIREQ])
 def test_experts_widen_their_scales_once(monkeypatch, text):
     model = moe()

@@ -15,7 +15,7 @@ from tersor import ops, ops_cuda, ops_fused, ops_lowbit_cuda
 from tersor.formats.integer import Int, quantize_activations
 from tersor.formats.mixed import MixedInputs
 from tersor.gate import FusedGate, fuse_gates
-from tersor.layer import Linear, Siblings
+from tersor.layer import _UNBOUND, Linear, Siblings
 from tersor.ops_fused import BoundFusedCuda, BoundLowbitCuda, Producer
 from tersor.transforms.steps import ChannelScale, Hadamard, Kronecker, Permute
 
@@ -158,7 +158,7 @@ def test_a_layer_on_a_gpu_is_the_layer_on_a_cpu(launchers, monkeypatch, step, fo
     held = layer(256, 40, format, STEPS[step](256))
     x = torch.randn(2, 3, 256).bfloat16()
     wanted = held(x).double()
-    held._bound, held._fused = (None, (("", None),)), (None, ())
+    held._bound, held._fused = _UNBOUND, (None, ())
     with monkeypatch.context() as patched:
         patched.setattr(ops, "plain", lambda x: False)
         patched.setattr(ops_fused, "eager_cuda", lambda x: True)

@@ -17,7 +17,7 @@ from .stored_weight import StoredWeight
 from .transforms.steps import Step
 
 _is_grad_enabled = torch.is_grad_enabled
-_UNBOUND = (None, (("", None),))  # holds nothing that a layer could hold
+_UNBOUND = (None, (("", None, None),))  # holds nothing that a layer could hold
 
 
 class _Multiply(torch.autograd.Function):
@@ -200,14 +200,17 @@ class Linear(_Compressed, nn.Linear):
         """The format's short cut for the tensors that the buffers hold now."""
         bound, held = self._bound
         buffers = self._buffers
-        for name, tensor in held:
-            if buffers.get(name) is not tensor or tensor is None:
+        for name, tensor, version in held:
+            if buffers.get(name) is not tensor or tensor is None or version is not None and tensor._version != version:
                 break
         else:
             return bound
         tensors = self.tensors()
         bound = self.format.bind(tensors, self.shape)
-        self._bound = bound, tuple((_buffer(name), tensor) for name, tensor in tensors.items())
+        # What is bound mostly reads the stored tensors; copies of them must not outlive their values.
+        self._bound = bound, tuple(
+            (_buffer(name), tensor, tensor._version if self.format.bind_copies and not tensor.is_inference() else None)
+            for name, tensor in tensors.items())
         return bound
 
     def _bind_fused(self) -> BoundIntLinearFused | BoundFusedCuda | None:

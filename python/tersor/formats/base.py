@@ -110,6 +110,11 @@ class Format:
         the CPU they are checked once instead of in every call. None where there is no such short cut."""
         return None
 
+    @property
+    def bind_copies(self) -> bool:
+        """Whether what `bind` gives holds copies of stored tensors: it is made anew when those change in place."""
+        return False
+
     def bind_grouped(self, tensors: Mapping[str, Tensor], shape: Shape) -> Callable | None:
         """`linear_grouped` on these very tensors as a callable ``(x, ends, bias) -> y`` for eager inputs on the CPU,
         which makes once what the format would make of them in every call. None where it would make nothing."""

@@ -109,6 +109,10 @@ class ByteScales(Around):
             return None  # as `inner` says
         return self.inner.bind(self.widened(tensors), shape)
 
+    @property
+    def bind_copies(self) -> bool:
+        return True
+
     def bind_grouped(self, tensors: Mapping[str, Tensor], shape: Shape) -> Callable | None:
         if tensors["qweight"].device.type != "cpu":
             return None

@@ -74,6 +74,10 @@ class Inputs(Around):
             return None
         return Bound(self.inner.bind(tensors, shape), self)
 
+    @property
+    def bind_copies(self) -> bool:
+        return self.inner.bind_copies
+
     def bind_grouped(self, tensors: Mapping[str, Tensor], shape: Shape):
         """As `bind`: of all experts, widened once."""
         if not isinstance(self.inner, ByteScales) or tensors["qweight"].device.type != "cpu":
