@@ -42,8 +42,8 @@ class Comet(Method):
 
     def __post_init__(self):
         if not self.ratio >= 1 or not 0 <= self.share <= 1:
-            raise ValueError(f"options 'ratio' and 'share': found {self.ratio} and {self.share}, accepted are 1 or more, "
-                             "and 0 to 1")
+            raise ValueError(f"options 'ratio' and 'share': found {self.ratio} and {self.share}, accepted are 1 or "
+                             "more, and 0 to 1")
         if not self.limit > 0:
             raise ValueError(f"option 'limit': found {self.limit}, accepted are positive relative errors")
 

@@ -41,8 +41,8 @@ class FlexQ(Method):
         formats = set(group.formats.values())
         for name, fmt in group.formats.items():
             if not isinstance(fmt, Int) or fmt.activation not in (4, 6):
-                raise ValueError(f"flexq: layer {name!r}: found format {fmt}, accepted are integer formats with 4 or 6 bits "
-                                 "for activations, such as W6A6")
+                raise ValueError(f"flexq: layer {name!r}: found format {fmt}, accepted are integer formats with 4 or 6 "
+                                 "bits for activations, such as W6A6")
         error = max(self.loss(group, fmt) for fmt in formats)
         if error <= self.limit:
             return f"flexq: six bits cost {error:.1%} of the output"
