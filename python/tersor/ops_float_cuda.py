@@ -146,7 +146,8 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale, s
     _C.cuda_fp8_linear(
         seen.data_ptr(), of_tokens.data_ptr(), of_tokens.shape[1], m, k, codes.data_ptr(), weight, scales.data_ptr(),
         CODE[scales.dtype] if scale_multiplier is None else 4, address(scale_multiplier), scale_rows, group,
-        address(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges, partials.data_ptr(), counters.data_ptr(), torch._C._cuda_getCurrentRawStream(index),
+        address(bias), CODE[x.dtype], y.data_ptr(), n, n, ranges, partials.data_ptr(), counters.data_ptr(),
+        torch._C._cuda_getCurrentRawStream(index),
     )
     return y
 
