@@ -204,8 +204,9 @@ def test_bench_on_a_small_shape(tmp_path):
 def test_demo_on_a_small_model(model, tmp_path):
     result = run("demo", "--model", model, "--samples", 2, "--windows", 1, "--no-large", "--out", tmp_path / "kept")
     assert result.exit_code == 0, result.output
+    shown = " ".join(result.output.split())  # where lines end depends on how many seconds it took
     for expected in ("perplexity", "KL", "original", "gptq:W4A16", "def copy_file", "saved and loaded again"):
-        assert expected in result.output
+        assert expected in shown
     assert (tmp_path / "kept" / "config.json").is_file()
 
 
