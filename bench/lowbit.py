@@ -94,7 +94,7 @@ def int_mm(k: int, n: int) -> Way:
 
 def layer(fmt: Format, k: int, n: int):
     """Copies of a layer's multiplication ``(x, bias) -> y``, and bytes of one."""
-    if isinstance(fmt, Int):
+    if isinstance(fmt, Int) and not fmt.two_level:
         codes = torch.randint(0, 2**fmt.num_bits, (n, k), dtype=torch.uint8)
         tensors = fmt.pack_codes(codes, torch.rand(n, fmt.groups(k)).to(torch.bfloat16) * 0.02 + 0.001, None)
     else:
