@@ -150,3 +150,53 @@ def test_bad_arguments_are_named(case):
     with pytest.raises(ValueError, match="found .* accepted") as error:
         ops_float.float_linear(*arguments(**changes))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=["exponents", "floats"])
+def test_scales_up_to_the_largest_numbers(dtype):
+    """Scales of e4m3 from 2^120 on, next to small ones, for one token, two and more."""
+    torch.manual_seed(0)
+    n, k = 21, 1100
+    codes = torch.randn(n, k).mul(0.3).clamp(-1, 1).to(torch.float8_e4m3fn)
+    exponents = torch.randint(245, 255, (n, -(-k // 32)), dtype=torch.uint8)
+    exponents[::4] = 130
+    exponents[:, 5] = 100
+    scales = exponents if dtype is torch.uint8 else 2.0 ** (exponents.float() - 127)
+    w = codes.double() * (2.0 ** (exponents.double() - 127)).repeat_interleave(32, 1)[:, :k]
+    assert torch.equal(ops_float.dequantize(codes, scales, None, n, k, 1, 32).double(), w)
+    for m in (1, 2, 5):
+        x = torch.randn(m, k) * 2.0**-20
+        y = ops_float.float_linear(x, codes, scales, None, None, n, 1, 32)
+        bound = (x.double().abs() @ w.abs().T) * 2**-24 * (k / 16 + 12)
+        assert y.isfinite().all() and ((y - F.linear(x.double(), w)).abs() <= bound).all(), m
+
+
+@pytest.mark.parametrize("element", ["e2m1", "e2m3", "e4m3"])
+def test_the_ends_of_the_exponents(element):
+    """OCP MX: the code 0 is 2^-127, which is subnormal, and 255 is no number, in its groups alone."""
+    torch.manual_seed(0)
+    fmt, n, k = Microscaling(element), 18, 96
+    tensors = stored(fmt, n, k)
+    tensors["weight_scale"][:, 1] = 0
+    with pytest.raises(ValueError, match=r"weight_scale: found 255 \(NaN\) at \[3, 2\], accepted are exponents"):
+        fmt.verify({**tensors, "weight_scale": tensors["weight_scale"].index_put(
+            (torch.tensor([3]), torch.tensor([2])), torch.tensor(255, dtype=torch.uint8))}, (n, k))
+    fmt.verify(tensors, (n, k))
+    values = fmt.unpack({**tensors, "weight_scale": torch.full_like(tensors["weight_scale"], 127)}, (n, k))
+    w = fmt.unpack(tensors, (n, k))
+    assert w[:, 32:64].abs().max() > 0 and torch.equal(w[:, 32:64].double(), values[:, 32:64].double() * 2.0**-127)
+    codes, scales, one, rows, group = fmt._operands(tensors, (n, k))
+    assert torch.equal(ops_float.dequantize(codes, scales, one, n, k, rows, group), w)
+    for m in (1, 2, 5):
+        x = torch.zeros(m, k)
+        x[:, 40] = 2.0**126
+        assert torch.equal(fmt.linear(x, tensors, None, (n, k)), (values[:, 40] / 2).expand(m, -1))
+    tensors["weight_scale"][3, 2] = 255
+    wrong = torch.zeros(n, k, dtype=torch.bool)
+    wrong[3, 64:] = True
+    for found in (fmt.unpack(tensors, (n, k)), fmt.unpack(tensors, (n, k), torch.float64).float(),
+                  ops_float.dequantize(codes, scales, one, n, k, rows, group)):
+        assert torch.equal(found.isnan(), wrong)
+    for m in (1, 2, 5):
+        y = fmt.linear(torch.ones(m, k), tensors, None, (n, k))
+        assert torch.equal(y.isnan(), (torch.arange(n) == 3).expand(m, -1))

@@ -91,6 +91,13 @@ def test_scales_that_are_not_finite(copy, container, name, value):
     refused(directory, f"up_proj.*{name}: found NaN or infinite values, accepted are finite ones")
 
 
+@pytest.mark.parametrize("spec", ["MXFP4A16", "MXFP8"])
+def test_exponents_that_stand_for_nan(spec, tmp_path):
+    save(randomize(llama(layers=1), spec), tmp_path)
+    edit_tensors(tmp_path, lambda state: state[f"{UP}.weight_scale"][2, 1:].fill_(255))
+    refused(tmp_path, r"up_proj.*weight_scale: found 255 \(NaN\) at \[2, 1\], accepted are exponents of 0 to 254")
+
+
 @pytest.mark.parametrize("container,name", [
     ("compressed-tensors", "weight_packed"), ("compressed-tensors", "weight_scale"),
     ("compressed-tensors", "weight_shape"), ("compressed-tensors", "weight_zero_point"), ("gptq", "qzeros"),

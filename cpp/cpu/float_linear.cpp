@@ -30,6 +30,7 @@ constexpr int kStreamed = 4;  // rows that are decoded into registers together, 
 constexpr int64_t kWorkPerThread = 1 << 17;  // products below which another thread costs more
 
 constexpr float kE4m3Unit = 256;  // decode_e4m3 gives numbers so many times smaller
+constexpr uint32_t kUnitOverflows = (127 + 120) << 23;  // the bits of 2^120: times the unit, no float32 any more
 constexpr float kE2m3Unit = 16384;  // what halves of e2m3 lack
 
 #if defined(__AVX2__)
@@ -101,6 +102,12 @@ TERSOR_INLINE f32 decode_e2m3(const uint8_t* p) {
 }
 #endif
 
+// The number of an exponent's code (OCP MX v1.0): of 0 the subnormal 2^-127, of 255 NaN.
+inline float from_e8m0(uint8_t code) {
+  const uint32_t edge = code == 0 || code == 255 ? 1u << 22 : 0;
+  return bits_to_float(static_cast<uint32_t>(code) << 23 | edge);
+}
+
 struct Weights {
   const FloatLinearArgs& args;
   int64_t row_bytes, group, groups;  // a group's length is a multiple of 16
@@ -109,14 +116,15 @@ struct Weights {
       : args(a), row_bytes(div_up(a.k * element_bits(a.element), 8)),
         group(a.group < a.k ? a.group : div_up(a.k, 16) * 16), groups(div_up(a.k, group)) {}
 
-  // The scales of groups [first, first + count) of a row, and up to 15 numbers more.
+  // The scales of groups [first, first + count) of a row, then zeros up to the next multiple of 16.
   void factors(int64_t row, int64_t first, int64_t count, float* out) const {
+    store(out + count / 16 * 16, zero());
     const int64_t at = row / args.scale_rows * groups + first;
     const uint8_t* codes = static_cast<const uint8_t*>(args.scales) + at;  // of the kinds of a byte
     if (args.scale_kind < kScaleE8m0) {
       for (int64_t i = 0; i < count; ++i) out[i] = load_as_float(args.scales, args.scale_kind, at + i);
     } else if (args.scale_kind == kScaleE8m0) {
-      for (int64_t i = 0; i < count; ++i) out[i] = bits_to_float(static_cast<uint32_t>(codes[i]) << 23);
+      for (int64_t i = 0; i < count; ++i) out[i] = from_e8m0(codes[i]);
     } else {
       for (int64_t i = 0; i < count; i += 16) {
         uint8_t padded[16] = {};
@@ -154,12 +162,17 @@ struct Weights {
   void stream_as(const float* x, int64_t row, int64_t begin, int64_t end, float* sums) const {
     const uint8_t* const codes = args.codes + row * row_bytes;
     const uint8_t* const ahead = codes + rows * row_bytes;
-    const int64_t whole = end < args.k / 16 * 16 ? end : args.k / 16 * 16, first = begin / group;
+    const int64_t first = begin / group, count = div_up(end, group) - first;
+    int64_t whole = end < args.k / 16 * 16 ? end : args.k / 16 * 16;
     float scales[rows][kChunk / 16 + 16];
+    i32 largest = splat_i32(0);
     f32 acc[tokens][rows];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-      factors(row + r, first, div_up(end, group) - first, scales[r]);
+      factors(row + r, first, count, scales[r]);
+      for (int64_t i = 0; i < count && element == kE4m3; i += 16) {
+        largest = max_i32(largest, magnitude(load(scales[r] + i)));
+      }
 #pragma GCC unroll 2
       for (int t = 0; t < tokens; ++t) acc[t][r] = load(sums + 16 * (t * kRows + r));
     }
@@ -167,6 +180,7 @@ struct Weights {
 #pragma GCC unroll 2
       for (int t = 0; t < tokens; ++t) acc[t][r] = fma(load(x + t * kLine + (at - begin)), value, acc[t][r]);
     };
+    if (element == kE4m3 && reduce_max(largest) >= kUnitOverflows) whole = begin;  // rare: as what has no whole 16
     int64_t at = begin;
     for (int64_t index = 0, last = first * group; at < whole; ++index) {
       last = last + group < whole ? last + group : whole;
@@ -186,7 +200,7 @@ struct Weights {
         }
       }
     }
-    if (at < end) {
+    for (; at < end; at += 16) {
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
         float decoded[16];

@@ -77,7 +77,7 @@ def _float_linear_fake(x, codes, scales, global_scale, bias, out_features, scale
 
 def _float_linear_reference(x, codes, scales, global_scale, bias, out_features, scale_rows, group):
     from .formats.bits import unpack_bits
-    from .formats.floating import element_bits, from_codes, power_of_two
+    from .formats.floating import element_bits, exponent_scales, from_codes
 
     k = x.shape[-1]
     if codes.dtype is torch.uint8:
@@ -85,7 +85,7 @@ def _float_linear_reference(x, codes, scales, global_scale, bias, out_features, 
         values = from_codes(unpack_bits(codes, element_bits(element), k), element, torch.float64)
     else:
         values = codes.double()
-    wide = power_of_two(scales.int() - 127, torch.float64) if scales.dtype is torch.uint8 else scales.double()
+    wide = exponent_scales(scales, torch.float64) if scales.dtype is torch.uint8 else scales.double()
     if global_scale is not None:
         wide = wide / global_scale.double()
     wide = wide.view(-(-out_features // scale_rows), -(-k // group))

@@ -19,6 +19,7 @@ from .bits import pack_bits, packed_bytes, unpack_bits
 # element: (exponent bits, mantissa bits, lowest exponent of a normal number, largest value)
 ELEMENTS = {"e2m1": (2, 1, 0, 6.0), "e2m3": (2, 3, 0, 7.5), "e4m3": (4, 3, -6, 448.0)}
 _ROUNDS_UP = {"e2m1": 1.75, "e2m3": 1.9375, "e4m3": 1.75}  # mantissas from which the next power of two serves better
+_NO_NUMBER = 255  # the E8M0 code of NaN
 _BLOCK = 128  # rows and columns of a block that shares an FP8 scale
 
 
@@ -30,6 +31,12 @@ def element_bits(element: str) -> int:
 def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """``2^exponent`` for integer exponents, exact in ``dtype``."""
     return torch.ldexp(torch.ones_like(exponent, dtype=dtype), exponent)
+
+
+def exponent_scales(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of E8M0 codes (uint8, any shape) in float32 or float64: ``2^(code - 127)``, NaN for 255 (OCP MX
+    v1.0)."""
+    return power_of_two(codes.int() - 127, dtype).masked_fill_(codes == _NO_NUMBER, torch.nan)
 
 
 def round_to(x: Tensor, element: str) -> Tensor:
@@ -269,7 +276,7 @@ class Microscaling(_Scaled):
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = _wide(dtype)
-        scales = power_of_two(tensors["weight_scale"].int() - 127, wide)
+        scales = exponent_scales(tensors["weight_scale"], wide)
         values = self._unpack_elements(tensors["weight_packed"], shape, wide)
         return (values * fit_columns(scales, 0, shape[1], self.group)).to(dtype)
 
@@ -281,6 +288,12 @@ class Microscaling(_Scaled):
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
         return {"weight_packed": self._element_spec(shape),
                 "weight_scale": TensorSpec((shape[0], -(-shape[1] // self.group)), torch.uint8)}
+
+    def verify(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
+        wrong = (tensors["weight_scale"] == _NO_NUMBER).nonzero()
+        if len(wrong):
+            raise ValueError(f"weight_scale: found {_NO_NUMBER} (NaN) at {wrong[0].tolist()}, accepted are exponents of "
+                             f"0 to {_NO_NUMBER - 1}")
 
     def text(self) -> str:
         return f"MXFP{element_bits(self.element)}A16"
