@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from io_models import linears, llama, logits, random_parts, randomize, weights
+from io_models import TOKENS, linears, llama, logits, random_parts, randomize, weights
 from torch import nn
 
 import tersor
@@ -91,3 +91,41 @@ def test_unsound_tensors_are_refused():
     module.qzeros = module.qzeros[:, :-1]
     with pytest.raises(ValueError, match="up_proj.*qzeros.*accepted is"):
         tersor.accelerate(model)
+
+
+def test_learned_maps_of_keys_stay_in_use(tmp_path):
+    """Attentions keep them: the cache is the same before and after, and so it is saved, where it can be."""
+    model, _ = loaded("gptq", Int(4, 32))
+    for i, layer in enumerate(model.model.layers):
+        torch.manual_seed(i)
+        turn = 2 * torch.linalg.qr(torch.randn(32, 32))[0]
+        layer.self_attn.register_buffer("key_transform", turn.bfloat16())
+    maps = [layer.self_attn.key_transform.clone() for layer in model.model.layers]
+    tersor.accelerate(model, strict=True)
+    with pytest.raises(ValueError, match="key_transform, which tersor holds"):
+        tersor.save(model, tmp_path / "q", "gptq")
+    model.save_pretrained(tmp_path / "q")
+    for one in (model, tersor.load(tmp_path / "q")):
+        cache = tersor.Cache(one, "flatquant:K16V16")
+        plain = tersor.Cache(one, "K16V16")
+        with torch.no_grad():
+            for ids in (TOKENS, TOKENS[:, :2]):
+                out, same = (one(ids, past_key_values=c, use_cache=True).logits.float() for c in (cache, plain))
+                assert (out - same).norm() < 0.02 * same.norm()
+        for i, layer in enumerate(one.model.layers):
+            assert torch.equal(layer.self_attn.key_transform, maps[i])
+            held, keys = (c.layers[i].store.decode()[0][:, :, :6] for c in (cache, plain))
+            assert (held - keys @ maps[i].double()).abs().max() < 0.02 * held.abs().max()
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "add_module"])
+def test_modules_with_more_than_packed_tensors_are_kept_and_named(hook):
+    """As compressed-tensors attaches online transforms, and PEFT adapters."""
+    model, _ = loaded("gptq", Int(4, 32))
+    module = model.model.layers[0].mlp.up_proj
+    module.add_module("extra", nn.Identity()) if hook == "add_module" else getattr(module, hook)(lambda *given: None)
+    match = "found submodules" if hook == "add_module" else "found forward hooks"
+    with pytest.raises(ValueError, match=f"strict: layer 'model.layers.0.mlp.up_proj'.*{match}"):
+        tersor.accelerate(model, strict=True)
+    report = tersor.accelerate(model)
+    assert match in report.kept["model.layers.0.mlp.up_proj"] and model.model.layers[0].mlp.up_proj is module

@@ -30,7 +30,9 @@ def accelerate(model: nn.Module, strict: bool = False) -> Report:
 
     The values are the same; weights stay packed (compressed-tensors' hook that decompresses the model at its first
     forward is removed once nothing is left for it). Returns a report whose ``kept`` names each packed module that was
-    left to its own code, and why. ``strict=True`` refuses, before anything is changed, when there is one.
+    left to its own code, and why: those with hooks or submodules of their own among them. ``strict=True`` refuses,
+    before anything is changed, when there is one. Attentions stay as they are, and so does what they hold: maps of keys
+    that FlatQuant learned serve ``flatquant:`` caches, and are saved in our container.
 
     ValueError: the model has no packed module, or its tensors are not sound.
     """
@@ -73,6 +75,11 @@ def _held(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _layer(name: str, module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    extra = [kind for kind, found in (("forward hooks", module._forward_hooks or module._forward_pre_hooks),
+                                      ("submodules", module._modules)) if found]
+    if extra:
+        raise Unsupported(f"found {' and '.join(extra)} (online transforms, adapters), accepted are modules of packed "
+                          "tensors alone: a layer of ours would not run them")
     held = _held(module)
     bias = held.pop("bias", None)
     layout, shape = _compressed_tensors(name, module, held) if "weight_packed" in held else _gptq_or_awq(module, held)
