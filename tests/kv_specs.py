@@ -12,6 +12,7 @@ from tersor.kv.blocks import BlockStore
 from tersor.kv.eviction import EvictingStore, WindowStore, attend_few, from_position
 from tersor.kv.layer import build_store
 from tersor.kv.layout import reference_attention
+from tersor.kv.plan import plan_for
 from tersor.kv.rotary import find_rotary
 from tersor.kv.store import HeadGroups, Projected, Shape, Step, merge
 
@@ -26,6 +27,7 @@ PLAIN = [
 ]
 METHODS = [
     "kvquant:K2V2[group=64,outliers=0.01]", "smoothattention:K4V4[keys=token]", "fireq:K4V4[keys=token]",
+    "flatquant:K4V4", "streaming[sinks=3,window=90]+flatquant:K8V8",
     "gear:K4V4", "gear:K2V2", "gear[outliers=0.0]:K4V4[rope=pre]", "zipcache:K4V4",
     "zipcache:K4V4[recent=0]", "zipcache:K8V8[rope=pre]",
     "matryoshka[budget=1.0,steps=0]:K4V4", "share_heads[heads=1]:K8V8", "cskv[steps=0]:K16V16", "cskv[steps=0]:K4V4",
@@ -44,16 +46,19 @@ def model():
     for parameter in made.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
+    # as FlatQuant leaves a map of keys: a turn, and channels of other sizes
+    turn = torch.linalg.qr(torch.randn(DIM, DIM))[0] * (torch.rand(DIM) + 0.5)
+    made.model.layers[0].self_attn.register_buffer("key_transform", turn)
     return made
 
 
 @functools.cache
 def plan(spec):
-    """With what its methods learned, on the CPU."""
+    """With what its methods learned, on the CPU, and what they find in the model."""
     ids = torch.randint(3, 97, (2, 64), generator=torch.Generator().manual_seed(5))
     on_cuda, devices.on_cuda = devices.on_cuda, lambda device: False
     try:
-        return tersor.kv.calibrate(model(), spec, ids)
+        return plan_for(model(), tersor.kv.calibrate(model(), spec, ids), {})
     finally:
         devices.on_cuda = on_cuda
 
