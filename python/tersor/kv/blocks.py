@@ -7,12 +7,11 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from . import devices
 from .layout import Layout
-from .store import Shape, Step, Store, check_shape, make_pages
+from .store import OverPages, Shape, Step, check_shape, make_pages
 
 
-class BlockStore(Store):
+class BlockStore(OverPages):
     """``recent`` tokens and up to ``block`` more stay raw; then whole pages of the oldest are handed to `pack`."""
 
     def __init__(self, shape: Shape, layout: Layout, block: int):
@@ -34,14 +33,6 @@ class BlockStore(Store):
         ``tokens`` is a multiple of a page."""
 
     @property
-    def seen(self) -> int:
-        return self.pages.tokens
-
-    @property
-    def batch(self) -> int:
-        return self.pages.batch
-
-    @property
     def raw(self) -> int:
         return self.pages.tokens - self.packed
 
@@ -50,8 +41,7 @@ class BlockStore(Store):
         self.settle(step)
 
     def attend(self, step: Step):
-        out = self.pages.attend(step.query, step.keys, step.values, step.scale, step.causal, 0, step.softcap, step.sinks,
-                                step.mask, step.mask_first, step.log_sum_exp)
+        out = self.attend_pages(step)
         self.settle(step)
         return out
 
@@ -91,29 +81,3 @@ class BlockStore(Store):
             raise RuntimeError(f"crop: {tokens} tokens cannot be removed, because only the last {self.raw} are not packed "
                                "yet; accepted are so many")
         self.pages.crop(tokens)
-
-    def select(self, sequences: list[int]) -> None:
-        self.pages.select(sequences)
-
-    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        return self.pages.decode(dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return self.pages.nbytes
-
-    @property
-    def bits(self) -> float:
-        return self.pages.page_bits
-
-    @property
-    def kernel(self) -> str:
-        return self.pages.kernel
-
-    def offload(self) -> None:
-        if devices.on_cuda(self.shape.device):
-            self.pages.offload()
-
-    def prefetch(self) -> None:
-        if devices.on_cuda(self.shape.device):
-            self.pages.prefetch()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .store import HeadGroups, PagedStore, Projected, Shape, Step, Store, merge
+from .store import HeadGroups, PagedStore, Projected, Shape, Step, Store, Wrapper, merge
 
 BLOCK = 1 << 23  # scores that are in memory at once while attention mass is summed
 CHUNK = 1024  # tokens that are summed, or compared with centres, at once
@@ -122,7 +122,7 @@ def from_position(step: Step, first: int, before: int = 0) -> Step:
 # -- the first tokens, the last ones, and a mean of the others ------------------------------------------------------
 
 
-class WindowStore(Store):
+class WindowStore(Wrapper):
     """The first ``sinks`` tokens in 16 bits and the last ``window``, in pages.
 
     Without ``compensate`` a query sees exactly ``window`` tokens up to its own. With it, whole pages leave once
@@ -148,10 +148,6 @@ class WindowStore(Store):
     @property
     def seen(self) -> int:
         return self.skipped + self.inner.seen
-
-    @property
-    def batch(self) -> int:
-        return self.inner.batch
 
     @property
     def gone(self) -> int:
@@ -272,10 +268,6 @@ class WindowStore(Store):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor[sequences])
 
-    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """Of the window alone."""
-        return self.inner.decode(dtype)
-
     def record_past(self) -> None:
         self.keeps = True
         self.inner.record_past()
@@ -289,10 +281,6 @@ class WindowStore(Store):
     def nbytes(self) -> int:
         own = (self.sink_keys, self.sink_values, self.sink_at, self.real, self.key_sum, self.value_sum, self.count)
         return self.inner.nbytes + sum(t.untyped_storage().nbytes() for t in own if t is not None)
-
-    @property
-    def bits(self) -> float:
-        return self.inner.bits
 
     @property
     def kernel(self) -> str:
@@ -343,7 +331,7 @@ def best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
     return order[..., :number].sort(-1).values, order[..., number:].sort(-1).values
 
 
-class EvictingStore(Store):
+class EvictingStore(Wrapper):
     """At most ``budget`` entries of each head, between ``slack`` and none more while tokens come: then ``compress``
     makes ``budget`` of them. The last ``window`` tokens stay whole in all heads.
 
@@ -364,10 +352,6 @@ class EvictingStore(Store):
     @property
     def seen(self) -> int:
         return self.tokens
-
-    @property
-    def batch(self) -> int:
-        return self.inner.batch
 
     def prompt(self, step: Step) -> None:
         mass = prompt_mass(step, self.last)
@@ -450,23 +434,12 @@ class EvictingStore(Store):
         self.shape = self.shape.changed(batch=len(sequences))
         self.count, self.total, self.local = (t[sequences] for t in (self.count, self.total, self.local))
 
-    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        return self.inner.decode(dtype)
-
     def record_past(self) -> None:
         self.keeps = True
 
     @property
-    def held(self) -> int:
-        return self.inner.held
-
-    @property
     def nbytes(self) -> int:
         return self.inner.nbytes + sum(t.untyped_storage().nbytes() for t in (self.count, self.total, self.local))
-
-    @property
-    def bits(self) -> float:
-        return self.inner.bits
 
     @property
     def kernel(self) -> str:

@@ -17,7 +17,7 @@ from . import cuda_layout
 from .cuda_pages import TOKENS, CudaPages
 from .devices import capturing, staged
 from .layout import Layout
-from .store import Shape, Step, Store, make_layout
+from .store import OverPages, Shape, Step, Store, make_layout
 
 MOST = 128  # tokens of a step; more are taken so many at a time
 
@@ -209,8 +209,8 @@ class StaticPages(CudaPages):
         return tuple(torch.cat([empty, *(p[i] for p in parts)], 2) for i in (0, 1))
 
 
-class StaticStore(Store):
-    """`StaticPages` as a store."""
+class StaticStore(OverPages):
+    """`StaticPages` as a store; ``seen`` is as far as this process knows."""
 
     def __init__(self, shape: Shape):
         s = shape.settings
@@ -219,46 +219,18 @@ class StaticStore(Store):
                                  0 if shape.window else -(-s.sinks // TOKENS), shape.window, shape.device,
                                  f"StaticCache: layer {shape.layer}")
 
-    @property
-    def seen(self) -> int:
-        """As far as this process knows."""
-        return self.pages.tokens
-
-    @property
-    def batch(self) -> int:
-        return self.pages.batch
-
     def prompt(self, step: Step) -> None:
         self.pages.append(step.keys, step.values)
 
     def attend(self, step: Step):
-        return self.pages.attend(step.query, step.keys, step.values, step.scale, step.causal, self.window, step.softcap,
-                                 step.sinks, step.mask, step.mask_first, step.log_sum_exp)
+        return self.attend_pages(step)
 
     def crop(self, tokens: int) -> None:
         self.pages.crop(tokens)
 
-    def select(self, sequences: list[int]) -> None:
-        self.pages.select(sequences)
-
-    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        return self.pages.decode(dtype)
-
     @property
     def held(self) -> int:
         return self.pages.held()
-
-    @property
-    def nbytes(self) -> int:
-        return self.pages.nbytes
-
-    @property
-    def bits(self) -> float:
-        return self.pages.page_bits
-
-    @property
-    def kernel(self) -> str:
-        return self.pages.kernel
 
 
 def static_pages(store: Store) -> list[StaticPages]:

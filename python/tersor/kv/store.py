@@ -121,7 +121,7 @@ class Store(ABC):
 
     def within(self) -> Sequence["Store"]:
         """The stores inside."""
-        return (self.inner,) if hasattr(self, "inner") else ()
+        return ()
 
     def offload(self) -> None:
         """Move what is on a GPU to the host's memory."""
@@ -218,7 +218,54 @@ def make_pages(shape: Shape, layout: Layout, recent: int = 0, sink_pages: int = 
     return CudaPages(layout, shape.batch, recent, sink_pages, shape.device, f"Cache: layer {shape.layer}")
 
 
-class PagedStore(Store):
+class OverPages(Store):
+    """A store whose tokens are all in ``pages``, one layer's of ``shape``; subclasses say what becomes of new ones."""
+
+    shape: Shape
+    pages: Pages
+    window = 0
+
+    @property
+    def seen(self) -> int:
+        return self.pages.tokens
+
+    @property
+    def batch(self) -> int:
+        return self.pages.batch
+
+    def attend_pages(self, step: Step):
+        """`attend` by the pages, which take the fresh tokens."""
+        return self.pages.attend(step.query, step.keys, step.values, step.scale, step.causal, self.window, step.softcap,
+                                 step.sinks, step.mask, step.mask_first, step.log_sum_exp)
+
+    def select(self, sequences: list[int]) -> None:
+        self.pages.select(sequences)
+
+    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        return self.pages.decode(dtype)
+
+    def offload(self) -> None:
+        if devices.on_cuda(self.shape.device):
+            self.pages.offload()
+
+    def prefetch(self) -> None:
+        if devices.on_cuda(self.shape.device):
+            self.pages.prefetch()
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages.nbytes
+
+    @property
+    def bits(self) -> float:
+        return self.pages.page_bits
+
+    @property
+    def kernel(self) -> str:
+        return self.pages.kernel
+
+
+class PagedStore(OverPages):
     """Pages: raw while they fill, packed once enough newer tokens follow; freed when they leave a sliding window."""
 
     def __init__(self, shape: Shape):
@@ -231,10 +278,6 @@ class PagedStore(Store):
     @property
     def seen(self) -> int:
         return self.pages.first + self.pages.tokens
-
-    @property
-    def batch(self) -> int:
-        return self.pages.batch
 
     def prompt(self, step: Step) -> None:
         self.append(step.keys, step.values)
@@ -252,8 +295,7 @@ class PagedStore(Store):
         self.trim()
 
     def attend(self, step: Step):
-        out = self.pages.attend(step.query, step.keys, step.values, step.scale, step.causal, self.window, step.softcap,
-                                step.sinks, step.mask, step.mask_first, step.log_sum_exp)
+        out = self.attend_pages(step)
         if self.window:
             self.trim()
         return out
@@ -271,12 +313,6 @@ class PagedStore(Store):
         self.pages.crop(tokens)
         self.trim(after_crop=True)
 
-    def select(self, sequences: list[int]) -> None:
-        self.pages.select(sequences)
-
-    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        return self.pages.decode(dtype)
-
     def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         on_cuda = devices.on_cuda(self.shape.device)
         return None if self.shape.settings.packs or self.window or on_cuda else self.decode(dtype)
@@ -287,26 +323,6 @@ class PagedStore(Store):
     @property
     def held(self) -> int:
         return self.pages.tokens
-
-    @property
-    def nbytes(self) -> int:
-        return self.pages.nbytes
-
-    def offload(self) -> None:
-        if devices.on_cuda(self.shape.device):
-            self.pages.offload()
-
-    def prefetch(self) -> None:
-        if devices.on_cuda(self.shape.device):
-            self.pages.prefetch()
-
-    @property
-    def bits(self) -> float:
-        return self.pages.page_bits
-
-    @property
-    def kernel(self) -> str:
-        return self.pages.kernel
 
 
 class HeadGroups(Store):
@@ -404,7 +420,49 @@ class HeadGroups(Store):
         return f"{len(self.groups)} groups of heads: {', '.join(names)}"
 
 
-class Projected(Store):
+class Wrapper(Store):
+    """A store around ``inner``, which holds the tokens; subclasses say what goes in and what comes out."""
+
+    inner: Store
+
+    @property
+    def seen(self) -> int:
+        return self.inner.seen
+
+    @property
+    def batch(self) -> int:
+        return self.inner.batch
+
+    def crop(self, tokens: int) -> None:
+        self.inner.crop(tokens)
+
+    def select(self, sequences: list[int]) -> None:
+        self.inner.select(sequences)
+
+    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """What ``inner`` holds, as it takes it."""
+        return self.inner.decode(dtype)
+
+    def record_past(self) -> None:
+        self.inner.record_past()
+
+    def within(self) -> Sequence[Store]:
+        return (self.inner,)
+
+    @property
+    def held(self) -> float:
+        return self.inner.held
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
+    def bits(self) -> float:
+        return self.inner.bits
+
+
+class Projected(Wrapper):
     """Keys and values in other coordinates: attention runs in them, nothing is projected back but the result.
 
     A key ``k`` is held as ``(k - key_mean) @ keys`` and read by ``query @ queries``; a value as
@@ -424,14 +482,6 @@ class Projected(Store):
         self.inner, self.kv_heads, self.together = inner, kv_heads, together
         self.queries, self.keys, self.values, self.outputs, self.key_mean, self.value_mean = (
             None if t is None else t.to(device, dtype) for t in (queries, keys, values, outputs, key_mean, value_mean))
-
-    @property
-    def seen(self) -> int:
-        return self.inner.seen
-
-    @property
-    def batch(self) -> int:
-        return self.inner.batch
 
     def _into(self, step: Step) -> Step:
         query, keys, values = step.query, step.keys, step.values
@@ -468,31 +518,6 @@ class Projected(Store):
             constant = grouped @ self.key_mean.float().unsqueeze(1).transpose(-1, -2)
             total = total + constant.squeeze(-1).flatten(1, 2) * step.scale
         return out if total is None else (out, total)
-
-    def crop(self, tokens: int) -> None:
-        self.inner.crop(tokens)
-
-    def select(self, sequences: list[int]) -> None:
-        self.inner.select(sequences)
-
-    def decode(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """In the inner store's coordinates."""
-        return self.inner.decode(dtype)
-
-    def record_past(self) -> None:
-        self.inner.record_past()
-
-    @property
-    def held(self) -> float:
-        return self.inner.held
-
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
-    @property
-    def bits(self) -> float:
-        return self.inner.bits
 
     @property
     def kernel(self) -> str:

@@ -85,8 +85,7 @@ class ZipStore(BlockStore):
         if step.mask is not None and step.mask.shape[-1] > step.fresh:
             step = step.changed(mask=None, causal=True)
         tokens = self.pages.tokens
-        out = self.pages.attend(step.query, step.keys, step.values, step.scale, step.causal, 0, step.softcap, step.sinks,
-                                step.mask, step.mask_first, step.log_sum_exp)
+        out = self.attend_pages(step)
         # As for a prompt, a share of the queries judges, and always the one before a block is packed.
         share = self.method.recent_probes + self.method.random_probes
         due = self.raw - self.shape.settings.recent >= self.block
