@@ -9,6 +9,7 @@ Scales in two levels have a kernel for integer products of one weight; all else 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,19 @@ from .op_checks import (CODE, FLOATS, as_rows, check_activations, check_bias, ch
 # Above so many rows a dense product of the dequantized weight is the faster way. Not measured on hardware yet.
 MAX_ROWS = 256
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+def on_own_device(op: Callable) -> Callable:
+    """``op(x, ...)`` with the GPU of ``x`` as the current one, where kernels are launched."""
+
+    @functools.wraps(op)
+    def run(x, *arguments, **options):
+        if torch.cuda.current_device() == x.device.index:
+            return op(x, *arguments, **options)
+        with torch.cuda.device(x.device.index):
+            return op(x, *arguments, **options)
+
+    return run
 
 
 @functools.cache
@@ -111,6 +125,7 @@ def _aligned_rows(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], -(-x.shape[1] // 8) * 8))[:, : x.shape[1]].copy_(x)
 
 
+@on_own_device
 def int_linear(x, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits, act_group=32,
                act_clip=1.0, act_sym=True, input_scale=None):
     op, index = "int_linear", x.device.index
@@ -119,10 +134,6 @@ def int_linear(x, qweight, scales, zero_points, bias, out_features, bits, group_
     check_weight(op, k, qweight, scales, zero_points, n, bits, group_size, x.device)
     check_bias(op, x, bias, n)
     check_activations(op, k, act_bits, act_group, act_clip, act_sym, input_scale, x.device)
-    if torch.cuda.current_device() != index:
-        with torch.cuda.device(index):
-            return int_linear(x, qweight, scales, zero_points, bias, n, bits, group_size, act_bits, act_group,
-                              act_clip, act_sym, input_scale)
     if act_bits < 16:
         codes = quantized(x, act_bits, act_group, act_clip, act_sym, input_scale, bits, group_size,
                           zero_points is not None, two_level(scales))
@@ -183,16 +194,13 @@ def _grouped_plan(rows, n, k, bits, group_size, scale_code, has_zero_points, exp
                                            *_device(index))
 
 
+@on_own_device
 def int_linear_grouped(x, ends, qweight, scales, zero_points, bias, out_features, bits, group_size, act_bits,
                        act_group=32, act_clip=1.0, act_sym=True, input_scale=None):
     op, index, n = "int_linear_grouped", x.device.index, out_features
     check_input(op, x, act_bits)
     check_experts(op, x, ends, qweight, scales, zero_points, bias, n, bits, group_size)
     check_activations(op, x.shape[-1], act_bits, act_group, act_clip, act_sym, input_scale, x.device, ends.numel())
-    if torch.cuda.current_device() != index:
-        with torch.cuda.device(index):
-            return int_linear_grouped(x, ends, qweight, scales, zero_points, bias, n, bits, group_size, act_bits,
-                                      act_group, act_clip, act_sym, input_scale)
     scales = _one_level(scales)
     if input_scale is not None:  # each expert's rows by its own
         owner = torch.bucketize(torch.arange(len(x), device=x.device), ends, right=True).clamp_max(ends.numel() - 1)

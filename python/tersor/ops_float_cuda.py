@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _C
 from .op_checks import CODE, address, as_rows, check_bias, check_weight, fail
-from .ops_cuda import _aligned_rows, _device, _workspace, capability
+from .ops_cuda import _aligned_rows, _device, _workspace, capability, on_own_device
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNEL = "float_linear cuda"
@@ -25,25 +25,27 @@ def _plan(m, n, k, element, kind, index):
     return _C.cuda_float_linear_plan(m, n, k, element, kind, *_device(index))
 
 
+def _check_halves(op: str, x: Tensor) -> None:
+    if x.dtype not in HALVES or x.dim() < 1:
+        fail(op, "x", f"{x.dtype} {list(x.shape)}", "on CUDA torch.bfloat16, torch.float16 [..., in_features]")
+
+
 def _nothing(y: Tensor, bias: Tensor | None) -> Tensor:
     """The product over no channels."""
     return y.zero_() if bias is None else y.copy_(bias)
 
 
+@on_own_device
 def float_linear(x, codes, scales, global_scale, bias, out_features, scale_rows, group):
     from .ops_float import check_operands
 
     op, index = "float_linear", x.device.index
-    if x.dtype not in HALVES or x.dim() < 1:
-        fail(op, "x", f"{x.dtype} {list(x.shape)}", "on CUDA torch.bfloat16, torch.float16 [..., in_features]")
+    _check_halves(op, x)
     k, n = x.shape[-1], out_features
     element, kind = check_operands(codes, scales, global_scale, n, k, scale_rows, group, x.device)
     if global_scale is not None and (global_scale.dtype is not torch.float32 or global_scale.device != x.device):
         fail(op, "global_scale", f"{global_scale.dtype} on {global_scale.device}", f"torch.float32 on {x.device}")
     check_bias(op, x, bias, n)
-    if torch.cuda.current_device() != index:
-        with torch.cuda.device(index):
-            return float_linear(x, codes, scales, global_scale, bias, n, scale_rows, group)
     rows = _aligned_rows(as_rows(x))
     m = rows.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
@@ -111,12 +113,12 @@ def fp8_rows(rows: Tensor, scale: str, interleaved: bool) -> tuple[Tensor, Tenso
     return codes, scales
 
 
+@on_own_device
 def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale, scale_multiplier=None):
     from .ops_float import check_byte_scales, check_fp8_scale, check_operands
 
     op, index = "fp8_linear", x.device.index
-    if x.dtype not in HALVES or x.dim() < 1:
-        fail(op, "x", f"{x.dtype} {list(x.shape)}", "on CUDA torch.bfloat16, torch.float16 [..., in_features]")
+    _check_halves(op, x)
     check_fp8_scale(scale)
     k, n = x.shape[-1], out_features
     integers = codes.dtype is torch.uint8
@@ -131,9 +133,6 @@ def fp8_linear(x, codes, scales, bias, out_features, scale_rows, group, scale, s
     else:
         check_operands(codes, scales, None, n, k, scale_rows, group, x.device)
     check_bias(op, x, bias, n)
-    if torch.cuda.current_device() != index:
-        with torch.cuda.device(index):
-            return fp8_linear(x, codes, scales, bias, n, scale_rows, group, scale, scale_multiplier)
     rows = as_rows(x)
     m = rows.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
@@ -179,6 +178,7 @@ def _block_rows(rows: Tensor, kind: int, codes: Tensor | None, scales: Tensor | 
     return one
 
 
+@on_own_device
 def float_round(x, element, scale, group):
     """`ops_round.float_round` in the combinations that formats have; torch rounds others, and float64."""
     from .ops_round import _check, _float_round_reference
@@ -190,9 +190,6 @@ def float_round(x, element, scale, group):
     if not x.numel():
         return x.clone()
     index = x.device.index
-    if torch.cuda.current_device() != index:
-        with torch.cuda.device(index):
-            return float_round(x, element, scale, group)
     rows = as_rows(x)
     m, k = rows.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -206,12 +203,12 @@ def float_round(x, element, scale, group):
     return y
 
 
+@on_own_device
 def fp4_linear(x, codes, scales, global_scale, bias, out_features):
     from .ops_float import check_operands
 
     op, index, kind = "fp4_linear", x.device.index, 0 if global_scale is None else 1
-    if x.dtype not in HALVES or x.dim() < 1:
-        fail(op, "x", f"{x.dtype} {list(x.shape)}", "on CUDA torch.bfloat16, torch.float16 [..., in_features]")
+    _check_halves(op, x)
     k, n, group = x.shape[-1], out_features, 16 if kind else 32
     element, scale_kind = check_operands(codes, scales, global_scale, n, k, 1, group, x.device)
     if (element, scale_kind) != (1, 3 + kind):
@@ -220,9 +217,6 @@ def fp4_linear(x, codes, scales, global_scale, bias, out_features):
     if kind and (global_scale.dtype is not torch.float32 or global_scale.device != x.device):
         fail(op, "global_scale", f"{global_scale.dtype} on {global_scale.device}", f"torch.float32 on {x.device}")
     check_bias(op, x, bias, n)
-    if torch.cuda.current_device() != index:
-        with torch.cuda.device(index):
-            return fp4_linear(x, codes, scales, global_scale, bias, n)
     rows = as_rows(x)
     m = rows.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
@@ -247,21 +241,18 @@ def _mx_plan(m, n, k, weight, index):
     return _C.cuda_mx_linear_plan(m, n, k, weight, *_device(index))
 
 
+@on_own_device
 def mx_linear(x, codes, scales, bias, out_features, element):
     from .ops_float import MX_INPUTS, check_mx_input, check_operands
 
     op, index = "mx_linear", x.device.index
-    if x.dtype not in HALVES or x.dim() < 1:
-        fail(op, "x", f"{x.dtype} {list(x.shape)}", "on CUDA torch.bfloat16, torch.float16 [..., in_features]")
+    _check_halves(op, x)
     check_mx_input(element)
     k, n = x.shape[-1], out_features
     of_weight, scale_kind = check_operands(codes, scales, None, n, k, 1, 32, x.device)
     if scale_kind != 3:
         fail(op, "scales", scales.dtype, "exponents, torch.uint8")
     check_bias(op, x, bias, n)
-    if torch.cuda.current_device() != index:
-        with torch.cuda.device(index):
-            return mx_linear(x, codes, scales, bias, n, element)
     rows = as_rows(x)
     m = rows.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
