@@ -5,7 +5,8 @@
 
 Teacher-forced: a prompt is read at once, the rest follows in steps of a few tokens through the cache, so that all that
 is predicted depends on what the cache holds, in float32, so that rounding elsewhere does not blur it. `bytes` are the
-cache's own at the end of a sequence, of a token, in the model of 16 bits; `ratio` is that of 16 bits over it; `agree` how often the most likely token is that of the plain cache; `kl` the mean divergence
+cache's own at the end of a sequence, of a token, in the model of 16 bits; `ratio` is that of 16 bits over it; `agree`
+how often the most likely token is that of the plain cache; `kl` the mean divergence
 from it in nats. What has to learn from data learns from another part of the text. Results go to
 bench/results/cache_quality.json, with the table in Markdown beside the numbers.
 """
@@ -28,9 +29,11 @@ from tersor.kv.plan import read_plan
 MODEL = common.BENCH.parent / "examples" / "models" / "stdlib-llama"
 SPECS = """K16V16 K8V8 K8V8[levels=e4m3] K4V4 K4V4[hadamard=true] K4V4[keys=token] smoothattention:K4V4[keys=token]
 fireq:K4V4[keys=token] K3V3 K2V2 K2V2[group=64] K2V2[group=64,levels=nuq,outliers=0.01]
-K2V2[group=64,levels=nuq,outliers=0.01,rope=pre] kvquant:K2V2[group=64,outliers=0.01] kvquant:K3V3[group=64,outliers=0.01]
+K2V2[group=64,levels=nuq,outliers=0.01,rope=pre] kvquant:K2V2[group=64,outliers=0.01]
+kvquant:K3V3[group=64,outliers=0.01]
 gear:K2V2 gear:K4V4 zipcache:K4V4 matryoshka[budget=0.5]:K16V16 matryoshka[budget=0.5]:K4V4 cskv:K4V4 xkv:K16V16
-share_heads:K16V16 streaming[window=128]:K16V16 h2o[budget=128]:K16V16 ems[budget=128]:K16V16 razor[window=64,tokens=63]:K16V16""".split()
+share_heads:K16V16 streaming[window=128]:K16V16 h2o[budget=128]:K16V16 ems[budget=128]:K16V16
+razor[window=64,tokens=63]:K16V16""".split()
 
 
 def through(model, ids, cache, prompt: int, step: int):
@@ -105,8 +108,8 @@ def main(argv=None) -> int:
 
 def line(row: dict) -> str:
     change = (row["perplexity_ratio"] - 1) * 100
-    return (f"| `{row['spec']}` | {row['bytes']:.0f} | {row['ratio']:.2f} | {change:+.2f} % | {row['agree'] * 100:.1f} % | "
-            f"{row['kl']:.4f} |")
+    return (f"| `{row['spec']}` | {row['bytes']:.0f} | {row['ratio']:.2f} | {change:+.2f} % | "
+            f"{row['agree'] * 100:.1f} % | {row['kl']:.4f} |")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python bench/codec.py                              # the reference model, under a minute
 
-`numbers/s` are keys and values, in millions a second: decoded to float32 and to bfloat16 (entropy decoding, dequantizing
-and rotary embedding together), and encoded. Peers get the same quantized numbers as int8, channel by channel (the order
-that suits them best), and are timed to their int8 alone; `dequantize` is torch multiplying int8 by a scale, which any
-cache of 8 bits pays too. Perplexity is teacher-forced: a prompt through the codec, then the rest on top of it.
+`numbers/s` are keys and values, in millions a second: decoded to float32 and to bfloat16 (entropy decoding,
+dequantizing and rotary embedding together), and encoded. Peers get the same quantized numbers as int8, channel by
+channel (the order that suits them best), and are timed to their int8 alone; `dequantize` is torch multiplying int8 by a
+scale, which any cache of 8 bits pays too. Perplexity is teacher-forced: a prompt through the codec, then the rest on
+top of it.
 `ratio` counts all that a context file holds, against 8 bits a number.
 """
 
@@ -75,7 +76,8 @@ def speeds(model, ids, level: str, threads: list[int], seconds: float) -> dict:
     for count in threads:
         torch.set_num_threads(count)
         rows["tersor"] |= {
-            f"decode_float32_{count}t": rate(lambda: decode_streams(data, sizes, wide, 0, SPEED_TOKENS), numbers, seconds),
+            f"decode_float32_{count}t": rate(
+                lambda: decode_streams(data, sizes, wide, 0, SPEED_TOKENS), numbers, seconds),
             f"decode_bfloat16_{count}t": rate(
                 lambda: decode_streams(data, sizes, wide, 0, SPEED_TOKENS, torch.bfloat16), numbers, seconds),
             f"encode_{count}t": rate(lambda: [encode_streams(*pair) for pair in inputs], numbers, seconds),
@@ -103,7 +105,8 @@ def peers() -> dict:
         print("zstandard is not installed: no row for it", file=sys.stderr)
         return found
     for level in (3, 19):
-        found[f"zstd {level}"] = (zstandard.ZstdCompressor(level=level).compress, zstandard.ZstdDecompressor().decompress)
+        pack = zstandard.ZstdCompressor(level=level)
+        found[f"zstd {level}"] = (pack.compress, zstandard.ZstdDecompressor().decompress)
     return found
 
 

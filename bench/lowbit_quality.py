@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import table
 import tersor
 
 sys.path.insert(0, str(common.BENCH.parent / "tests"))
@@ -106,20 +107,14 @@ def main(argv=None) -> int:
         rows.append({"spec": spec, "perplexity": found, "change": found / whole - 1, "seconds": seconds,
                      "of_weights": found / same - 1, "four_bits": four_bits(twin),
                      "kernels": sorted({row.kernel for row in report.rows})})
-        print(line(rows[-1]), flush=True)
-    table = "\n".join(["| spec | perplexity | over 16 bits | over the same weights, 16-bit inputs |",
-                       "|---|---|---|---|", f"| 16 bits | {whole:.2f} | | |", *map(line, rows)])
+        print(f"{spec}: {found:.2f}, {rows[-1]['change']:+.1%}, over the same weights {rows[-1]['of_weights']:+.1%}",
+              flush=True)
     settings = {"model": f"{MODEL.name}{'' if args.plain else ' with outliers'}", "tokens": args.tokens,
                 "calibration": args.calibration, "threads": args.threads}
-    common.write_json(args.out, common.header("lowbit_quality", settings) | {
-        "perplexity": whole, "results": rows, "table": table})
-    print(table)
+    result = common.header("lowbit_quality", settings) | {"perplexity": whole, "results": rows}
+    common.write_json(args.out, result)
+    print(table.lowbit_quality_table(result))
     return 0
-
-
-def line(row: dict) -> str:
-    share = "" if row["four_bits"] is None else f" ({row['four_bits']:.0%} in four bits)"
-    return f"| `{row['spec']}`{share} | {row['perplexity']:.2f} | {row['change']:+.1%} | {row['of_weights']:+.1%} |"
 
 
 if __name__ == "__main__":

@@ -1,20 +1,30 @@
 """Renders measured results as markdown.
 
-    python bench/table.py bench/results/*.json                  # to the terminal
-    python bench/table.py bench/results/*.json --into README.md # between the file's markers
+    python bench/table.py bench/results/*.json              # to the terminal
+    python bench/table.py --refresh README.md docs/*.md     # every table of these files again
+
+In a document, a table stands between two lines that only its source shows,
+
+    <!-- figures: bench/results/gptq.json -->
+    <!-- end of figures -->
+
+and is made of the results named there (several with spaces between), whose paths start at the repository's root.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import figures
 
-BEGIN = "<!-- figures: rendered from bench/results by bench/table.py -->"
+ROOT = Path(__file__).resolve().parents[1]
 END = "<!-- end of figures -->"
+SECTION = re.compile(rf"(<!-- figures: (.+?) -->\n)(.*?)({re.escape(END)}|<!-- figures: |\Z)", re.DOTALL)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -48,11 +58,12 @@ def _span(values: list[float], digits: int = 2) -> str:
 
 def linear_table(result: dict) -> str:
     """Per tersor spec, threads and M: ratios over the shapes (above 1: tersor is faster)."""
-    text = ["### Linear layers, " + ", ".join(result["settings"]["shapes_KxN"]) + " (K x N)", "", where(result)]
+    text = [where(result)]
     if not result.get("complete"):
         text[-1] += " **This run was not completed.**"
-    text += ["", "Time of the other over time of tersor; a range is over the shapes. *Of floor*: the time that this "
-             "machine's measured limits (memory read, arithmetic) would allow, over the time taken.", ""]
+    text += ["", f"Layers of {', '.join(result['settings']['shapes_KxN'])} (K x N). Time of the other over time of "
+             "tersor; a range is over the shapes. *Of floor*: the time that this machine's measured limits (memory "
+             "read, arithmetic) would allow, over the time taken.", ""]
     rows = []
     specs = [entry["name"] for entry in result["contenders"] if entry["role"] == "tersor"]
     for spec in specs:
@@ -76,9 +87,13 @@ def linear_table(result: dict) -> str:
               f"{found['fp32_gflops']:.0f}, bf16 {found['bf16_gflops']:.0f}, int8 {found['int8_gops']:.0f} G/s"
               for threads, found in result["floors"].items()]
     text += ["", "Limits of this machine: " + "; ".join(limits) + " (0: no such instruction)." if limits else ""]
-    absent = [f"{entry['name']} ({entry['status']})" for entry in result["contenders"] if entry["status"] != "measured"]
+    absent = defaultdict(list)
+    for entry in result["contenders"]:
+        if entry["status"] != "measured":
+            absent[entry["status"]].append(entry["name"])
     if absent:
-        text += ["", "Not measured, or not everywhere: " + "; ".join(absent) + "."]
+        text += ["", "Not measured, or not everywhere: "
+                 + "; ".join(f"{', '.join(names)} ({status})" for status, names in absent.items()) + "."]
     return "\n".join(text)
 
 
@@ -97,10 +112,11 @@ def overhead_table(result: dict) -> str:
     rows = [[row["mode"], row["dtype"], str(row["threads"]), f"{row['nn_linear_us']:.2f}", f"{row['tersor_us']:.2f}",
              f"{row['overhead_us']:+.2f}", f"{row['dispatcher_us']:.2f}", f"{row['kernel_us']:.2f}"]
             for row in result["records"]]
+    settings = result["settings"]
     return "\n".join([
-        f"### Cost of a call, {result['settings']['in_features']} x {result['settings']['out_features']}, M = 1", "",
-        where(result), "", table(["mode", "dtype", "threads", "nn.Linear, us", "tersor.Linear, us", "difference, us",
-                                  "torch.ops.tersor.int_linear, us", "kernel alone, us"], rows)])
+        where(result), f"Cost of a call, {settings['in_features']} x {settings['out_features']}, M = 1.", "",
+        table(["mode", "dtype", "threads", "nn.Linear, us", "tersor.Linear, us", "difference, us",
+               "torch.ops.tersor.int_linear, us", "kernel alone, us"], rows)])
 
 
 def records_table(result: dict) -> str:
@@ -109,8 +125,7 @@ def records_table(result: dict) -> str:
     columns = [key for key in dict.fromkeys(key for record in records for key in record)
                if not any(isinstance(record.get(key), (list, dict)) for record in records)]
     rows = [[_plain(record.get(key)) for key in columns] for record in records]
-    return "\n".join([f"### {result.get('bench', 'result')}", "", where(result), "",
-                      table([column.replace("_", " ") for column in columns], rows)])
+    return "\n".join([where(result), "", table([column.replace("_", " ") for column in columns], rows)])
 
 
 def _plain(value) -> str:
@@ -120,10 +135,15 @@ def _plain(value) -> str:
 
 
 def generate_table(result: dict) -> str:
+    """Per model and contender: tokens a second over those of torch bf16, for the prompt too where that was timed."""
+    prompt = f"prompt of {result['settings'].get('prefill')}, over torch bf16"
+    header = ["model", "contender", "threads", "decoding, over torch bf16", prompt, "MB of weights"]
     rows = [[record["model"], record["contender"], str(record["threads"]), f"{record['ratio_to_torch_bf16']:.2f}",
-             f"{record['bytes'] / 1e6:.1f}"] for record in result["records"]]
-    return "\n".join(["### Decode speed in plain `generate`, one sequence", "", where(result), "",
-                      table(["model", "contender", "threads", "speed over torch bf16", "MB of weights"], rows)])
+             _ratio(record.get("prefill_ratio_to_torch_bf16")), f"{record['bytes'] / 1e6:.1f}"]
+            for record in result["records"]]
+    if all(row[4] == "-" for row in rows):
+        header, rows = header[:4] + header[5:], [row[:4] + row[5:] for row in rows]
+    return "\n".join([where(result), "", table(header, rows)])
 
 
 def gptq_table(result: dict) -> str:
@@ -136,54 +156,140 @@ def gptq_table(result: dict) -> str:
                          f"{seconds['hessian'] / seconds['total']:.0%}", f"{found['relative_error']:.4f}"])
     width, tokens = settings["width"], f"{settings['sequences']} x {settings['length']}"
     return "\n".join([
-        f"### GPTQ of one {width} x {width} layer, {tokens} tokens, Hessian included", "", where(result),
-        f"{settings['bits']} bits, groups of {settings['group_size']}, {settings['threads']} threads; llm-compressor "
+        where(result),
+        f"One {width} x {width} layer, {tokens} tokens, Hessian included; {settings['bits']} bits, groups of "
+        f"{settings['group_size']}, {settings['threads']} threads; llm-compressor "
         f"{settings.get('llm_compressor') or 'not measured'}.", "",
         table(["contender", "inputs", "times faster than llm-compressor", "than torch", "share of the Hessian",
                "relative error of the output"], rows)])
 
 
-RENDERERS = {"linear": linear_table, "overhead": overhead_table, "generate": generate_table, "gptq": gptq_table}
+# -- low-bit activations ----------------------------------------------------------------------------------------
+
+OTHERS = {"torch bf16": "torch bf16", "torch fp32": "fp32", "torch linear_dynamic": "`linear_dynamic`",
+          "onnxruntime b128 acc4": "ONNX Runtime", "openvino u4 dq": "OpenVINO"}
+TRANSFORMS = {"+hadamard": "Hadamard", "+kronecker": "Kronecker"}
 
 
-def insert(text: str, rendered: str) -> str:
-    """``text`` with what is between its markers replaced. ValueError where the first marker is missing."""
-    before, found, after = text.partition(BEGIN)
-    if not found:
-        raise ValueError(f"found no line {BEGIN!r}, which says where the figures go")
-    if END in after:
-        after = after.partition(END)[2]
-    return f"{before}{BEGIN}\n{rendered.strip()}\n{END}{after}"
+def _ratio(value: float | None) -> str:
+    """Three digits, or two where more would only be noise."""
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
+
+
+def lowbit_table(result: dict) -> str:
+    """Per spec and M: how much longer others take, one by one on the first shape and the best of them over all; what
+    transforms add."""
+    records = result["results"]
+    shapes = list(dict.fromkeys((record["K"], record["N"]) for record in records))
+    first = [record for record in records if (record["K"], record["N"]) == shapes[0]]
+    specs = [name for name in first[0]["ways"] if name not in OTHERS and "torch" not in name and "+" not in name]
+    header = ["", *(f"M = {record['M']}" for record in first)]
+    k, n = shapes[0]
+    text = [where(result), "", f"{k} x {n} (K x N), {result['settings']['threads']} threads: times of "
+            f"{' / '.join(OTHERS.values())} over ours, rounding of activations included.", "",
+            table(header, [[f"`{spec}`", *(_each_other(spec, record) for record in first)] for spec in specs])]
+    if len(shapes) > 1:
+        text += ["", f"The time of the fastest of them over ours, on {', '.join(f'{k} x {n}' for k, n in shapes)}:", "",
+                 table(header, [[f"`{spec}`", *(_best_other(spec, [one for one in records if one["M"] == record["M"]])
+                                                for record in first)] for spec in specs])]
+    added = defaultdict(list)
+    for record in records:
+        for name, way in record["ways"].items():
+            base, _, step = name.partition(" ")
+            if step in TRANSFORMS and way.get("added") is not None:
+                added[base, step].append((record, way["added"]))
+    if added:
+        measured = next(iter(added.values()))
+        rows = [[f"{TRANSFORMS[step]}, `{base}`", *(f"{share:+.1%}" for _, share in found)]
+                for (base, step), found in added.items()]
+        text += ["", f"What a transform adds at M = {measured[0][0]['M']}:", "",
+                 table(["", *(f"{record['K']} x {record['N']}" for record, _ in measured)], rows)]
+    disturbed = [f"{record['K']} x {record['N']} at M = {record['M']}" for record in records if record["disturbed"]]
+    if disturbed:
+        text += ["", f"Something else used the machine during {', '.join(disturbed)}."]
+    return "\n".join(text)
+
+
+def _each_other(spec: str, record: dict) -> str:
+    ways = record["ways"]
+    return " / ".join(_ratio(ways[other]["ms"] / ways[spec]["ms"] if other in ways else None) for other in OTHERS)
+
+
+def _best_other(spec: str, records: list[dict]) -> str:
+    found = [min(ways[other]["ms"] for other in OTHERS if other in ways) / ways[spec]["ms"]
+             for ways in (record["ways"] for record in records) if spec in ways]
+    return f"{_ratio(min(found))} to {_ratio(max(found))}"
+
+
+def lowbit_quality_table(result: dict) -> str:
+    rows = [["16 bits", f"{result['perplexity']:.2f}", "", ""]]
+    for record in result["results"]:
+        share = "" if record["four_bits"] is None else f" ({record['four_bits']:.0%} in four bits)"
+        rows.append([f"`{record['spec']}`{share}", f"{record['perplexity']:.2f}", f"{record['change']:+.1%}",
+                     f"{record['of_weights']:+.1%}"])
+    settings = result["settings"]
+    return "\n".join([
+        where(result), "",
+        f"{settings['model']}, {settings['tokens']} tokens, calibration on {settings['calibration']} others.", "",
+        table(["spec", "perplexity", "over 16 bits", "over the same weights, 16-bit inputs"], rows)])
+
+
+RENDERERS = {"linear": linear_table, "overhead": overhead_table, "generate": generate_table, "gptq": gptq_table,
+             "lowbit": lowbit_table, "lowbit_quality": lowbit_quality_table}
+
+
+def render(path: Path) -> tuple[dict, str]:
+    """A result and its table. ValueError for a file that holds none."""
+    try:
+        result = json.loads(path.read_text())
+        return result, RENDERERS.get(result.get("bench"), records_table)(result)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: found no result of a benchmark ({type(error).__name__}: {error})") from error
+
+
+def refreshed(text: str, root: Path = ROOT) -> str:
+    """A document with every marked table rendered again from the results that its marker names. ValueError for a
+    document without markers, a marker without its end, and results that are not there."""
+
+    def again(found: re.Match) -> str:
+        if found[4] != END:
+            raise ValueError(f"found {found[1].strip()!r} without {END!r}")
+        return found[1] + "\n\n".join(render(root / name)[1] for name in found[2].split()) + "\n" + END
+
+    text, count = SECTION.subn(again, text)
+    if not count:
+        raise ValueError("found no line '<!-- figures: ... -->', which says where figures go and of what")
+    return text
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON files of the benchmarks")
-    parser.add_argument("--into", type=Path, help="markdown file with the marker")
+    parser.add_argument("results", type=Path, nargs="*", help="JSON files of the benchmarks, to be printed")
+    parser.add_argument("--refresh", type=Path, nargs="+", default=[], help="documents whose tables are made again")
     parser.add_argument("--cells", action="store_true", help="every measured time of bench/linear.py too")
     arguments = parser.parse_args(argv)
-    parts = []
+    if not arguments.results and not arguments.refresh:
+        parser.error("found neither results nor --refresh")
     for path in arguments.results:
         try:
-            result = json.loads(path.read_text())
+            result, text = render(path)
+        except ValueError as error:
+            print(error)
+            return 2
+        print(f"### {result['bench']}\n\n{text}\n")
+        if arguments.cells and result["bench"] == "linear":
+            print(f"```\n{linear_cells(result)}\n```\n")
+    for path in arguments.refresh:
+        try:
+            text = refreshed(path.read_text())
         except (OSError, ValueError) as error:
             print(f"{path}: {error}")
             return 2
-        parts.append(RENDERERS.get(result.get("bench"), records_table)(result))
-        if arguments.cells and result.get("bench") == "linear":
-            parts.append("```\n" + linear_cells(result) + "\n```")
-    rendered = "\n\n".join(parts)
-    if arguments.into is None:
-        print(rendered)
-        return 0
-    try:
-        text = insert(arguments.into.read_text(), rendered)
-    except (OSError, ValueError) as error:
-        print(f"{arguments.into}: {error}")
-        return 2
-    beside = arguments.into.with_name(arguments.into.name + ".part")
-    beside.write_text(text)
-    beside.replace(arguments.into)
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(text)
+        beside.replace(path)
     return 0
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
 if not BENCH.is_dir():
     pytest.skip("the checkout's bench/ is not here", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
@@ -98,13 +99,55 @@ def test_picture(result, tmp_path):
     assert roofline.draw(empty, tmp_path / "none.json") == []
 
 
-def test_figures_go_between_the_markers():
-    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
-    assert table.insert(text, "new") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
-    twice = table.insert(table.insert(f"{table.BEGIN}\nafter", "one"), "two")
-    assert twice == f"{table.BEGIN}\ntwo\n{table.END}\nafter"
-    with pytest.raises(ValueError, match="which says where the figures go"):
-        table.insert("no marker", "new")
+def test_documents_show_the_committed_results():
+    """README and docs are what bench/table.py makes of bench/results."""
+    shown = [path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if "<!-- figures:" in path.read_text()]
+    assert {path.name for path in shown} >= {"README.md", "lowbit.md"}
+    for path in shown:
+        assert table.refreshed(path.read_text()) == path.read_text(), f"python bench/table.py --refresh {path}"
+
+
+def test_tables_go_between_their_markers(tmp_path, capsys):
+    common.write_json(tmp_path / "a.json", {**common.header("a", {}), "records": [{"speed": 1.25}]})
+    common.write_json(tmp_path / "b.json", {**common.header("b", {}), "records": [{"speed": 2.5}]})
+    text = f"one\n<!-- figures: a.json -->\nold\n{table.END}\ntwo\n<!-- figures: b.json a.json -->\n{table.END}\nthree\n"
+    found = table.refreshed(text, tmp_path)
+    assert "old" not in found and found.count("| 1.25 |") == 2 and found.count("| 2.5 |") == 1
+    assert found.startswith("one\n<!-- figures: a.json -->\n") and found.endswith(f"{table.END}\nthree\n")
+    assert table.refreshed(found, tmp_path) == found
+    for bad, message in (("no marker", "which says where figures go"),
+                         ("<!-- figures: a.json -->\nold\n", "without '<!-- end of figures -->'"),
+                         (f"<!-- figures: a.json -->\n<!-- figures: b.json -->\n{table.END}", "without '<!-- end"),
+                         (f"<!-- figures: gone.json -->\n{table.END}", "gone.json: found no result")):
+        with pytest.raises(ValueError, match=message):
+            table.refreshed(bad, tmp_path)
+    document = tmp_path / "document.md"
+    document.write_text("no marker")
+    assert table.main(["--refresh", str(document)]) == 2
+    assert str(document) in capsys.readouterr().out and document.read_text() == "no marker"
+
+
+def lowbit_record(m, disturbed=False, **ways):
+    made = {name.replace("_", " "): {"ms": ms} for name, ms in ways.items()}
+    made["W4A4 +hadamard"] = {"ms": 1.1, "added": 0.031}
+    return {"K": 64, "N": 32, "M": m, "disturbed": disturbed, "ways": made}
+
+
+def test_low_bit_tables():
+    result = {**common.header("lowbit", {"threads": 2}), "results": [
+        lowbit_record(1, torch_bf16=4.0, torch_fp32=8.0, W4A4=2.0),
+        lowbit_record(64, torch_bf16=9.0, torch_fp32=0.5, W4A4=1.0, disturbed=True)]}
+    text = table.lowbit_table(result)
+    assert "| `W4A4` | 2.0 / 4.0 / - / - / - | 9.0 / 0.50 / - / - / - |" in text
+    assert "Hadamard, `W4A4` | +3.1%" in text and "during 64 x 32 at M = 64" in text
+    assert "fastest of them" not in text
+    other = {**lowbit_record(1, torch_bf16=1.0, torch_fp32=3.0, W4A4=4.0), "K": 128}
+    text = table.lowbit_table(result | {"results": [*result["results"], other]})
+    assert "| `W4A4` | 0.25 to 2.0 | 0.50 to 0.50 |" in text
+    rows = [{"spec": "comet:W4Ax", "perplexity": 13.5, "change": 0.05, "of_weights": 0.01, "four_bits": 0.5}]
+    settings = {"model": "m", "tokens": 10, "calibration": 5}
+    text = table.lowbit_quality_table({**common.header("q", settings), "perplexity": 13.0, "results": rows})
+    assert "| `comet:W4Ax` (50% in four bits) | 13.50 | +5.0% | +1.0% |" in text
 
 
 def test_any_result_renders(tmp_path, capsys):
