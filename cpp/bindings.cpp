@@ -5,10 +5,9 @@
 
 #include <algorithm>
 #include <array>
-#include <new>
-#include <stdexcept>
 #include <vector>
 
+#include "bindings.h"
 #include "common/huge_pages.h"
 #include "tersor.h"
 
@@ -17,31 +16,6 @@ namespace py = pybind11;
 void define_float(py::module_& module);  // bindings_float.cpp
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(int status) {
-  if (status == TERSOR_OK) return;
-  if (status == TERSOR_NO_MEMORY) throw std::bad_alloc();
-  if (status == TERSOR_CUDA_ERROR) throw std::runtime_error(tersor_last_error());
-  throw py::value_error(tersor_last_error());
-}
-
-// Runs a call of the C ABI without the interpreter's lock.
-template <class Call>
-void run(const Call& call) {
-  int status;
-  {
-    py::gil_scoped_release release;
-    status = call();
-  }
-  check(status);
-}
 
 tersor_projection projection(Address qweight, Address scales, Address zero_points, Address bias, Address y, int64_t n,
                              int64_t ldy) {
@@ -151,8 +125,8 @@ void define_int_linear(py::module_& module) {
   module.def(
       "int_linear_grouped",
       [](Address x, int x_dtype, int64_t rows, int64_t k, int64_t ldx, Address ends, int64_t experts, Address qweight,
-         Address scales, int scale_dtype, Address zero_points, Address bias, Address y, int64_t n, int64_t ldy, int bits,
-         int64_t group_size, Activations act_bits, int threads) {
+         Address scales, int scale_dtype, Address zero_points, Address bias, Address y, int64_t n, int64_t ldy,
+         int bits, int64_t group_size, Activations act_bits, int threads) {
         const tersor_projection weights = projection(qweight, scales, zero_points, bias, y, n, ldy);
         const tersor_input& input = taken(act_bits);
         run([&] {
@@ -402,8 +376,8 @@ void define_cuda(py::module_& module) {
   module.def(
       "cuda_int_linear_grouped",
       [](Address x, int x_dtype, int64_t rows, int64_t k, int64_t ldx, Address ends, int64_t experts, Address qweight,
-         Address scales, int scale_dtype, Address zero_points, Address bias, Address y, int64_t n, int64_t ldy, int bits,
-         int64_t group_size, int64_t ranges, Address partials, Address counters, Address stream) {
+         Address scales, int scale_dtype, Address zero_points, Address bias, Address y, int64_t n, int64_t ldy,
+         int bits, int64_t group_size, int64_t ranges, Address partials, Address counters, Address stream) {
         check(tersor_cuda_int_linear_grouped(
             pointer(x), x_dtype, rows, k, ldx, pointer<const int32_t>(ends), experts, pointer<const uint8_t>(qweight),
             pointer(scales), scale_dtype, pointer<const uint8_t>(zero_points), pointer(bias), pointer(y), n, ldy, bits,
@@ -443,7 +417,9 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "int_pack",
       [](Address codes, int64_t n, int64_t k, int bits, Address qweight, int threads) {
-        run([&] { return tersor_int_pack(pointer<const uint8_t>(codes), n, k, bits, pointer<uint8_t>(qweight), threads); });
+        run([&] {
+          return tersor_int_pack(pointer<const uint8_t>(codes), n, k, bits, pointer<uint8_t>(qweight), threads);
+        });
       },
       py::arg("codes"), py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("qweight"), py::arg("threads"),
       "codes uint8 [n, k] -> qweight uint8 [ceil(n/16), ceil(k/32), 64*bits]");
@@ -498,7 +474,9 @@ PYBIND11_MODULE(_C, module) {
       "rms_norm",
       [](Address x, Address weight, Address y, int dtype, int64_t rows, int64_t k, int64_t ldx, float epsilon,
          int threads) {
-        run([&] { return tersor_rms_norm(pointer(x), pointer(weight), pointer(y), dtype, rows, k, ldx, epsilon, threads); });
+        run([&] {
+          return tersor_rms_norm(pointer(x), pointer(weight), pointer(y), dtype, rows, k, ldx, epsilon, threads);
+        });
       },
       py::arg("x"), py::arg("weight"), py::arg("y"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("ldx"),
       py::arg("epsilon"), py::arg("threads"), "y = weight * round(x / sqrt(mean(x^2) + epsilon))");

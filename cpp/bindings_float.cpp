@@ -1,36 +1,18 @@
 // Products with small floats as Python functions: pointers are integers, as in bindings.cpp.
 #include <pybind11/pybind11.h>
 
-#include <new>
-
+#include "bindings.h"
 #include "cpu/float_round.h"
 
 namespace py = pybind11;
-
-namespace {
-
-using Address = uintptr_t;
-
-template <class Call>
-void run(const Call& call) {
-  int status;
-  {
-    py::gil_scoped_release release;
-    status = call();
-  }
-  if (status == TERSOR_NO_MEMORY) throw std::bad_alloc();
-  if (status != TERSOR_OK) throw py::value_error(tersor_last_error());
-}
-
-}  // namespace
 
 void define_float(py::module_& module) {
   module.def(
       "float_round",
       [](Address x, Address y, int dtype, int64_t rows, int64_t k, int64_t ldx, int element, int scale, int64_t group,
          int threads) {
-        const tersor::FloatRoundArgs arguments{reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), dtype,
-                                               rows, k, ldx, element, scale, group, threads};
+        const tersor::FloatRoundArgs arguments{pointer(x), pointer(y), dtype, rows, k, ldx,
+                                               element, scale, group, threads};
         run([&] { return tersor_float_round(&arguments); });
       },
       py::arg("x"), py::arg("y"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("ldx"), py::arg("element"),
@@ -42,9 +24,8 @@ void define_float(py::module_& module) {
          int scale_kind, int64_t scale_rows, int64_t group, float global, Address bias, Address y, int64_t n,
          int64_t ldy, int threads) {
         const tersor::FloatLinearArgs arguments{
-            reinterpret_cast<const void*>(x), x_dtype, m, k, ldx, reinterpret_cast<const uint8_t*>(codes), element,
-            reinterpret_cast<const void*>(scales), scale_kind, scale_rows, group, global,
-            reinterpret_cast<const void*>(bias), reinterpret_cast<void*>(y), n, ldy, threads};
+            pointer(x), x_dtype, m, k, ldx, pointer<const uint8_t>(codes), element, pointer(scales), scale_kind,
+            scale_rows, group, global, pointer(bias), pointer(y), n, ldy, threads};
         run([&] { return tersor_float_linear(&arguments); });
       },
       py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("ldx"), py::arg("codes"),
@@ -58,15 +39,15 @@ void define_float(py::module_& module) {
         tersor::FloatLinearArgs arguments{};
         arguments.k = k;
         arguments.n = n;
-        arguments.codes = reinterpret_cast<const uint8_t*>(codes);
+        arguments.codes = pointer<const uint8_t>(codes);
         arguments.element = element;
-        arguments.scales = reinterpret_cast<const void*>(scales);
+        arguments.scales = pointer(scales);
         arguments.scale_kind = scale_kind;
         arguments.scale_rows = scale_rows;
         arguments.group = group;
         arguments.global = global;
         arguments.threads = threads;
-        run([&] { return tersor_float_dequantize(&arguments, reinterpret_cast<float*>(out)); });
+        run([&] { return tersor_float_dequantize(&arguments, pointer<float>(out)); });
       },
       py::arg("n"), py::arg("k"), py::arg("codes"), py::arg("element"), py::arg("scales"), py::arg("scale_kind"),
       py::arg("scale_rows"), py::arg("group"), py::arg("global_scale"), py::arg("out"), py::arg("threads"),

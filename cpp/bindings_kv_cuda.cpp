@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "bindings_cuda.h"
+#include "bindings.h"
 #include "tersor.h"
 #include "tersor_kv.h"
 #include "tersor_kv_static.h"

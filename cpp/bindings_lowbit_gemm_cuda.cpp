@@ -2,7 +2,7 @@
 // `stream` is a cudaStream_t as an integer, and nothing here waits for it. No logic here.
 #include <pybind11/pybind11.h>
 
-#include "bindings_cuda.h"
+#include "bindings.h"
 #include "tersor.h"
 
 namespace py = pybind11;

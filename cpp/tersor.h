@@ -71,8 +71,8 @@ int tersor_int_dequantize(const uint8_t* qweight, const void* scales, int scale_
                           const uint8_t* zero_points, int64_t n, int64_t k, int bits,
                           int64_t group_size, void* out, int out_dtype, int threads);
 
-/* Scales and zero points [n, groups] (fp32, scales rounded to scale_dtype) of w [n, k] for integers of `bits` bits: from
- * each group's range (steps 1), or the best in squared error, weighted by importance [k] or NULL, of `steps` ranges
+/* Scales and zero points [n, groups] (fp32, scales rounded to scale_dtype) of w [n, k] for integers of `bits` bits:
+ * from each group's range (steps 1), or the best in squared error, weighted by importance [k] or NULL, of `steps` ranges
  * that shrink by a hundredth each. Symmetric zero points are 2^(bits-1). */
 int tersor_int_fit(const float* w, int64_t n, int64_t k, int64_t ldw, const float* importance, int bits,
                    int64_t group_size, int symmetric, int steps, int scale_dtype, float* scales, float* zero_points,
@@ -81,7 +81,7 @@ int tersor_int_fit(const float* w, int64_t n, int64_t k, int64_t ldw, const floa
 /* gram [k, k] (fp32) += x^T x for x [tokens, k], on and above the diagonal; some of what is below is written too. */
 int tersor_gram(const void* x, int x_dtype, int64_t tokens, int64_t k, int64_t ldx, float* gram, int threads);
 
-/* y = weight * round(x / sqrt(mean(x^2) + epsilon)) for rows of k values; sums in fp32, round to the dtype of all three. */
+/* y = weight * round(x / sqrt(mean(x^2) + epsilon)) for rows of k values; sums in fp32, round to the type of all three. */
 int tersor_rms_norm(const void* x, const void* weight, void* y, int dtype, int64_t rows, int64_t k, int64_t ldx,
                     float epsilon, int threads);
 
@@ -221,8 +221,8 @@ int tersor_cuda_int_linear(const void* x, int x_dtype, int64_t m, int64_t k, int
                            const void* scales, int scale_dtype, const uint8_t* zero_points, const void* bias, void* y,
                            int64_t n, int64_t ldy, int bits, int64_t group_size, int64_t ranges, float* partials,
                            uint32_t* counters, void* stream);
-/* tersor_int_linear_grouped there: ends lie on the device and are not looked at before the launch; those out of order or
- * range are cut to the rows that there are. */
+/* tersor_int_linear_grouped there: ends lie on the device and are not looked at before the launch; those out of order
+ * or range are cut to the rows that there are. */
 int tersor_cuda_int_linear_grouped_plan(int64_t rows, int64_t n, int64_t k, int bits, int64_t group_size,
                                         int scale_dtype, int has_zero_points, int64_t experts, int multiprocessors,
                                         int64_t shared_memory_per_multiprocessor, int64_t* ranges,
@@ -237,7 +237,7 @@ int tersor_cuda_int_linear_grouped(const void* x, int x_dtype, int64_t rows, int
  * multiples of 64), 2 blocks of 128 channels of either. act_scales has rows of act_scale_stride, or one for all where
  * that is 0; act_group 0: one scale for a token. sums may be null where weights have no zero points, act_zero_points
  * (int16 [m, groups]) where activations have none. For width 2, stage_starts is int32 [2, ceil(k / 128) + 1]: for each
- * 128 channels the 64-byte units of a row before them, and the cost before them, 1 or 2 each; row_cost is the last cost.
+ * 128 channels the 64-byte units of a row before them, and the cost before them, 1 or 2 each; row_cost is the last.
  * bias, residual and y have y_dtype. k is at most 65536, with zero points on both sides of one level 32768; those of
  * weights at most 2^bits. scale_dtype 3: width 0, no sums. partials, counters as above, of the sizes that plan says. */
 int tersor_cuda_lowbit_linear_plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int scale_dtype,

@@ -102,7 +102,9 @@ struct Bf16 {
     Table() {
       if constexpr (bits <= 6) {
         uint16_t entries[64];
-        for (int i = 0; i < 64; ++i) entries[i] = float_to_bf16(static_cast<float>((i & ((1 << bits) - 1)) - centre(bits)));
+        for (int i = 0; i < 64; ++i) {
+          entries[i] = float_to_bf16(static_cast<float>((i & ((1 << bits) - 1)) - centre(bits)));
+        }
         values[0] = load_i32(entries);
         values[1] = load_i32(entries + 32);
       }

@@ -42,7 +42,9 @@ void load_columns(const GramArgs& args, const char* row, int64_t column, float (
     if (column + 16 <= args.k) {
       store(to + 16 * t, load_as(row + column * size, args.x_dtype));
     } else {
-      for (int i = 0; i < 16; ++i) to[16 * t + i] = column + i < args.k ? load_as_float(row, args.x_dtype, column + i) : 0;
+      for (int i = 0; i < 16; ++i) {
+        to[16 * t + i] = column + i < args.k ? load_as_float(row, args.x_dtype, column + i) : 0;
+      }
     }
   }
 }

@@ -127,7 +127,9 @@ int int_fit(const IntFitArgs& a) {
   parallel_for(threads, [&](int index) {
     float* buffer = scratch.data() + size_t(2) * index * padded;
     const Range range = split(a.n, threads, index);
-    for (int64_t row = range.begin; row < range.end; ++row) fit_row(a, row, group_size, groups, buffer, buffer + padded);
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      fit_row(a, row, group_size, groups, buffer, buffer + padded);
+    }
   });
   return TERSOR_OK;
 }

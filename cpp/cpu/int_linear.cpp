@@ -116,7 +116,8 @@ extern "C" int tersor_int_linear_grouped(const void* x, int x_dtype, int64_t row
                 x_dtype, scale_dtype);
   }
   if (rows < 0 || experts < 0 || (rows > 1 && (ldx < k || weights->ldy < n))) {
-    return fail(TERSOR_INVALID, "rows, experts, ldx, ldy are %lld, %lld, %lld, %lld; accepted: 0 or more, at least k and n",
+    return fail(TERSOR_INVALID,
+                "rows, experts, ldx, ldy are %lld, %lld, %lld, %lld; accepted: 0 or more, at least k and n",
                 (long long)rows, (long long)experts, (long long)ldx, (long long)weights->ldy);
   }
   if (rows == 0 || n == 0) return TERSOR_OK;

@@ -250,7 +250,9 @@ struct PanelJob {
   int64_t first_row, rows, strips;  // of the row block
   Micro<A> kernels[kPanelTiles][kPanelRows + 1];
 
-  static size_t floats() { return kPanelTiles * (kPanelFloats + 2 * kSegmentBlocks * 16) + kTileGroup * kRowBlock * 16; }
+  static size_t floats() {
+    return kPanelTiles * (kPanelFloats + 2 * kSegmentBlocks * 16) + kTileGroup * kRowBlock * 16;
+  }
 
   void run(float* buffer, Range tile_range, Range strip_range) const {
     float* const panel = buffer;
@@ -368,7 +370,8 @@ int run(const IntLinearArgs& args) {
   if (args.m <= A::kFused) {
     const int rows = fused_rows(static_cast<int>(args.m));
     if (!plan.allocate(rows, tiles.shape, segments.count, 0)) {
-      return fail(TERSOR_NO_MEMORY, "no memory to prepare activations of %lld x %lld", (long long)args.m, (long long)args.k);
+      return fail(TERSOR_NO_MEMORY, "no memory to prepare activations of %lld x %lld", (long long)args.m,
+                  (long long)args.k);
     }
     prepare<A, bits>(plan.x, args, segments, 0, rows, 1);
     const int parts = static_cast<int>(threads < tiles.total ? threads : tiles.total);
@@ -386,7 +389,8 @@ int run(const IntLinearArgs& args) {
   const int64_t wanted_down = threads / across;
   const int down = static_cast<int>(wanted_down < most_strips ? wanted_down : most_strips);
   if (!plan.allocate(most_rows, tiles.shape, segments.count, across * down * PanelJob<A>::floats())) {
-    return fail(TERSOR_NO_MEMORY, "no memory to prepare activations of %lld x %lld", (long long)most_rows, (long long)args.k);
+    return fail(TERSOR_NO_MEMORY, "no memory to prepare activations of %lld x %lld", (long long)most_rows,
+                (long long)args.k);
   }
   PanelJob<A> job{tiles, plan.x, fill_panel<A, bits>, A::panel_centre(bits), 0, 0, 0, {}};
   for (int rows = 1; rows <= kPanelRows; ++rows) {

@@ -192,8 +192,7 @@ int kv_attention(const KvAttentionArgs& args) {
   const int64_t ranges = bundles >= kEnoughItems ? 1 : (kv.pages + range_pages - 1) / range_pages;
   const int64_t parts = ranges > 0 ? ranges : 1;
   const int64_t useful = 1 + kv.batch * kv.kv_heads * group_rows * tokens * (kv.key_dim + dim) / kMacsPerThread;
-  int workers = useful < args.threads ? static_cast<int>(useful) : args.threads;
-  if (workers > 256) workers = 256;
+  const int workers = kv_workers(useful, args.threads);
 
   Scratch shared;  // of each range: maximum, denominator, sums of its rows
   const size_t row_floats = dim + 16, part_rows = bundles * parts * kRows;
@@ -204,48 +203,35 @@ int kv_attention(const KvAttentionArgs& args) {
     partial = shared.take<float>(part_rows * row_floats);
   }
   const Span span(query);
-  bool failed[256] = {};
-  parallel_for(workers, [&](int index) {
-    Scratch memory;
-    Work work;
-    if (!work.allocate(kv, memory)) {
-      failed[index] = true;
-      return;
+  const int status = kv_for_each(kv, workers, bundles * parts, [&](Work& work, int64_t i) {
+    Item item(kv, query, span, i / parts);
+    for (int r = 0; r < item.rows; ++r) {
+      item.maximum[r] = -INFINITY;
+      item.denominator[r] = 0;
     }
-    const Range mine = split(bundles * parts, workers, index);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      Item item(kv, query, span, i / parts);
-      for (int r = 0; r < item.rows; ++r) {
-        item.maximum[r] = -INFINITY;
-        item.denominator[r] = 0;
+    std::memset(work.sums, 0, item.rows * dim * sizeof(float));
+    kv_load_queries(item, work);
+    const int64_t part = i % parts, begin = parts > 1 ? part * range_pages : 0;
+    int64_t end = parts > 1 ? begin + range_pages : kv.pages, first = query.first;
+    if (end > kv.pages) end = kv.pages;
+    for (int64_t p = 0; p < begin; ++p) first += kv_page(kv, p)[0];
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t* row = kv_page(kv, p);
+      if (item.reaches(first, row[0])) attend_page(item, work, row, first);
+      first += row[0];
+    }
+    for (int r = 0; r < item.rows; ++r) {
+      if (parts == 1) {
+        finish(item, r, item.maximum[r], item.denominator[r], work.sums + r * dim, 1);
+        continue;
       }
-      std::memset(work.sums, 0, item.rows * dim * sizeof(float));
-      kv_load_queries(item, work);
-      const int64_t part = i % parts, begin = parts > 1 ? part * range_pages : 0;
-      int64_t end = parts > 1 ? begin + range_pages : kv.pages, first = query.first;
-      if (end > kv.pages) end = kv.pages;
-      for (int64_t p = 0; p < begin; ++p) first += kv_page(kv, p)[0];
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t* row = kv_page(kv, p);
-        if (item.reaches(first, row[0])) attend_page(item, work, row, first);
-        first += row[0];
-      }
-      for (int r = 0; r < item.rows; ++r) {
-        if (parts == 1) {
-          finish(item, r, item.maximum[r], item.denominator[r], work.sums + r * dim, 1);
-          continue;
-        }
-        float* to = partial + ((i / parts * parts + part) * kRows + r) * row_floats;
-        to[0] = item.maximum[r];
-        to[1] = item.denominator[r];
-        std::memcpy(to + 16, work.sums + r * dim, dim * sizeof(float));
-      }
+      float* to = partial + ((i / parts * parts + part) * kRows + r) * row_floats;
+      to[0] = item.maximum[r];
+      to[1] = item.denominator[r];
+      std::memcpy(to + 16, work.sums + r * dim, dim * sizeof(float));
     }
   });
-  for (int i = 0; i < workers; ++i) {
-    if (failed[i]) return fail(TERSOR_NO_MEMORY, "no memory for a page of scores");
-  }
-  if (parts == 1) return TERSOR_OK;
+  if (status || parts == 1) return status;
 
   parallel_for(workers, [&](int index) {  // ranges in order, into the first one's place
     const Range mine = split(bundles * kRows, workers, index);

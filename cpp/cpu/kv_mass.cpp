@@ -1,9 +1,6 @@
 // What the weights of many queries give each token, without their matrix: scores against a page, exponentials with the
 // log-sum-exp that attention gave, and the sum over the rows, chunk by chunk. Each token's sum belongs to one item of
 // work and is added up in the order of the rows: results do not depend on the threads.
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/status.h"
 #include "cpu/kv_work.h"
 
 namespace tersor::TERSOR_ISA {
@@ -37,41 +34,25 @@ int kv_mass(const KvMassArgs& args) {
   const int64_t item_pages = kItemTokens / kv.page_tokens, parts = (kv.pages + item_pages - 1) / item_pages;
   const int64_t heads = kv.batch * kv.kv_heads;
   const int64_t useful = 1 + heads * rows * tokens * kv.key_dim / kMacsPerThread;
-  int workers = useful < args.threads ? static_cast<int>(useful) : args.threads;
-  if (workers > 256) workers = 256;
   std::memset(args.mass, 0, heads * tokens * sizeof(float));
   const Span span(query);
-  bool failed[256] = {};
-  parallel_for(workers, [&](int index) {
-    Scratch memory;
-    Work work;
-    if (!work.allocate(kv, memory)) {
-      failed[index] = true;
-      return;
-    }
-    const Range mine = split(heads * parts, workers, index);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      const int64_t begin = i % parts * item_pages, end = begin + item_pages < kv.pages ? begin + item_pages : kv.pages;
-      int64_t before = 0;
-      for (int64_t p = 0; p < begin; ++p) before += kv_page(kv, p)[0];
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const Item item(kv, query, span, i / parts * chunks + chunk);
-        kv_load_queries(item, work);
-        int64_t at = before;
-        for (int64_t p = begin; p < end; ++p) {
-          const int64_t* row = kv_page(kv, p);
-          if (item.reaches(query.first + at, row[0])) {
-            add_page(item, work, row, query.first + at, args.mass + i / parts * tokens + at);
-          }
-          at += row[0];
+  return kv_for_each(kv, kv_workers(useful, args.threads), heads * parts, [&](Work& work, int64_t i) {
+    const int64_t begin = i % parts * item_pages, end = begin + item_pages < kv.pages ? begin + item_pages : kv.pages;
+    int64_t before = 0;
+    for (int64_t p = 0; p < begin; ++p) before += kv_page(kv, p)[0];
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const Item item(kv, query, span, i / parts * chunks + chunk);
+      kv_load_queries(item, work);
+      int64_t at = before;
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t* row = kv_page(kv, p);
+        if (item.reaches(query.first + at, row[0])) {
+          add_page(item, work, row, query.first + at, args.mass + i / parts * tokens + at);
         }
+        at += row[0];
       }
     }
   });
-  for (int i = 0; i < workers; ++i) {
-    if (failed[i]) return fail(TERSOR_NO_MEMORY, "no memory for a page of scores");
-  }
-  return TERSOR_OK;
 }
 
 }  // namespace tersor::TERSOR_ISA

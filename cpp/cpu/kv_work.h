@@ -3,7 +3,9 @@
 
 #include <cmath>
 
+#include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/status.h"
 #include "cpu/isa.h"
 #include "cpu/kv_dot.h"
 
@@ -134,6 +136,32 @@ struct Item {
     return !query.window || first + tokens - 1 > span.lowest - query.window;
   }
 };
+
+constexpr int kMostWorkers = 256;
+inline int kv_workers(int64_t useful, int threads) {
+  const int wanted = useful < threads ? static_cast<int>(useful) : threads;
+  return wanted < kMostWorkers ? wanted : kMostWorkers;
+}
+
+// function(work, i) for every i below `items`, by `workers` threads with buffers of their own; a status of the C ABI.
+template <class Function>
+int kv_for_each(const tersor_kv& kv, int workers, int64_t items, const Function& function) {
+  bool failed[kMostWorkers] = {};
+  parallel_for(workers, [&](int index) {
+    Scratch memory;
+    Work work;
+    if (!work.allocate(kv, memory)) {
+      failed[index] = true;
+      return;
+    }
+    const Range mine = split(items, workers, index);
+    for (int64_t i = mine.begin; i < mine.end; ++i) function(work, i);
+  });
+  for (int i = 0; i < workers; ++i) {
+    if (failed[i]) return fail(TERSOR_NO_MEMORY, "no memory for a page of scores");
+  }
+  return TERSOR_OK;
+}
 
 // The rows' queries times the scale, into work.q.
 void kv_load_queries(const Item& item, Work& work);

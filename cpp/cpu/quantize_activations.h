@@ -155,8 +155,9 @@ struct QuantizedRows {
   float* sums;
 
   QuantizedRows(const IntShape& s, const tersor_input& in, int64_t m, int limbs_, int64_t most_rows, bool integers)
-      : shape(s), input(in), limbs(limbs_), integer_sums(integers), tokens(m), group_blocks(RowScales(in, s.k).group_blocks()),
-        rows(m * limbs_), strips(div_up(m, most_rows / limbs_)), segments(segments_before(s, s.blocks)) {}
+      : shape(s), input(in), limbs(limbs_), integer_sums(integers), tokens(m),
+        group_blocks(RowScales(in, s.k).group_blocks()), rows(m * limbs_), strips(div_up(m, most_rows / limbs_)),
+        segments(segments_before(s, s.blocks)) {}
   size_t record_count() const { return size_t(rows) * shape.blocks * record; }
   size_t sum_count() const { return size_t(rows) * segments; }
 
