@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import common
+import table
 import tersor
 from tersor.kv import calibrate
 from tersor.kv.plan import read_plan
@@ -96,20 +97,14 @@ def main(argv=None) -> int:
         rows.append({"spec": spec, "bytes": small.report().bytes_per_token, **figures,
                      "perplexity_ratio": figures["perplexity"] / plain["perplexity"], "learned_seconds": learned})
         rows[-1]["ratio"] = dense / rows[-1]["bytes"]
-        print(line(rows[-1]), flush=True)
-    table = "\n".join(["| spec | bytes a token | times smaller | perplexity | same top token | KL |",
-                       "|---|---|---|---|---|---|", *map(line, rows)])
+        print(f"{spec}: {rows[-1]['bytes']:.0f} bytes a token, perplexity {rows[-1]['perplexity_ratio'] - 1:+.2%}",
+              flush=True)
     settings = {name: getattr(args, name) for name in ("sequences", "length", "prompt", "step", "threads")}
     settings["model"] = Path(args.model).name
-    common.write_json(args.out, common.header("cache_quality", settings) | {"results": rows, "table": table})
-    print(table)
+    result = common.header("cache_quality", settings) | {"results": rows}
+    common.write_json(args.out, result)
+    print(table.cache_quality_table(result))
     return 0
-
-
-def line(row: dict) -> str:
-    change = (row["perplexity_ratio"] - 1) * 100
-    return (f"| `{row['spec']}` | {row['bytes']:.0f} | {row['ratio']:.2f} | {change:+.2f} % | "
-            f"{row['agree'] * 100:.1f} % | {row['kl']:.4f} |")
 
 
 if __name__ == "__main__":

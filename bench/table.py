@@ -1,7 +1,7 @@
 """Renders measured results as markdown.
 
     python bench/table.py bench/results/*.json              # to the terminal
-    python bench/table.py --refresh README.md docs/*.md     # every table of these files again
+    python bench/table.py --refresh README.md docs/cache.md docs/lowbit.md     # every table of these files again
 
 In a document, a table stands between two lines that only its source shows,
 
@@ -236,8 +236,36 @@ def lowbit_quality_table(result: dict) -> str:
         table(["spec", "perplexity", "over 16 bits", "over the same weights, 16-bit inputs"], rows)])
 
 
+# -- the cache --------------------------------------------------------------------------------------------------
+
+
+def cache_quality_table(result: dict) -> str:
+    rows = [[f"`{row['spec']}`", f"{row['bytes']:.0f}", f"{row['ratio']:.2f}", f"{row['perplexity_ratio'] - 1:+.2%}",
+             f"{row['agree']:.1%}", f"{row['kl']:.4f}"] for row in result["results"]]
+    settings = result["settings"]
+    return "\n".join([
+        where(result), "", f"{settings['model']}, {settings['sequences']} texts of {settings['length']} tokens, "
+        f"teacher-forced in steps of {settings['step']} after a prompt of {settings['prompt']}.", "",
+        table(["spec", "bytes a token", "times smaller", "perplexity", "same top token", "KL"], rows)])
+
+
+def attention_table(result: dict) -> str:
+    """Per layer: the time of the fastest of torch's paths over that of each cache."""
+    records = result["results"]
+    specs = [name for name in records[0]["ways"] if re.fullmatch(r"K\d+V\d+.*", name)]
+    rows = [[record["shape"], record["dtype"], str(record["batch"]), str(record["tokens"]),
+             *(_ratio(record["ways"][spec]["ratio_fastest"] if spec in record["ways"] else None) for spec in specs),
+             "yes" if record["disturbed"] else ""] for record in records]
+    header = ["layer of", "dtype", "batch", "tokens", *(f"`{spec}`" for spec in specs), "disturbed"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return "\n".join([where(result), "", f"{result['settings']['threads']} threads; the time of the fastest of torch's "
+                      "paths over ours.", "", table(header, rows)])
+
+
 RENDERERS = {"linear": linear_table, "overhead": overhead_table, "generate": generate_table, "gptq": gptq_table,
-             "lowbit": lowbit_table, "lowbit_quality": lowbit_quality_table}
+             "lowbit": lowbit_table, "lowbit_quality": lowbit_quality_table, "cache_quality": cache_quality_table,
+             "attention": attention_table}
 
 
 def render(path: Path) -> tuple[dict, str]:

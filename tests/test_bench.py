@@ -101,8 +101,9 @@ def test_picture(result, tmp_path):
 
 def test_documents_show_the_committed_results():
     """README and docs are what bench/table.py makes of bench/results."""
-    shown = [path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if "<!-- figures:" in path.read_text()]
-    assert {path.name for path in shown} >= {"README.md", "lowbit.md"}
+    shown = [path for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+             if "<!-- figures:" in path.read_text()]
+    assert {path.name for path in shown} >= {"README.md", "cache.md", "lowbit.md"}
     for path in shown:
         assert table.refreshed(path.read_text()) == path.read_text(), f"python bench/table.py --refresh {path}"
 
@@ -110,7 +111,8 @@ def test_documents_show_the_committed_results():
 def test_tables_go_between_their_markers(tmp_path, capsys):
     common.write_json(tmp_path / "a.json", {**common.header("a", {}), "records": [{"speed": 1.25}]})
     common.write_json(tmp_path / "b.json", {**common.header("b", {}), "records": [{"speed": 2.5}]})
-    text = f"one\n<!-- figures: a.json -->\nold\n{table.END}\ntwo\n<!-- figures: b.json a.json -->\n{table.END}\nthree\n"
+    text = f"one\n<!-- figures: a.json -->\nold\n{table.END}\n" \
+           f"two\n<!-- figures: b.json a.json -->\n{table.END}\nthree\n"
     found = table.refreshed(text, tmp_path)
     assert "old" not in found and found.count("| 1.25 |") == 2 and found.count("| 2.5 |") == 1
     assert found.startswith("one\n<!-- figures: a.json -->\n") and found.endswith(f"{table.END}\nthree\n")
