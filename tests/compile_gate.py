@@ -274,7 +274,8 @@ def summary(instance: Instance) -> dict:
     kept = Counter()
     for name, count in instance.opcodes.items():
         kept[name.split(".")[0]] += count
-    shown = ("HMMA", "IMMA", "QMMA", "OMMA", "LDGSTS", "LDS", "LDSM", "LDG", "STG", "STS", "LDL", "STL", "LOP3", "PRMT", "BAR")
+    shown = ("HMMA", "IMMA", "QMMA", "OMMA", "LDGSTS", "LDS", "LDSM", "LDG", "STG", "STS", "LDL", "STL", "LOP3",
+             "PRMT", "BAR")
     return {**asdict(instance), "opcodes": {name: kept[name] for name in shown if kept[name]},
             "instructions": sum(kept.values())}
 

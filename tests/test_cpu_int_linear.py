@@ -164,7 +164,8 @@ def test_threads_do_not_change_a_bit(isa, m):
 
 @pytest.mark.parametrize("m", (1, 3, 20, 250))
 def test_multi_equals_single(isa, m):
-    weights = [Weight(n, 224, 4, 64, symmetric, torch.bfloat16, n) for n, symmetric in ((96, True), (33, False), (5, True))]
+    weights = [Weight(n, 224, 4, 64, symmetric, torch.bfloat16, n)
+               for n, symmetric in ((96, True), (33, False), (5, True))]
     x = torch.randn(m, 224, generator=torch.Generator().manual_seed(2))
     biases = [torch.randn(96), None, torch.randn(5)]
     together = linear(x, weights, biases)

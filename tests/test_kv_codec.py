@@ -131,8 +131,9 @@ def decode_one(data, tokens, dim, levels=None, dtype=None):
 
 
 @pytest.mark.parametrize("kind,tokens,dim", [
-    ("normal", 1, 16), ("normal", 7, 20), ("normal", 40, 24), ("grouped", 40, 16), ("grouped", 93, 9), ("heavy", 100, 16),
-    ("shifted", 33, 40), ("constant", 12, 16), ("grouped", 256, 48), ("heavy", 256, 33), ("normal", 256, 64)])
+    ("normal", 1, 16), ("normal", 7, 20), ("normal", 40, 24), ("grouped", 40, 16), ("grouped", 93, 9),
+    ("heavy", 100, 16), ("shifted", 33, 40), ("constant", 12, 16), ("grouped", 256, 48), ("heavy", 256, 33),
+    ("normal", 256, 64)])
 def test_streams_are_what_the_format_says(isa, kind, tokens, dim):
     x = sample(kind, tokens, dim)
     step = torch.tensor([0.375], dtype=torch.float16)
@@ -350,8 +351,8 @@ def test_lying_sizes_are_refused(chunk):
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=32, max_position_embeddings=512)
+    config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512)
     return LlamaForCausalLM(config).eval()
 
 

@@ -176,8 +176,8 @@ def test_eviction(device, monkeypatch, spec):
 @pytest.mark.parametrize("spec", ["K2V2", "gear:K4V4", "zipcache[gap=64]:K4V4[recent=0]",
                                   "xkv[layers=2,keys=0.5,values=0.5]:K8V8"])
 def test_methods_on_the_device(device, monkeypatch, spec):
-    """Padding, beams and what is taken back, with methods that pack or project by themselves. (How many tokens a page of
-    such a cache has is not the same on the CPU.)"""
+    """Padding, beams and what is taken back, with methods that pack or project by themselves. (How many tokens a page
+    of such a cache has is not the same on the CPU.)"""
     model, ids, steps = make(), prompt(2, 160), (90, 1, 40, 1, 28)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0

@@ -1,5 +1,6 @@
-"""For every spec and method of docs/cache.md: attention against float64 over what the cache holds, on the CPU in float32
-and on CUDA, host-executed, in float16: batches with padding of their own, page borders, sliding windows, soft-capping."""
+"""For every spec and method of docs/cache.md: attention against float64 over what the cache holds, on the CPU in
+float32 and on CUDA, host-executed, in float16: batches with padding of their own, page borders, sliding windows,
+soft-capping."""
 
 import pytest
 import torch

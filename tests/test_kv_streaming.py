@@ -20,8 +20,8 @@ TOKENS, CHUNK = 160, 32
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=32, max_position_embeddings=512)
+    config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512)
     return LlamaForCausalLM(config).eval()
 
 
@@ -212,9 +212,9 @@ class Wicked(ContextServer):
         super().__exit__(*error)
 
 
-EVIL = {"short": "bytes", "lies": "announced|bytes", "long": "announced", "flip": "checksum", "swap": "checksum|announced",
-        "status": "status 503", "stall": "no data for 0.3 s", "silence": "no data for 0.3 s",
-        "drip": "not done after 1 s", "endless": "more than"}
+EVIL = {"short": "bytes", "lies": "announced|bytes", "long": "announced", "flip": "checksum",
+        "swap": "checksum|announced", "status": "status 503", "stall": "no data for 0.3 s",
+        "silence": "no data for 0.3 s", "drip": "not done after 1 s", "endless": "more than"}
 
 
 @pytest.mark.parametrize("evil", EVIL)

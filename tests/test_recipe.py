@@ -36,8 +36,8 @@ def test_bare_spec_means_every_linear_but_the_head():
 
 
 def test_mapping_first_match_wins_and_names_the_head():
-    plan = make_plan(Model(), {"blocks.0.*": "rtn:W8A16", "lm_head": "rtn:W8A16[group=32]", "re:blocks\\..*o_proj": None,
-                               "*": "rtn:W4A16"})
+    plan = make_plan(Model(), {"blocks.0.*": "rtn:W8A16", "lm_head": "rtn:W8A16[group=32]",
+                               "re:blocks\\..*o_proj": None, "*": "rtn:W4A16"})
     assert plan.entries["blocks.0.o_proj"].format == resolve("W8A16").format
     assert plan.entries["blocks.1.q_proj"].format == resolve("W4A16").format
     assert plan.entries["lm_head"].format.group_size == 32

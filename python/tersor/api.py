@@ -37,8 +37,8 @@ def compress(model: nn.Module, recipe: Recipe, calibration: Calibration | None =
     ``recipe``: a spec (``gptq:W4A16``), a mapping of name patterns to specs, or the path of a YAML file (see
     `tersor.recipe`). ``calibration``: texts (with ``tokenizer``) or token tensors ``[length]`` or ``[n, length]``, for
     methods that look at data. ``original``: an uncompressed twin; the report then says how far the compressed model's
-    next-token distributions are from its, on up to 8 calibration batches (`tersor.evaluate.compare`). ``strict`` refuses
-    formats that no kernel serves here.
+    next-token distributions are from its, on up to 8 calibration batches (`tersor.evaluate.compare`). ``strict``
+    refuses formats that no kernel serves here.
 
     Options: ``samples`` (128) and ``length`` (512 tokens) bound the calibration data, ``progress(task, done, total)``
     is called along the way, ``tie=False`` lets fused projections differ; other options go to the methods that have a

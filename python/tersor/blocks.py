@@ -129,8 +129,8 @@ def find_chain(model: nn.Module, ids: Tensor) -> Chain:
                   [(seen[block][0], dict(seen[block][1])) for block in blocks], [seen[block][2] for block in blocks])
     for i, block in enumerate(blocks):
         if not bool(torch.isfinite(seen[block][3]).all()):
-            raise ValueError(f"block {chain.names[i]!r}: the hidden states it puts out for the first calibration tokens "
-                             "have NaN or Inf, accepted are finite values")
+            raise ValueError(f"block {chain.names[i]!r}: the hidden states it puts out for the first calibration "
+                             "tokens have NaN or Inf, accepted are finite values")
     for i, block in enumerate(blocks[1:]):
         if not torch.equal(before[block], seen[blocks[i]][3]):
             raise ValueError(f"blocks {chain.names[i]!r} and {chain.names[i + 1]!r}: the second does not read what the "

@@ -4,9 +4,10 @@
     tersor.blockwise.convert(model, bits=8)
 
 An intermediate result is integers of ``bits`` bits, each block of ``block`` neighbours under a power of two 2^-e of its
-own. Normalisation works on integers of 16 bits, with sums in 64; GELU and the exponential are tables over all integers of
-a block, one for each shift; the products of attention multiply integers, block by block. The abstract of the paper gives
-the idea; block sizes, tables and the widths in between are ours. Computed by torch: exact, and no faster than torch.
+own. Normalisation works on integers of 16 bits, with sums in 64; GELU and the exponential are tables over all integers
+of a block, one for each shift; the products of attention multiply integers, block by block. The abstract of the paper
+gives the idea; block sizes, tables and the widths in between are ours. Computed by torch: exact, and no faster than
+torch.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Blocks:
 
 
 def quantize(x: Tensor, bits: int, block: int = 0) -> Blocks:
-    """``x [..., width]`` in blocks of ``block`` (0: the whole last dimension) of ``bits`` bits, rounded to nearest even.
-    A number with NaN or Inf in its block is refused with ValueError: integers have neither."""
+    """``x [..., width]`` in blocks of ``block`` (0: the whole last dimension) of ``bits`` bits, rounded to nearest
+    even. A number with NaN or Inf in its block is refused with ValueError: integers have neither."""
     width = x.shape[-1]
     size = block or max(width, 1)
     blocks = F.pad(x.float(), (0, -width % size)).unflatten(-1, (-1, size))
@@ -90,8 +91,8 @@ def through_table(x: Blocks, function: str, bits: int) -> Tensor:
 
 
 def softmax(scores: Tensor, bits: int) -> Tensor:
-    """Along the last dimension: differences to the maximum in ``bits + 1`` bits, exponentials by table in fixed point of
-    15 bits, an integer sum and one division. -inf is a weight of 0; a row of -inf gives zeros."""
+    """Along the last dimension: differences to the maximum in ``bits + 1`` bits, exponentials by table in fixed point
+    of 15 bits, an integer sum and one division. -inf is a weight of 0; a row of -inf gives zeros."""
     top = scores.amax(-1, keepdim=True)
     seen = torch.isfinite(scores)
     below = torch.where(seen, scores - torch.where(torch.isfinite(top), top, 0.0), 0.0)
@@ -165,8 +166,8 @@ def convert(model: nn.Module, bits: int = 8, block: int = 64, attention_bits: in
     """Exchange normalisation, activation functions and attention of an encoder of transformers, in place; returns what
     became of each module. ``attention_bits``: of attention's products and softmax (None: ``bits``).
 
-    Linear layers and embeddings are compressed by `tersor.compress` with the method ``bct``. ValueError for other than 4
-    to 8 bits, and for models with none of these modules.
+    Linear layers and embeddings are compressed by `tersor.compress` with the method ``bct``. ValueError for other than
+    4 to 8 bits, and for models with none of these modules.
     """
     for name, found in (("bits", bits), ("attention_bits", attention_bits or bits)):
         if not 4 <= found <= 8:

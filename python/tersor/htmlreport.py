@@ -44,9 +44,11 @@ def render(report: Report, title: str, facts: Sequence[tuple[str, str]] = (), ev
     ``facts``: lines of the summary (model, recipe, calibration). ``evaluation``: what `tersor.evaluate` measured, or
     ``quality``: perplexities before and after where only those were. ``samples``: captioned texts.
     """
-    body = [f"<h1>{_text(title)}</h1>", *(f'<p class="soft">{_text(name)}: {_text(value)}</p>' for name, value in facts),
+    body = [f"<h1>{_text(title)}</h1>",
+            *(f'<p class="soft">{_text(name)}: {_text(value)}</p>' for name, value in facts),
             _tiles(report, evaluation, quality)]
-    body.append("<h2>Bytes by kind of layer, before and after</h2>" + svg.bars(_sizes(report), "bytes by kind of layer"))
+    body.append("<h2>Bytes by kind of layer, before and after</h2>"
+                + svg.bars(_sizes(report), "bytes by kind of layer"))
     errors = _by_kind(report, lambda row: row.relative_error)
     if errors:
         body.append("<h2>Relative error of each layer</h2>"

@@ -260,10 +260,10 @@ def kv_attention(query: Tensor, table: Tensor, pages: Tensor, kv_heads: int, sca
     ``window``: positions that a query sees, its own included, 0 for all; ``sinks`` float32 ``[heads]``: logits that
     only take part in the denominator; ``mask``: bool ``[batch or 1, heads or 1, queries, tokens]``, of any strides,
     which of the positions from ``mask_first`` on a query sees, others it does not; ``residual``: int64 ``[batch, pages,
-    4]``, for the packed page at each position / 64 the addresses of its left factors float16 ``[kv_heads, 2, rank, 64]``
-    of keys and values and of the right ones of values ``[kv_heads, rank, head_dim]``, the first column and the rank (0:
-    none) of its products of queries with the right factors of keys, float32 ``[batch, heads, queries, width]``, all of
-    which the caller vouches for. A query that sees nothing gives 0 and -infinity."""
+    4]``, for the packed page at each position / 64 the addresses of its left factors float16 ``[kv_heads, 2, rank,
+    64]`` of keys and values and of the right ones of values ``[kv_heads, rank, head_dim]``, the first column and the
+    rank (0: none) of its products of queries with the right factors of keys, float32 ``[batch, heads, queries,
+    width]``, all of which the caller vouches for. A query that sees nothing gives 0 and -infinity."""
     op, device = "kv_attention", table.device
     cache, formats, places, hidden = _query(op, query, table, pages, kv_heads, softcap, window, positions, first, mask,
                                             mask_first, layout)
@@ -311,6 +311,6 @@ def kv_mass(query: Tensor, table: Tensor, pages: Tensor, log_sum_exp: Tensor, kv
     with _on(device):
         _C.cuda_kv_mass(
             cache, formats, [query.data_ptr(), heads, queries, *query.stride()[:3], 0, log_sum_exp.data_ptr(), *places,
-                             window, int(causal), *hidden, 0, splits, 0, 0, 0, 0, 0], scale, softcap, mass.data_ptr(), tokens,
-            _stream(device))
+                             window, int(causal), *hidden, 0, splits, 0, 0, 0, 0, 0],
+            scale, softcap, mass.data_ptr(), tokens, _stream(device))
     return mass

@@ -30,7 +30,8 @@ def bars(rows: Sequence[Bar], label: str) -> str:
     for i, row in enumerate(rows):
         y = i * step
         parts.append(f'<text class="label" x="{left - 8}" y="{y + 15}" text-anchor="end">{_text(row.label)}</text>')
-        parts.append(f'<rect class="ghost" x="{left}" y="{y + 3}" width="{row.before * scale:.1f}" height="17" rx="2"/>')
+        parts.append(f'<rect class="ghost" x="{left}" y="{y + 3}" width="{row.before * scale:.1f}" height="17" '
+                     'rx="2"/>')
         parts.append(f'<rect fill="{COLOURS[0]}" x="{left}" y="{y + 3}" width="{row.after * scale:.1f}" height="17" '
                      f'rx="2"><title>{_text(row.label)}: {_text(row.text)}</title></rect>')
         end = left + max(row.before, row.after) * scale + 8

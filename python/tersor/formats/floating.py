@@ -292,8 +292,8 @@ class Microscaling(_Scaled):
     def verify(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
         wrong = (tensors["weight_scale"] == _NO_NUMBER).nonzero()
         if len(wrong):
-            raise ValueError(f"weight_scale: found {_NO_NUMBER} (NaN) at {wrong[0].tolist()}, accepted are exponents of "
-                             f"0 to {_NO_NUMBER - 1}")
+            raise ValueError(f"weight_scale: found {_NO_NUMBER} (NaN) at {wrong[0].tolist()}, accepted are exponents "
+                             f"of 0 to {_NO_NUMBER - 1}")
 
     def text(self) -> str:
         return f"MXFP{element_bits(self.element)}A16"

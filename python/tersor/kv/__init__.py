@@ -6,7 +6,8 @@ _HOMES = {"Cache": "cache", "CacheReport": "cache", "CacheRow": "layer", "CacheP
           "StaticCache": "static"}
 _HOMES |= {"LEVELS": "codec", "Level": "codec", "ContextError": "codec", "save_context": "contexts",
            "load_context": "contexts", "read_manifest": "contexts", "quantized": "contexts", "tune_level": "levels",
-           "publish": "streaming", "stream_context": "streaming", "ContextServer": "streaming", "StreamError": "streaming"}
+           "publish": "streaming", "stream_context": "streaming", "ContextServer": "streaming",
+           "StreamError": "streaming"}
 __all__ = list(_HOMES)
 
 

@@ -1,4 +1,5 @@
-"""`BlockStore`: a raw tail that a method packs block by block, with more than rounding: by saliency, or with a residual."""
+"""`BlockStore`: a raw tail that a method packs block by block, with more than rounding: by saliency, or with a
+residual."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class BlockStore(OverPages):
 
     @abstractmethod
     def pack(self, keys: Tensor, values: Tensor, bias: Tensor | None, tokens: int) -> None:
-        """Append the block ``[batch, kv_heads, tokens, dim]``, the oldest raw tokens, to ``self.pages`` as packed pages;
-        ``tokens`` is a multiple of a page."""
+        """Append the block ``[batch, kv_heads, tokens, dim]``, the oldest raw tokens, to ``self.pages`` as packed
+        pages; ``tokens`` is a multiple of a page."""
 
     @property
     def raw(self) -> int:
@@ -78,6 +79,6 @@ class BlockStore(OverPages):
 
     def crop(self, tokens: int) -> None:
         if tokens > self.raw:
-            raise RuntimeError(f"crop: {tokens} tokens cannot be removed, because only the last {self.raw} are not packed "
-                               "yet; accepted are so many")
+            raise RuntimeError(f"crop: {tokens} tokens cannot be removed, because only the last {self.raw} are not "
+                               "packed yet; accepted are so many")
         self.pages.crop(tokens)

@@ -1,10 +1,10 @@
 """Keys and values to bytes and back: the codec for contexts that are kept or sent (after CacheGen, arXiv 2310.07240).
 
-A context is cut into chunks of tokens that decode independently. In a chunk each layer, part and head is a stream of its
-own: quantized with one step, keys turned back to what they were before rotary embedding, tokens coded as differences
-from the mean of their channel and from the first token of their group of ten where that pays, and range coded with the
-tables of the format. `cpp/cpu/kv_codec.h` has the bits. What is lost is what quantization loses: a number is off by half
-a step at most (keys before their rotation).
+A context is cut into chunks of tokens that decode independently. In a chunk each layer, part and head is a stream of
+its own: quantized with one step, keys turned back to what they were before rotary embedding, tokens coded as
+differences from the mean of their channel and from the first token of their group of ten where that pays, and range
+coded with the tables of the format. `cpp/cpu/kv_codec.h` has the bits. What is lost is what quantization loses: a
+number is off by half a step at most (keys before their rotation).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class ContextError(ValueError):
 class Level:
     """How finely a context is coded: numbers of bins, from the first layer to the last.
 
-    A tuple of any length is stretched over the layers: layer i of n has entry ``i * len // n``. The step of a head is the
-    mean over tokens of the largest magnitude of a token's channels (their mean over the tokens taken off) over
+    A tuple of any length is stretched over the layers: layer i of n has entry ``i * len // n``. The step of a head is
+    the mean over tokens of the largest magnitude of a token's channels (their mean over the tokens taken off) over
     ``bins / 2 - 1``, rounded to float16, as CacheGen's is for a single token.
     """
 
@@ -100,12 +100,14 @@ class Geometry:
             raise ValueError(f"context: dtype: found {self.dtype}, accepted is {FLOATS}")
         for i, s in enumerate(self.layers):
             if s.kv_heads < 1 or not 1 <= min(s.key_dim, s.value_dim) <= max(s.key_dim, s.value_dim) <= MAX_DIM:
-                raise ValueError(f"context: layer {i}: found {s}, accepted are 1 or more heads of dimensions to {MAX_DIM}")
+                raise ValueError(f"context: layer {i}: found {s}, accepted are 1 or more heads of dimensions to "
+                                 f"{MAX_DIM}")
             if s.rotary is not None and not 0 < s.rotary.dim <= s.key_dim:
-                raise ValueError(f"context: layer {i}: found {s.rotary.dim} rotary channels, accepted are to {s.key_dim}")
+                raise ValueError(f"context: layer {i}: found {s.rotary.dim} rotary channels, accepted are to "
+                                 f"{s.key_dim}")
         if not self.layers or self.streams > MAX_STREAMS:
-            raise ValueError(f"context: found {len(self.layers)} layers, accepted are 1 or more, of up to {MAX_STREAMS} "
-                             "streams together")
+            raise ValueError(f"context: found {len(self.layers)} layers, accepted are 1 or more, of up to "
+                             f"{MAX_STREAMS} streams together")
 
     @property
     def streams(self) -> int:
@@ -121,8 +123,8 @@ class Geometry:
 
 
 def steps(x: Tensor, bins: int) -> Tensor:
-    """Steps float16 ``[heads]`` for ``x [heads, tokens, dim]`` in ``bins`` bins, never under float16's least number, nor
-    under 2^-11 of the largest number (a single token, or equal ones, do not spread at all)."""
+    """Steps float16 ``[heads]`` for ``x [heads, tokens, dim]`` in ``bins`` bins, never under float16's least number,
+    nor under 2^-11 of the largest number (a single token, or equal ones, do not spread at all)."""
     spread = (x.float() - x.float().mean(1, keepdim=True)).abs().amax(2).mean(1) / (bins // 2 - 1)
     return spread.maximum(x.float().abs().amax((1, 2)) / 2048).clamp(2.0**-24, 65504.0).to(torch.float16)
 
@@ -134,7 +136,8 @@ def encode_streams(x: Tensor, step: Tensor, threads: int | None = None) -> list[
         raise ValueError(f"kv_encode: x: found {x.dtype} {list(x.shape)} on {x.device}, accepted is torch.float32 "
                          "[heads, tokens, dim] on cpu, of unit stride along the last")
     if step.dtype is not torch.float16 or step.shape != x.shape[:1] or not step.is_cpu:
-        raise ValueError(f"kv_encode: step: found {step.dtype} {list(step.shape)}, accepted is torch.float16 [{len(x)}]")
+        raise ValueError(f"kv_encode: step: found {step.dtype} {list(step.shape)}, accepted is torch.float16 "
+                         f"[{len(x)}]")
     heads, tokens, dim = x.shape
     if tokens > 1 and x.stride(1) < dim:
         x = x.contiguous()
@@ -216,8 +219,8 @@ def encode_chunk(parts: Parts, geometry: Geometry, level: Level, index: int, sta
         for part, (x, bins) in enumerate(zip((keys, values), level.bins(i, len(geometry.layers)))):
             x = x.float().contiguous()
             if not bool(torch.isfinite(x).all()):
-                raise ValueError(f"context: {('keys', 'values')[part]} of layer {i}: found numbers that are not finite, "
-                                 "accepted are finite ones")
+                raise ValueError(f"context: {('keys', 'values')[part]} of layer {i}: found numbers that are not "
+                                 "finite, accepted are finite ones")
             try:
                 streams += encode_streams(x, steps(x, bins))
             except ValueError as error:
@@ -255,7 +258,8 @@ def decode_chunk(data: bytes, geometry: Geometry, index: int, start: int, tokens
     header = bytes(data[:_CHUNK.size])
     magic, version, zero, got_index, got_tokens, got_start, size, streams, crc = _CHUNK.unpack(header)
     if magic != MAGIC:
-        raise ContextError(f"{where}: found {magic!r}, accepted is {MAGIC!r} at the start: this is no chunk of a context")
+        raise ContextError(f"{where}: found {magic!r}, accepted is {MAGIC!r} at the start: this is no chunk of a "
+                           "context")
     if _CHUNK_CRC.unpack(data[_CHUNK.size:HEADER_BYTES])[0] != zlib.crc32(header):
         raise ContextError(f"{where}: its header does not have the checksum it states: damaged")
     if version != VERSION or zero:

@@ -80,8 +80,8 @@ class Manifest:
         entry = self.entries[level][chunk]
         if len(data) != entry.size or zlib.crc32(data) != entry.crc:
             raise ContextError(f"chunk {chunk} at level {self.levels[level].name}: found {len(data)} bytes of checksum "
-                               f"{zlib.crc32(data):08x}, accepted are {entry.size} of {entry.crc:08x}: cut short, damaged "
-                               "or of another context")
+                               f"{zlib.crc32(data):08x}, accepted are {entry.size} of {entry.crc:08x}: cut short, "
+                               "damaged or of another context")
         return decode_chunk(data, self.geometry, chunk, *self.span(chunk), dtype)
 
     # -- bytes ------------------------------------------------------------------------------------------------------
@@ -129,8 +129,8 @@ class Manifest:
     def _read(cls, reader: "_Reader") -> "Manifest":
         count, chunk_tokens, tokens, code, tables, levels, has_ids = reader.take(_BODY)
         if not 1 <= chunk_tokens <= MAX_TOKENS or not tokens:
-            raise ValueError(f"found {tokens} tokens in chunks of {chunk_tokens}, accepted are 1 or more, in chunks of 1 "
-                             f"to {MAX_TOKENS}")
+            raise ValueError(f"found {tokens} tokens in chunks of {chunk_tokens}, accepted are 1 or more, in chunks of "
+                             f"1 to {MAX_TOKENS}")
         layers = [reader.take(_LAYER) for _ in range(count)]
         rotary = []
         for _ in range(tables):
@@ -213,8 +213,8 @@ def read_cache(cache, row: int = 0) -> tuple[Parts, torch.dtype]:
             seen, kind = keys.shape[2], keys.dtype
         else:
             raise ValueError(f"context: layer {i}: found {type(layer).__name__}"
-                             f"{'' if getattr(layer, 'is_initialized', True) else ' without tokens'}, accepted are layers "
-                             "of full attention of a DynamicCache or a tersor.Cache that holds tokens")
+                             f"{'' if getattr(layer, 'is_initialized', True) else ' without tokens'}, accepted are "
+                             "layers of full attention of a DynamicCache or a tersor.Cache that holds tokens")
         if keys.shape[2] != seen or tokens not in (None, seen):
             raise ValueError(f"context: layer {i}: found {keys.shape[2]} tokens of {seen}, accepted is a cache whose "
                              "layers all hold every token (no sliding window, no eviction)")
@@ -248,14 +248,15 @@ def check_model(geometry: Geometry, tokens: int, model: nn.Module, where: str) -
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
     if config.num_hidden_layers != len(geometry.layers):
-        raise ValueError(f"{where}: found {len(geometry.layers)} layers, accepted are {config.num_hidden_layers} of {name}")
+        raise ValueError(f"{where}: found {len(geometry.layers)} layers, accepted are {config.num_hidden_layers} of "
+                         f"{name}")
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     dim = getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads)
     latent = getattr(config, "kv_lora_rank", None)
     for i, s in enumerate(geometry.layers):
         if latent is None and isinstance(heads, int) and (s.kv_heads, s.key_dim) != (heads, dim):
-            raise ValueError(f"{where}: layer {i}: found {s.kv_heads} heads of {s.key_dim} channels, accepted are {heads} "
-                             f"of {dim} for {name}")
+            raise ValueError(f"{where}: layer {i}: found {s.kv_heads} heads of {s.key_dim} channels, accepted are "
+                             f"{heads} of {dim} for {name}")
         if s.rotary is not None and not _same_rotary(rotary_of(model, i, s.key_dim), s.rotary):
             raise ValueError(f"{where}: layer {i}: found keys turned by another rotary embedding than that of {name}, "
                              "accepted is the model that the context was made with")
@@ -307,13 +308,15 @@ def encode_context(cache, model: nn.Module | None, levels: Sequence[str | Level]
         raise ValueError(f"context: chunk_tokens: found {chunk_tokens}, accepted are 1 to {MAX_TOKENS}")
     found = tuple(find_level(level) for level in levels)
     if not found or len({level.name for level in found}) < len(found):
-        raise ValueError(f"context: levels: found {[level.name for level in found]}, accepted are one or more, once each")
+        raise ValueError(f"context: levels: found {[level.name for level in found]}, accepted are one or more, once "
+                         "each")
     parts, dtype = read_cache(cache, row)
     tokens = parts[0][0].shape[1]
     if token_ids is not None:
         ids = token_ids.flatten().tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         if len(ids) != tokens or any(not 0 <= i < 2**31 for i in ids):
-            raise ValueError(f"context: token_ids: found {len(ids)}, accepted are {tokens}, those of the cache, from 0 on")
+            raise ValueError(f"context: token_ids: found {len(ids)}, accepted are {tokens}, those of the cache, from 0 "
+                             "on")
         token_ids = tuple(ids)
     geometry = geometry_of(parts, dtype, model)
     data = [[encode_chunk(chunk, geometry, level, index, start) for index, start, chunk in _chunks(parts, chunk_tokens)]
@@ -379,7 +382,8 @@ def load_context(path: str | os.PathLike, model: nn.Module, spec: str | None = N
     base = len(manifest.to_bytes())
     expected = base + sum(map(manifest.nbytes, range(len(manifest.levels))))
     if os.path.getsize(path) != expected:
-        raise ContextError(f"{path}: found {os.path.getsize(path)} bytes, accepted are {expected}: cut short or damaged")
+        raise ContextError(f"{path}: found {os.path.getsize(path)} bytes, accepted are {expected}: cut short or "
+                           "damaged")
     cache = new_cache(model, spec)
     with open(path, "rb") as file:
         for chunk, entry in enumerate(manifest.entries[0]):

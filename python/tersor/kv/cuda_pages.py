@@ -361,7 +361,8 @@ class CudaPages:
         ranks = {layout.format(page.kind).rank if page.kind else 0 for page in pages}
         if count < 1 or len(pages) != count or len(ranks) > 1 or 0 in ranks \
                 or any(page.position != (first_page + i) * TOKENS for i, page in enumerate(pages)):
-            fail("cache", "first_page, count", [first_page, count], "a run of packed pages of one rank, all before full")
+            fail("cache", "first_page, count", [first_page, count],
+                 "a run of packed pages of one rank, all before full")
         rank = ranks.pop()
         for name, x, size in (("pk", pk, layout.key_dim), ("pv", pv, layout.key_dim), ("qk", qk, count * TOKENS),
                               ("qv", qv, count * TOKENS)):
@@ -378,11 +379,12 @@ class CudaPages:
             fail("cache", "positions", f"{positions.dtype} {list(positions.shape)} on {positions.device}",
                  f"ascending torch.int64 [{query.shape[2]}] from 0 on, on cpu, with CUDA pages")
         if fresh or not causal or window or mask is not None:
-            fail("cache", "positions", "a tensor", "None for fresh tokens, with a window or mask, or not causal, on CUDA")
+            fail("cache", "positions", "a tensor",
+                 "None for fresh tokens, with a window or mask, or not causal, on CUDA")
 
     def _scattered(self, positions: Tensor) -> Iterator[tuple[slice, dict]]:
-        """Runs of queries at ascending positions, with what tells a launch where they are: the last ones that follow one
-        another by the first of them, others by a mask, so many at a time that it stays small."""
+        """Runs of queries at ascending positions, with what tells a launch where they are: the last ones that follow
+        one another by the first of them, others by a mask, so many at a time that it stays small."""
         at = positions.tolist()
         last = len(at) - 1
         while last and at[last - 1] + 1 == at[last]:

@@ -29,13 +29,14 @@ class PageFormat:
     """How the numbers of a packed page are stored.
 
     ``key_bits``, ``value_bits``: 2, 3, 4, 8, or 16 for as the model computes. ``key_axis``: ``"channel"`` (a scale for
-    each channel over the page's tokens, or every ``key_tokens`` of them: CUDA alone) or ``"token"`` (a scale for each token and ``key_group`` channels; 0: all, as
-    in QServe, arXiv 2405.04532). ``value_axis``: ``"token"`` (a scale for each token and ``value_group`` channels; 0:
-    all) or ``"separable"`` (values are divided by sqrt(max |x|) of their channel in the page, then have one scale a
-    token: ZipCache, arXiv 2405.14256). ``key_levels``, ``value_levels``: None (uniform), ascending int8 levels, as many
-    as codes: -127 stands for a vector's smallest number, 127 for its largest, or ``"e4m3"`` (8 bits). ``key_outliers``,
-    ``value_outliers``: numbers of a page and head whose difference to their code is stored apart in float16.
-    ``rank``: of a residual, 0 to 16, that `Pages.set_segment` attaches (GEAR, arXiv 2403.05527).
+    each channel over the page's tokens, or every ``key_tokens`` of them: CUDA alone) or ``"token"`` (a scale for each
+    token and ``key_group`` channels; 0: all, as in QServe, arXiv 2405.04532). ``value_axis``: ``"token"`` (a scale for
+    each token and ``value_group`` channels; 0: all) or ``"separable"`` (values are divided by sqrt(max |x|) of their
+    channel in the page, then have one scale a token: ZipCache, arXiv 2405.14256). ``key_levels``, ``value_levels``:
+    None (uniform), ascending int8 levels, as many as codes: -127 stands for a vector's smallest number, 127 for its
+    largest, or ``"e4m3"`` (8 bits). ``key_outliers``, ``value_outliers``: numbers of a page and head whose difference
+    to their code is stored apart in float16. ``rank``: of a residual, 0 to 16, that `Pages.set_segment` attaches (GEAR,
+    arXiv 2403.05527).
     """
 
     key_bits: int
@@ -121,8 +122,8 @@ def coding(levels) -> int:
 
 @lru_cache(maxsize=64)
 def normal_levels(bits: int, length: int = 64, outliers: float = 0.0) -> tuple[int, ...]:
-    """Levels of least squared error (Lloyd-Max) for vectors of ``length`` numbers of a normal distribution, of which the
-    share ``outliers`` is stored apart: -127 and 127 are where the largest number then lies on average."""
+    """Levels of least squared error (Lloyd-Max) for vectors of ``length`` numbers of a normal distribution, of which
+    the share ``outliers`` is stored apart: -127 and 127 are where the largest number then lies on average."""
     normal, half = statistics.NormalDist(), 2**(bits - 1)
     end = normal.inv_cdf(max(0.75, (length * (1 - outliers) - 0.375) / (length + 0.25)))
     levels = [end * (i + 0.5) / half for i in range(half)]  # of the upper half; the lower one mirrors it

@@ -141,8 +141,8 @@ def feature_heads(device: torch.device, key_rank: int, value_rank: int) -> tuple
 def refuse_static(shape: Shape, name: str) -> None:
     """ValueError where `tersor.StaticCache` asks for a method that holds features."""
     if shape.max_tokens:
-        raise ValueError(f"tersor.StaticCache: layer {shape.layer}: found {name}, accepted are methods that hold tokens "
-                         "in pages of one kind; tersor.Cache takes it")
+        raise ValueError(f"tersor.StaticCache: layer {shape.layer}: found {name}, accepted are methods that hold "
+                         "tokens in pages of one kind; tersor.Cache takes it")
 
 
 def feature_pages(name: str, shape: Shape, key_rank: int, value_rank: int, inner: Inner) -> Pages:

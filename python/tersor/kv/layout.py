@@ -68,7 +68,8 @@ class Layout:
         for page in self.formats:
             page.check(op, self.key_dim, self.value_dim, self.page_tokens)
             if page.key_tokens and (page.key_axis != "channel" or page.key_tokens * 2 != self.page_tokens):
-                fail(op, "key_tokens", page.key_tokens, f"0, or {self.page_tokens // 2} for keys with a scale for each channel")
+                fail(op, "key_tokens", page.key_tokens,
+                     f"0, or {self.page_tokens // 2} for keys with a scale for each channel")
         if self.rotary is not None:
             self.rotary.check(op, self.key_dim)
         return self

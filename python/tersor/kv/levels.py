@@ -14,15 +14,15 @@ LEAST, MOST = 4, 64
 
 
 def sensitivity(model: nn.Module, token_ids: Tensor, prompt: int | None = None) -> Tensor:
-    """Float64 ``[layers, 2]``: how much the model's predictions suffer when the keys, or the values, of one layer of the
-    prompt are coded with 8 bins: the Kullback-Leibler divergence, in nats a token, from the exact prompt's.
+    """Float64 ``[layers, 2]``: how much the model's predictions suffer when the keys, or the values, of one layer of
+    the prompt are coded with 8 bins: the Kullback-Leibler divergence, in nats a token, from the exact prompt's.
 
     ``token_ids [sequences, tokens]``, of which the first ``prompt`` (default: half) are the prompt.
     """
     prompt = token_ids.shape[1] // 2 if prompt is None else prompt
     if token_ids.dim() != 2 or not 1 <= prompt < token_ids.shape[1]:
-        raise ValueError(f"token_ids: found {list(token_ids.shape)}, accepted is [sequences, tokens], with a prompt of 1 "
-                         "to one less")
+        raise ValueError(f"token_ids: found {list(token_ids.shape)}, accepted is [sequences, tokens], with a prompt of "
+                         "1 to one less")
     total = None
     for ids in token_ids:
         parts = _read(model, ids[:prompt])

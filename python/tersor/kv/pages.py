@@ -57,13 +57,14 @@ class Page:
 
 
 class Pages:
-    """``layout`` for ``batch`` sequences. The first ``sink_pages`` stay raw, and so do the last ``recent`` tokens; other
-    full pages are packed in the layout's first format."""
+    """``layout`` for ``batch`` sequences. The first ``sink_pages`` stay raw, and so do the last ``recent`` tokens;
+    other full pages are packed in the layout's first format."""
 
     def __init__(self, layout: Layout, batch: int, recent: int = 0, sink_pages: int = 0):
         self.layout, self.recent, self.sink_pages = layout.check("cache"), recent, sink_pages
         if any(page.key_tokens for page in layout.formats):
-            fail("cache", "key_tokens", [page.key_tokens for page in layout.formats], "0 on the CPU: pages are as large")
+            fail("cache", "key_tokens", [page.key_tokens for page in layout.formats],
+                 "0 on the CPU: pages are as large")
         self.pages: list[Page] = []
         self.first = 0  # position of the first token held: earlier ones have left a sliding window
         self.tokens = 0  # tokens held

@@ -72,10 +72,11 @@ class CachePlan:
                 about = file.metadata() or {}
                 flat = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise ValueError(f"{path}: found no safetensors file ({error}), accepted is what CachePlan.save wrote") from error
+            raise ValueError(f"{path}: found no safetensors file ({error}), accepted is what CachePlan.save "
+                             "wrote") from error
         if about.get("format") != FORMAT or about.get("version") != "1":
-            raise ValueError(f"{path}: found format {about.get('format')!r} version {about.get('version')!r}, accepted is "
-                             f"{FORMAT!r} version '1'")
+            raise ValueError(f"{path}: found format {about.get('format')!r} version {about.get('version')!r}, accepted "
+                             f"is {FORMAT!r} version '1'")
         tensors: dict = {}
         for name, tensor in flat.items():
             method, layer, key = name.split(".", 2)
@@ -98,7 +99,8 @@ def read_plan(spec: str, options: dict) -> CachePlan:
     for method in methods[:-1]:
         if method.innermost:
             raise SpecError(f"cache spec {spec!r}: found {method.name!r} before "
-                            f"{names[names.index(method.name) + 1]!r}, accepted is {method.name!r} as the last method: it packs pages itself")
+                            f"{names[names.index(method.name) + 1]!r}, accepted is {method.name!r} as the last method: "
+                            "it packs pages itself")
     for i, method in enumerate(methods):
         inside = [other.name for other in methods[i + 1:] if other.calibrated or other.rotary]
         if method.given and inside:
@@ -124,8 +126,8 @@ def plan_for(model: nn.Module, spec: str | CachePlan, options: dict) -> CachePla
         plan = read_plan(spec, options)
     for method in plan.methods:
         if method.calibrated and method.name not in plan.tensors:
-            raise ValueError(f"cache spec {str(plan.spec)!r}: method {method.name!r} learns from data first; accepted is "
-                             f"the plan of tersor.kv.calibrate(model, {str(plan.spec)!r}, ...)")
+            raise ValueError(f"cache spec {str(plan.spec)!r}: method {method.name!r} learns from data first; accepted "
+                             f"is the plan of tersor.kv.calibrate(model, {str(plan.spec)!r}, ...)")
         method.check(model, plan.settings)
     given = {method.name: method.find(model) for method in plan.methods if method.given}
     return replace(plan, tensors={**plan.tensors, **given}) if given else plan

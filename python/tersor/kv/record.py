@@ -50,8 +50,8 @@ def recording(model: nn.Module, take: Callable[[Seen], tuple[Tensor, Tensor, Ten
     before = config._attn_implementation
     model.set_attn_implementation(NAME)
     if config._attn_implementation != NAME:
-        raise ValueError(f"model: found {type(model).__name__}, whose attention cannot be exchanged, accepted is a model "
-                         "that uses transformers' AttentionInterface")
+        raise ValueError(f"model: found {type(model).__name__}, whose attention cannot be exchanged, accepted is a "
+                         "model that uses transformers' AttentionInterface")
     _takers.append(take)
     try:
         yield

@@ -25,8 +25,8 @@ from .settings import Settings
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """What a store is made for. ``window``: tokens that a query sees, its own included; 0: all. ``biased``: entries have
-    a bias of their own on their score. ``shared``: what layers of one cache have in common (methods keep it).
+    """What a store is made for. ``window``: tokens that a query sees, its own included; 0: all. ``biased``: entries
+    have a bias of their own on their score. ``shared``: what layers of one cache have in common (methods keep it).
     ``max_tokens``: memory for so many is made at the start; 0: it grows."""
 
     layer: int
@@ -159,8 +159,8 @@ def check_shape(shape: Shape) -> None:
         raise ValueError(f"{where}: found {shape.dtype}, accepted is {FLOATS} on cpu")
     if shape.key_dim % 16 or shape.value_dim % 16 or not 16 <= min(shape.key_dim, shape.value_dim) \
             or max(shape.key_dim, shape.value_dim) > 1024:
-        raise ValueError(f"{where}: found keys of {shape.key_dim} channels and values of {shape.value_dim}, accepted are "
-                         "dimensions that are multiples of 16 to 1024")
+        raise ValueError(f"{where}: found keys of {shape.key_dim} channels and values of {shape.value_dim}, accepted "
+                         "are dimensions that are multiples of 16 to 1024")
 
 
 def value_group(dim: int, wanted: int) -> int:
@@ -393,8 +393,8 @@ class HeadGroups(Store):
         """RuntimeError where the groups hold different numbers of entries, or dimensions."""
         parts = [store.decode(dtype) for _, store in self.groups]
         if len({p[0].shape[2:] for p in parts}) > 1 or len({p[1].shape[2:] for p in parts}) > 1:
-            raise RuntimeError("decode: found heads of different lengths or dimensions, accepted are equal ones; decode "
-                               "the groups one by one")
+            raise RuntimeError("decode: found heads of different lengths or dimensions, accepted are equal ones; "
+                               "decode the groups one by one")
         order = torch.cat([heads for heads, _ in self.groups]).argsort()
         return tuple(torch.cat([p[i] for p in parts], 1)[:, order] for i in (0, 1))
 
@@ -486,8 +486,8 @@ class Projected(Wrapper):
     def _into(self, step: Step) -> Step:
         query, keys, values = step.query, step.keys, step.values
         if (self.key_mean is not None or self.value_mean is not None) and (step.softcap or step.sinks is not None):
-            raise ValueError("cache: found keys and values around their mean in a layer with softcap or sinks, accepted "
-                             "is attention where a constant on all scores does not matter")
+            raise ValueError("cache: found keys and values around their mean in a layer with softcap or sinks, "
+                             "accepted is attention where a constant on all scores does not matter")
         if self.queries is not None:
             matrix = self.queries if self.queries.dim() == 2 else self.queries.unsqueeze(1)
             query = _times(query.unflatten(1, (self.kv_heads, -1)), matrix).flatten(1, 2)

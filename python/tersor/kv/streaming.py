@@ -250,8 +250,9 @@ class Loaded:
 class Pace:
     """What is known of the network and of the model, and which way it lets a chunk come.
 
-    The best level is picked at which all that is left arrives by the deadline; where none does, text, if what is left can
-    be computed sooner than the smallest level would arrive (or nothing is known of either); else the smallest level.
+    The best level is picked at which all that is left arrives by the deadline; where none does, text, if what is left
+    can be computed sooner than the smallest level would arrive (or nothing is known of either); else the smallest
+    level.
     """
 
     deadline: float
@@ -285,15 +286,16 @@ def stream_context(url: str, model: nn.Module, spec: str | None = None, deadline
                    timeout: float = 5.0, limit: float = 60.0) -> Loaded:
     """Load a published context into a cache, chunk by chunk, each at the level that the network allows.
 
-    ``spec``: of the `tersor.Cache` to make; None makes a DynamicCache. ``deadline``: seconds in which all shall be there;
-    it chooses levels, and is not enforced. ``cache``: one to go on with, of an earlier `StreamError`. ``text``: whether
-    the model may compute chunks from the token ids, if they were published. ``bytes_per_second``, ``tokens_per_second``:
-    what is known of the network and of the model beforehand; the first chunk comes at the middle level otherwise.
-    ``timeout``: seconds without a byte after which a server has stalled; ``limit``: seconds that one file may take.
+    ``spec``: of the `tersor.Cache` to make; None makes a DynamicCache. ``deadline``: seconds in which all shall be
+    there; it chooses levels, and is not enforced. ``cache``: one to go on with, of an earlier `StreamError`. ``text``:
+    whether the model may compute chunks from the token ids, if they were published. ``bytes_per_second``,
+    ``tokens_per_second``: what is known of the network and of the model beforehand; the first chunk comes at the middle
+    level otherwise. ``timeout``: seconds without a byte after which a server has stalled; ``limit``: seconds that one
+    file may take.
 
-    A chunk is in the cache whole or not at all. StreamError, with the cache as far as it got, for a server that cannot be
-    reached, stalls, or answers with other lengths or damaged bytes; ContextError for a manifest that is none; ValueError
-    for a context of another model.
+    A chunk is in the cache whole or not at all. StreamError, with the cache as far as it got, for a server that cannot
+    be reached, stalls, or answers with other lengths or damaged bytes; ContextError for a manifest that is none;
+    ValueError for a context of another model.
     """
     begin = time.monotonic()
     connection = _Connection(url, timeout, limit)
@@ -318,8 +320,8 @@ def _resume(cache, manifest: Manifest, url: str) -> int:
     """The chunk to go on with."""
     held = cache.get_seq_length()
     if held % manifest.chunk_tokens and held != manifest.tokens or held > manifest.tokens:
-        raise ValueError(f"{url}: cache: found {held} tokens, accepted are whole chunks of {manifest.chunk_tokens}, up to "
-                         f"{manifest.tokens}")
+        raise ValueError(f"{url}: cache: found {held} tokens, accepted are whole chunks of {manifest.chunk_tokens}, up "
+                         f"to {manifest.tokens}")
     return -(-held // manifest.chunk_tokens)
 
 

@@ -7,6 +7,7 @@ from .gptq import GPTQ
 from .rtn import RTN
 from .statistics import Collector
 from .single import compress_weight  # isort: skip
-from ..transforms import comet, fireq, flatquant, flexq, quarot, smoothquant  # noqa: F401  isort: skip (they register themselves)
+# They register themselves.
+from ..transforms import comet, fireq, flatquant, flexq, quarot, smoothquant  # noqa: F401  isort: skip
 
 __all__ = ["AWQ", "BCT", "GPTQ", "RTN", "Choice", "Collector", "Method", "Statistics", "compress_weight"]

@@ -39,7 +39,8 @@ class CacheMethod(ABC):
     def check(self, model: nn.Module, settings: Settings) -> None:
         """ValueError for a model whose layers, or settings, that the method cannot serve."""
 
-    def learn(self, model: nn.Module, batches: list[Tensor], settings: Settings, progress) -> dict[int, dict[str, Tensor]]:
+    def learn(self, model: nn.Module, batches: list[Tensor], settings: Settings,
+              progress) -> dict[int, dict[str, Tensor]]:
         """Tensors of each layer, from token ids ``[sequences, length]`` of each batch. Only where ``calibrated``."""
         raise TypeError(f"{self.name} learns nothing")
 
@@ -72,8 +73,8 @@ def make_method(atom: Atom) -> CacheMethod:
     kind = CACHE_METHODS.get(atom.name)
     if kind is None:
         near = difflib.get_close_matches(atom.name, CACHE_METHODS, 1)
-        raise SpecError(f"cache method {atom.name!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''}; accepted "
-                        f"are {', '.join(sorted(CACHE_METHODS))}")
+        raise SpecError(f"cache method {atom.name!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''}; "
+                        f"accepted are {', '.join(sorted(CACHE_METHODS))}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key, value in atom.options:
         if key not in fields:

@@ -35,11 +35,11 @@ class Gear(CacheMethod):
         if not settings.packs or settings.key_bits == 16 or settings.value_bits == 16:
             raise ValueError(f"gear: found {settings.name}, accepted are 8, 4, 3 or 2 bits for keys and values")
         if not 1 <= self.decode_rank <= self.rank <= 16:
-            raise ValueError(f"gear: rank and decode_rank: found {self.rank} and {self.decode_rank}, accepted are 1 to 16, "
-                             "decode_rank at most rank")
+            raise ValueError(f"gear: rank and decode_rank: found {self.rank} and {self.decode_rank}, accepted are 1 to "
+                             "16, decode_rank at most rank")
         if not 0 <= self.outliers <= 0.1 or self.loops < 1:
-            raise ValueError(f"gear: outliers and loops: found {self.outliers} and {self.loops}, accepted are 0 to 0.1 and "
-                             "1 or more")
+            raise ValueError(f"gear: outliers and loops: found {self.outliers} and {self.loops}, accepted are 0 to 0.1 "
+                             "and 1 or more")
 
     def wrap(self, shape: Shape, tensors: dict[str, Tensor], inner: Inner) -> Store:
         settings = replace(shape.settings, outliers=self.outliers, recent=max(shape.settings.recent, 0))
@@ -71,8 +71,8 @@ def _start(dim: int, rank: int, device: torch.device) -> Tensor:
 
 
 def low_rank(residual: Tensor, rank: int, loops: int) -> tuple[Tensor, Tensor]:
-    """``residual [..., tokens, dim]`` near ``Q P^T``: ``Q [..., tokens, rank]``, ``P [..., dim, rank]`` with orthonormal
-    columns, in float32. Deterministic: starts from a fixed random matrix."""
+    """``residual [..., tokens, dim]`` near ``Q P^T``: ``Q [..., tokens, rank]``, ``P [..., dim, rank]`` with
+    orthonormal columns, in float32. Deterministic: starts from a fixed random matrix."""
     residual = residual.nan_to_num(0, 0, 0).float()
     dim = residual.shape[-1]
     p = _start(dim, rank, residual.device).expand(*residual.shape[:-2], dim, rank)
