@@ -2,12 +2,9 @@
 // `stream` is a cudaStream_t as an integer, and nothing here waits for it; structs are lists of their fields in order.
 // No logic here.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cstring>
-#include <vector>
 
 #include "bindings.h"
+#include "bindings_forward.h"
 #include "tersor.h"
 #include "tersor_kv.h"
 #include "tersor_kv_static.h"
@@ -15,17 +12,6 @@
 namespace py = pybind11;
 
 namespace {
-
-using Numbers = std::vector<int64_t>;
-
-// A struct of int64 and pointers from its fields.
-template <class T>
-T fields(const Numbers& numbers) {
-  T made{};
-  if (numbers.size() * sizeof(int64_t) != sizeof(T)) throw py::value_error("found another number of fields");
-  std::memcpy(&made, numbers.data(), sizeof(T));
-  return made;
-}
 
 // The cache with its formats, one after another, which live as long as `formats`.
 tersor_cuda_kv_cache with_formats(const Numbers& cache, const Numbers& formats) {

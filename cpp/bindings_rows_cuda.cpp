@@ -2,31 +2,13 @@
 // `stream` is a cudaStream_t as an integer, and nothing here waits for it; structs are lists of their fields in order.
 // No logic here.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <cstring>
-#include <stdexcept>
-#include <vector>
-
+#include "bindings.h"
+#include "bindings_forward.h"
 #include "tersor.h"
 #include "tersor_rows.h"
 
 namespace py = pybind11;
-
-namespace {
-
-using Numbers = std::vector<int64_t>;
-
-// A struct of int64 and pointers from its fields.
-template <class T>
-T fields(const Numbers& numbers) {
-  T made{};
-  if (numbers.size() * sizeof(int64_t) != sizeof(T)) throw py::value_error("found another number of fields");
-  std::memcpy(&made, numbers.data(), sizeof(T));
-  return made;
-}
-
-}  // namespace
 
 void define_rows_cuda(py::module_& module) {
   module.def(
@@ -40,13 +22,10 @@ void define_rows_cuda(py::module_& module) {
   module.def(
       "cuda_round_rows",
       [](const Numbers& rows, const Numbers& codes, float clip, float epsilon, float factor, int64_t most_shared,
-         uintptr_t stream) {
+         Address stream) {
         const auto r = fields<tersor_cuda_rows>(rows);
         const auto c = fields<tersor_cuda_codes>(codes);
-        const int status = tersor_cuda_round_rows(&r, &c, clip, epsilon, factor, most_shared,
-                                                  reinterpret_cast<void*>(stream));
-        if (status == TERSOR_CUDA_ERROR) throw std::runtime_error(tersor_last_error());
-        if (status != TERSOR_OK) throw py::value_error(tersor_last_error());
+        check(tersor_cuda_round_rows(&r, &c, clip, epsilon, factor, most_shared, pointer(stream)));
       },
       py::arg("rows"), py::arg("codes"), py::arg("clip"), py::arg("epsilon"), py::arg("factor"),
       py::arg("most_shared"), py::arg("stream"), "activations to codes and scales, through the steps of rows");
