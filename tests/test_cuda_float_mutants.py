@@ -5,23 +5,16 @@ import test_cuda_fp4_linear as fp4
 import test_cuda_fp8_linear as fp8
 import torch
 from cuda_floats import Stored, inputs, library, multiply
+from cuda_instances import instances
 from test_cpu_int_linear import Weight
 from test_cuda_float_linear import assert_near
 
 from tersor.formats import NVFP4, Float, Microscaling
 from tersor.ops_round import float_round
 
-KERNEL, STREAM = "cuda/kernels/sm80_float_linear.cu", "cuda/tile/row_stream.h"
+KERNEL, ROWS, STREAM = "cuda/kernels/sm80_float_linear.cu", "cuda/tile/row_stream.h", "cuda/tile/stream_k.h"
+INSTANCE = instances(2, ["BFloat16"])
 FORMAT = {0: Float("e4m3", "channel"), 1: Microscaling("e2m1"), 2: NVFP4(), 3: Microscaling("e2m3")}
-
-
-def instance(token_tiles, bfloat16=True):
-    """The edits that leave one instance of the kernel to compile."""
-    types = ("is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles)",
-             "is_bfloat16 ? choose<BFloat16>(token_tiles) : nullptr" if bfloat16 else
-             "is_bfloat16 ? nullptr : choose<Float16>(token_tiles)")
-    return (*((KERNEL, f"    case {t}: return float_linear<Type, TERSOR_FLOAT, {t}>;\n", "")
-              for t in (1, 2, 4, 8) if t != token_tiles), (KERNEL, *types))
 
 
 def check(native, kind, dtype=torch.bfloat16):
@@ -39,15 +32,15 @@ def check(native, kind, dtype=torch.bfloat16):
 
 
 MUTANTS = {  # kind of weight, file, what is replaced, by what
-    "no barrier in the main loop": (1, STREAM, "      ptx::barrier();                     // everyone's",
-                                    "      // everyone's"),
-    "scales settled a stage late": (1, STREAM, "      settle();\n      ptx::cp_async_wait<kStages - 2>();",
-                                    "      ptx::cp_async_wait<kStages - 2>();"),
-    "sums in the order of arrival": (1, STREAM, "partial(slot_of(range + r < last ? range + r : last))",
-                                     "partial(slot_of(first + (range + r + blockIdx.y - 2 * first) % "
-                                     "(last - first + 1)))"),
-    "no fence after the arrival": (1, STREAM, "      ptx::fence();  // the others'", "      // the others'"),
-    "tails of rows whole": (0, STREAM, "left < kPieceBytes16 ? left : kPieceBytes16", "kPieceBytes16"),
+    "no barrier in the main loop": (1, STREAM, "    ptx::barrier();                     // everyone's",
+                                    "    // everyone's"),
+    "scales settled a stage late": (1, STREAM, "    settle();\n    ptx::cp_async_wait<kStages - 2>();",
+                                    "    ptx::cp_async_wait<kStages - 2>();"),
+    "sums in the order of arrival": (1, STREAM, "partial(r == 0 || range + r < last ? range + r : last)",
+                                     "partial(first + (range + r + blockIdx.y - 2 * first) % (last - first + 1))"),
+    "no fence after the arrival": (1, STREAM, "    ptx::fence();  // the others'", "    // the others'"),
+    "the row block of what is fetched": (1, ROWS, "    next.advance(a.stages);\n", "    ++next.stage;\n"),
+    "tails of rows whole": (0, ROWS, "left < kPieceBytes ? left : kPieceBytes", "kPieceBytes"),
     "a scale for two rows": (0, STREAM, "scale[2 * j + i / 2]", "scale[2 * j]"),
     "the next block's scales": (1, KERNEL, "kStreamRows * block + row : row", "kStreamRows * (block ^ 1) + row : row"),
     "the mantissa lost": (1, KERNEL,
@@ -62,13 +55,13 @@ MUTANTS = {  # kind of weight, file, what is replaced, by what
 
 @pytest.mark.parametrize("kind", FORMAT)
 def test_the_unchanged_kernel_passes(kind):
-    check(library(kind, edits=instance(2)), kind)
+    check(library(kind, edits=INSTANCE), kind)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_killed(name):
     kind, *edit = MUTANTS[name]
-    mutant = library(kind, edits=(*instance(2), tuple(edit)))
+    mutant = library(kind, edits=(*INSTANCE, tuple(edit)))
     with pytest.raises(AssertionError):
         check(mutant, kind)
 
@@ -80,15 +73,8 @@ FP8, FP8_ROWS, FP8_CODES = ("cuda/kernels/sm89_fp8_linear.cu", "cuda/kernels/qua
 FP4, FP4_ROWS = "cuda/kernels/sm120_fp4_linear.cu", "cuda/kernels/quantize_fp4_rows.cu"
 
 
-def inputs_instance(kernel, name, macro):
-    """The edits that leave one instance of a kernel with rounded inputs to compile: bfloat16, 16 tokens."""
-    return (*((kernel, f"    case {t}: return {name}<Type, {macro}, {t}>;\n", "") for t in (1, 4, 8)),
-            (kernel, "is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles)",
-             "is_bfloat16 ? choose<BFloat16>(token_tiles) : nullptr"))
-
-
 def check_fp8(edits):
-    native = fp8.library(0, (*inputs_instance(FP8, "fp8_linear", "TERSOR_FP8"), *edits))
+    native = fp8.library(0, (*INSTANCE, *edits))
     for seed, (n, k, group, ranges) in enumerate(((204, 300, 32, 4), (36, 1030, 128, 1))):
         weight = Weight(n, k, 4, group, True, torch.float16, seed)
         if seed:
@@ -103,7 +89,7 @@ def check_fp8(edits):
 
 
 def check_fp4(kind, edits):
-    native = fp4.library(kind, (*inputs_instance(FP4, "fp4_linear", "TERSOR_FP4"), *edits))
+    native = fp4.library(kind, (*INSTANCE, *edits))
     for seed, (n, k, ranges) in enumerate(((204, 300, 4), (36, 1030, 1))):
         weight = Stored(fp4.FORMATS[kind], n, k, seed)
         x, bias = inputs(11, n, k, torch.bfloat16, True, seed)
@@ -128,8 +114,8 @@ INPUT_MUTANTS = {  # the check and its kind, file, what is replaced, by what
     "the first half's scales again": (check_fp4, 0, FP4, ">> (16 * half)", ">> 0"),
     "no second exponent": (check_fp4, 0, FP4_ROWS, "(top & 0x7fffff) >= up ? 1 : 0", "0"),
     "halves of 16 as 32": (check_fp4, 1, FP4_ROWS, "lanes / 2; mask > 0", "lanes; mask > 0"),
-    "codes of the other half": (check_fp4, 1, FP4, "fp4_token_piece(token, 2 * half + i)",
-                                "fp4_token_piece(token, 2 * i + half)"),
+    "codes of the other half": (check_fp4, 1, FP4, "swizzled_nibble_piece(token, 2 * half + i)",
+                                "swizzled_nibble_piece(token, 2 * i + half)"),
 }  # fmt: skip
 
 

@@ -10,20 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_instances import instances
 from cuda_lowbit import MIXED, NIBBLE_SOURCES, NIBBLES, SOURCES, Activations, multiply
 from emulation import build
 from test_cpu_int_linear import pack
 from test_cuda_lowbit_linear import integer_weight
 
 BYTES_KERNEL, NIBBLES_KERNEL = SOURCES[0], NIBBLE_SOURCES[-1]
-LINEAR, CODES = "cuda/tile/lowbit_linear.h", "cuda/tile/lowbit_codes.h"
+LINEAR, CODES, STREAM = (f"cuda/tile/{name}.h" for name in ("lowbit_linear", "lowbit_codes", "stream_k"))
 # What leaves instances for 16 tokens alone.
-FEW_BYTES = [(BYTES_KERNEL, f"    case {t}: return lowbit_linear<kBits, {t}, kGrouped>;\n", "") for t in (1, 4, 8)]
-FEW_BYTES.append((BYTES_KERNEL, "      if constexpr (!kGrouped) return lowbit_linear<kBits, 16, false>;\n", ""))
-FEW_NIBBLES = [(NIBBLES_KERNEL, f"    case {t}: return grouped ? lowbit_linear_nibbles<{t}, true> : "
-                                f"lowbit_linear_nibbles<{t}, false>;\n", "") for t in (1, 4, 8)]
-FEW_NIBBLES += [(NIBBLES_KERNEL, "    case 16: return grouped ? nullptr : lowbit_linear_nibbles<16, false>;\n", "")]
-FEW_NIBBLES += [(NIBBLES_KERNEL, f"    case {t}: return lowbit_linear_mixed<{t}>;\n", "") for t in (1, 4, 8)]
+FEW_BYTES = [*instances(2), (BYTES_KERNEL, "  if (token_tiles == 16) return grouped ? nullptr : "
+                                           "lowbit_linear<TERSOR_BITS, 16, false>;\n", "")]
+FEW_NIBBLES = [*FEW_BYTES, (NIBBLES_KERNEL, "  if (token_tiles == 16) return grouped ? nullptr : "
+                                            "lowbit_linear_nibbles<16, false>;\n", "")]
 
 
 def check(library, problems):
@@ -45,12 +44,11 @@ OF_BYTES = [(150, 300, 96, 32, False, 0, True, 4), (20, 900, 0, 256, True, 0, Fa
                                                                                            True, 3)]
 OF_NIBBLES = [(150, 300, 64, 128, False, NIBBLES, False, 4), (150, 470, 0, 64, True, MIXED, False, 5)]
 
-SOURCES_OF = {"bytes": (SOURCES, FEW_BYTES, OF_BYTES), "nibbles": (NIBBLE_SOURCES, [*FEW_BYTES, *FEW_NIBBLES],
-                                                                  OF_NIBBLES)}
+SOURCES_OF = {"bytes": (SOURCES, FEW_BYTES, OF_BYTES), "nibbles": (NIBBLE_SOURCES, FEW_NIBBLES, OF_NIBBLES)}
 MUTANTS = {
-    "no barrier in the main loop": ("bytes", LINEAR, "      ptx::barrier();                     // everyone's",
-                                    "      // everyone's"),
-    "a range that ends within a segment": ("bytes", LINEAR, "(range_ends && i + step == kLowbitStageBlocks)", "false"),
+    "no barrier in the main loop": ("bytes", STREAM, "    ptx::barrier();                     // everyone's",
+                                    "    // everyone's"),
+    "a range that ends within a segment": ("bytes", LINEAR, "(range_ends && i + step == kStreamBlocks)", "false"),
     "scales only where a group ends": ("bytes", LINEAR, "at.stage + 1 < a.stages && !range_ends)",
                                        "at.stage + 1 < a.stages)"),
     "sums of weights past k": ("bytes", LINEAR, "act_channel_of_byte(i) + 8 * c < channels_left", "i >= 0"),

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from cuda_floats import CODE, COMMON, call, inputs, units
+from cuda_instances import instances
 from emulation import build
 from test_cuda_fp8_linear import assert_near
 
@@ -27,7 +28,7 @@ CASES = [(1, 37, 99, 1), (5, 130, 300, 4), (16, 144, 416, 3), (20, 20, 160, 1), 
 @functools.cache
 def library(kind, edits=()):
     if kind > 2:  # the same but for the product's instruction: one number of tokens is enough
-        edits = tuple((SOURCES[0], f"    case {t}: return mx_linear<Type, TERSOR_MX, {t}>;\n", "") for t in (2, 4, 8))
+        edits = instances(1)
     return build(SOURCES, {"TERSOR_MX": kind}, edits=edits)
 
 

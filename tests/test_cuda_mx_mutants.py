@@ -4,7 +4,7 @@ import pytest
 import test_cuda_mx_linear as mx
 import torch
 from cuda_floats import inputs
-from test_cuda_float_mutants import inputs_instance
+from cuda_instances import instances
 
 from tersor.ops_round import float_round
 
@@ -15,7 +15,7 @@ def check(kind, edits):
     """Raises AssertionError (Violation is one) where the kernel or what rounds for it is not right."""
     element = kind // 3
     native = mx.build(mx.SOURCES, {"TERSOR_MX": kind},
-                      edits=(*inputs_instance(KERNEL, "mx_linear", "TERSOR_MX"), *edits))
+                      edits=(*instances(2, ["BFloat16"]), *edits))
     for seed, (n, k, ranges) in enumerate(((204, 300, 4), (36, 1030, 1))):
         weight = mx.Stored(mx.ELEMENTS[kind % 3], n, k, seed)
         x, bias = inputs(11, n, k, torch.bfloat16, True, seed)
@@ -32,7 +32,7 @@ MUTANTS = {  # element of the weight + 3 that of the input, file, what is replac
     "the first block's scales": (0, KERNEL, "mma_m16n8k32_mx<kWeight, kInput, block>",
                                  "mma_m16n8k32_mx<kWeight, kInput, 0>"),
     "row g's scales for g + 8": (0, KERNEL, "row + 2 * j + c % 2", "row + 2 * j"),
-    "the wrong two of three words": (1, SIX, "12 * (c / 2)),", "8 * (c / 2)),"),
+    "the wrong two of three words": (1, SIX, "first_(4 * six_first_word(c))", "first_(4 * six_second_word(c))"),
     "what a byte has beside six bits": (1, SIX, "halves << 2) & 0x3f3f3f3f", "halves << 2)"),
     "a power of two as for e2m1": (4, ROWS, "kKind == kMxfp6 ? 0x780000 : 0x600000", "0x600000"),
 }  # fmt: skip

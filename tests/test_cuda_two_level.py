@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from cuda_instances import instances
 from cuda_lowbit import Activations, multiply, plan, units
 from emulation import build
 from two_level import Weight
@@ -119,8 +120,8 @@ def test_the_plan_and_what_the_launcher_refuses():
 
 # -- mutants ----------------------------------------------------------------------------------------------------------
 
-FEW = [(KERNEL, f"    case {t}: return two_level_linear<kBits, {t}, kGrouped>;\n", "") for t in (1, 4, 8)]
-FEW.append((KERNEL, "      if constexpr (!kGrouped) return two_level_linear<kBits, 16, false>;\n", ""))
+FEW = [*instances(2), (KERNEL, "  if (token_tiles == 16) return grouped ? nullptr : "
+                               "two_level_linear<TERSOR_BITS, 16, false>;\n", "")]
 # (n, k, group, act_group, symmetric, zeros, ranges): groups that end within a stage, ranges that end within groups
 PROBLEMS = [(150, 300, 96, 0, False, True, 4), (20, 900, 256, 96, True, False, 3), (40, 300, 32, 32, False, False, 2)]
 MUTANTS = {

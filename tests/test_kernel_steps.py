@@ -9,7 +9,7 @@ from cuda_int_weights import SOURCES, Weight, inputs, library, multiply, relativ
 from emulation import build
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
-TILE = "cuda/tile/int_tile.h"
+TILE, SWIZZLE = "cuda/tile/int_tile.h", "cuda/tile/swizzle.h"
 M, N, K, GROUP = 16, 256, 1024, 128
 COLUMNS = ("step", "codes", "pieces of 16", "activations", "partial sums", "mma", "bank conflicts")
 
@@ -17,8 +17,8 @@ COLUMNS = ("step", "codes", "pieces of 16", "activations", "partial sums", "mma"
 UNSWIZZLED = [
     (TILE, "bits == 8 ? piece ^ (piece >> 3 & 3) << 1 : "
      "bits >= 4 && piece < 16 ? piece ^ (piece >> 3 & 1) << 1 : piece", "piece"),
-    (TILE, "return piece ^ (token & 1) << 2;", "return piece;"),
-    (TILE, "if (a != b && a % 8 == b % 8) return false;", ""),
+    (SWIZZLE, "return piece ^ (token & 1) << 2;", "return piece;"),
+    (SWIZZLE, "if (asked[word % 32] != 0 && asked[word % 32] != word + 1) return false;", ""),
 ]
 
 

@@ -6,6 +6,7 @@
 #include "cpu/int_layout.h"
 #include "dispatch/int_linear_tiles.h"
 #include "dispatch/launch.h"
+#include "dispatch/stream_plan.h"
 #include "tersor.h"
 
 namespace tersor {
@@ -15,7 +16,7 @@ IntLinearGroupedChooser* int_linear_grouped_choosers[9] = {};
 
 namespace {
 
-constexpr int kRowTiles = kIntLinearRows / kTileRows;  // storage tiles of a row block
+constexpr int kRowTiles = kStreamRows / kTileRows;  // storage tiles of a row block
 
 // Blocks of tokens that a launch has. Where rows belong to experts as they fall, each expert, and the rows of none, can
 // leave one block unfilled: the most there can be.
@@ -51,7 +52,7 @@ int describe(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int 
   p->token_tiles = experts ? int_linear_grouped_token_tiles(m, experts) : int_linear_token_tiles(m);
   p->token_blocks = static_cast<int>(token_block_count(m, 8 * p->token_tiles, experts));
   p->row_blocks = static_cast<int>(div_up(shape.tiles, kRowTiles));
-  p->stages = static_cast<int>(div_up(shape.blocks, kIntLinearStageBlocks));
+  p->stages = static_cast<int>(div_up(shape.blocks, kStreamBlocks));
   p->units = int64_t(p->row_blocks) * p->stages;
   if (p->units > INT32_MAX) {
     return fail(TERSOR_INVALID, "n x k is %lld x %lld; accepted on CUDA: up to 2^45 weights", (long long)n,
@@ -59,15 +60,13 @@ int describe(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int 
   }
   p->groups = static_cast<int>(shape.groups);
   p->group_blocks = static_cast<int>(shape.group_blocks);
-  p->group_slots = p->group_blocks == 1 ? 4 : p->group_blocks % kIntLinearStageBlocks == 0 || p->groups == 1 ? 1 : 2;
+  p->group_slots = p->group_blocks == 1 ? 4 : p->group_blocks % kStreamBlocks == 0 || p->groups == 1 ? 1 : 2;
   p->group_bytes = int_linear_group_bytes(scale_dtype == TERSOR_FLOAT32 ? 4 : 2, zero_points);
   p->stage_bytes = int_linear_weight_bytes(bits) + int_linear_token_bytes(p->token_tiles) +
                    p->group_slots * p->group_bytes;
   p->shared_bytes = int_linear_stages(bits, p->token_tiles) * p->stage_bytes + 16;
   return TERSOR_OK;
 }
-
-bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 int plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int scale_dtype, bool zero_points,
          int64_t experts, int multiprocessors, int64_t shared_memory_per_multiprocessor, int64_t* ranges) {
@@ -96,8 +95,8 @@ int workspace(int64_t m, int64_t n, int64_t experts, int64_t ranges, int64_t* pa
   if (ranges == 1) return TERSOR_OK;
   const int64_t tokens = 8 * (experts ? int_linear_grouped_token_tiles(m, experts) : int_linear_token_tiles(m));
   const int64_t token_blocks = token_block_count(m, tokens, experts);
-  *partial_bytes = token_blocks * ranges * 2 * kIntLinearRows * tokens * 4;
-  *counter_bytes = token_blocks * div_up(n, kIntLinearRows) * 4;
+  *partial_bytes = token_blocks * ranges * 2 * kStreamRows * tokens * 4;
+  *counter_bytes = token_blocks * div_up(n, kStreamRows) * 4;
   return TERSOR_OK;
 }
 
@@ -134,18 +133,18 @@ int check_call(const Call& c, const Problem& p) {
     return fail(TERSOR_INVALID, "%s is absent",
                 !c.x ? "x" : !c.qweight ? "qweight" : !c.scales ? "scales" : !c.y ? "y" : "ends");
   }
-  if (!aligned(c.x, 16) || (c.m > 1 && c.ldx % 8 != 0)) {
+  if (!is_aligned(c.x, 16) || (c.m > 1 && c.ldx % 8 != 0)) {
     return fail(TERSOR_INVALID, "x starts at %p with ldx %lld; accepted: 16-byte aligned rows", c.x, (long long)c.ldx);
   }
-  if (!aligned(c.qweight, 16) || !aligned(c.scales, 16) || (c.zero_points && !aligned(c.zero_points, 16)) ||
-      !aligned(c.y, 2)) {
+  if (!is_aligned(c.qweight, 16) || !is_aligned(c.scales, 16) || (c.zero_points && !is_aligned(c.zero_points, 16)) ||
+      !is_aligned(c.y, 2)) {
     return fail(TERSOR_INVALID, "qweight, scales, zero_points: accepted are 16-byte aligned addresses");
   }
   if (c.ranges < 1 || c.ranges > p.units || c.ranges > 65535) {
     return fail(TERSOR_INVALID, "ranges is %lld; accepted: 1 to %lld", (long long)c.ranges,
                 (long long)(p.units < 65535 ? p.units : 65535));
   }
-  if (c.ranges > 1 && (!c.partials || !c.counters || !aligned(c.partials, 16))) {
+  if (c.ranges > 1 && (!c.partials || !c.counters || !is_aligned(c.partials, 16))) {
     return fail(TERSOR_INVALID,
                 "partials and counters: accepted is the workspace, 16-byte aligned, for ranges above 1");
   }
@@ -177,9 +176,8 @@ IntLinearArguments arguments_of(const Call& c, const Problem& p) {
   a.group_bytes = p.group_bytes;
   a.stage_bytes = p.stage_bytes;
   a.scale_dtype = c.scale_dtype;
-  a.wide_stores = aligned(c.y, 8) && (c.m == 1 || c.ldy % 4 == 0);
-  a.share = static_cast<uint32_t>(p.units / c.ranges);
-  a.extra = static_cast<uint32_t>(p.units % c.ranges);
+  a.wide_stores = is_aligned(c.y, 8) && (c.m == 1 || c.ldy % 4 == 0);
+  a.ranges = equal_ranges(p.units, c.ranges);
   return a;
 }
 
@@ -203,16 +201,16 @@ int start(const Call& c) {
       return fail(TERSOR_INVALID, "bits %d with %d tokens at once: not in this build", c.bits, 8 * p.token_tiles);
     }
     const int64_t entries = int64_t(a.tiles) * a.groups * kTileRows, scale_bytes = c.scale_dtype ? 2 : 4;
-    const IntLinearExperts experts{c.ends, static_cast<int>(c.experts), a.m, int64_t(a.tiles) * a.blocks * 64 * c.bits,
+    const ExpertWeights experts{c.ends, static_cast<int>(c.experts), a.m, int64_t(a.tiles) * a.blocks * 64 * c.bits,
                                    entries * scale_bytes, entries};
-    error = launch(kernel, grid, dim3(kIntLinearThreads), p.shared_bytes, stream, a, experts);
+    error = launch(kernel, grid, dim3(kStreamThreads), p.shared_bytes, stream, a, experts);
   } else {
     IntLinearChooser* chooser = int_linear_choosers[c.bits];
     IntLinearKernel* kernel = chooser ? chooser(bfloat16, p.token_tiles) : nullptr;
     if (!kernel) {
       return fail(TERSOR_INVALID, "bits %d with %d tokens at once: not in this build", c.bits, 8 * p.token_tiles);
     }
-    error = launch(kernel, grid, dim3(kIntLinearThreads), p.shared_bytes, stream, a);
+    error = launch(kernel, grid, dim3(kStreamThreads), p.shared_bytes, stream, a);
   }
   if (error) return fail(TERSOR_CUDA_ERROR, "int_linear: the kernel did not start: CUDA error %d", error);
   return TERSOR_OK;

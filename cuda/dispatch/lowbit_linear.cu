@@ -7,6 +7,7 @@
 #include "cpu/int_layout.h"
 #include "dispatch/launch.h"
 #include "dispatch/lowbit_linear_tiles.h"
+#include "dispatch/stream_plan.h"
 #include "kernels/sm80_lowbit_linear_experts.h"
 #include "kernels/sm80_two_level_linear.h"
 #include "tersor.h"
@@ -21,7 +22,7 @@ TwoLevelChooser* two_level_choosers[kTwoLevelMostBits + 1] = {};
 
 namespace {
 
-constexpr int kRowTiles = kLowbitRows / kTileRows;  // storage tiles of a row block
+constexpr int kRowTiles = kStreamRows / kTileRows;  // storage tiles of a row block
 constexpr int kTwoLevelScales = 3;                  // scale_dtype: cpp/cpu/int_scales.h
 
 struct Shape {
@@ -47,7 +48,7 @@ struct Problem {
 };
 
 int slots_of(int64_t group_blocks, int64_t groups) {
-  return group_blocks == 1 ? 4 : group_blocks % kLowbitStageBlocks == 0 || groups == 1 ? 1 : 2;
+  return group_blocks == 1 ? 4 : group_blocks % kStreamBlocks == 0 || groups == 1 ? 1 : 2;
 }
 
 int check_groups(const Shape& s, const Problem& p) {
@@ -112,7 +113,7 @@ int describe(const Shape& s, Problem* p) {
     p->token_blocks = static_cast<int>(div_up(s.m, 8 * p->token_tiles));
   }
   p->row_blocks = static_cast<int>(div_up(p->weight.tiles, kRowTiles));
-  p->stages = static_cast<int>(div_up(p->weight.blocks, kLowbitStageBlocks));
+  p->stages = static_cast<int>(div_up(p->weight.blocks, kStreamBlocks));
   p->units = int64_t(p->row_blocks) * p->stages;
   p->group_slots = slots_of(p->weight.group_blocks, p->weight.groups);
   p->act_slots = slots_of(p->act_group_blocks, p->act_groups);
@@ -125,8 +126,6 @@ int describe(const Shape& s, Problem* p) {
   p->shared_bytes = lowbit_stages(s.bits, p->token_tiles, s.width, p->grouped) * p->stage_bytes + 16;
   return TERSOR_OK;
 }
-
-bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 int plan(const Shape& shape, int multiprocessors, int64_t shared_memory_per_multiprocessor, int64_t* ranges,
          int64_t* partial_bytes, int64_t* counter_bytes) {
@@ -145,7 +144,7 @@ int plan(const Shape& shape, int multiprocessors, int64_t shared_memory_per_mult
   if (count > most) count = most;
   *ranges = count < 1 ? 1 : count;
   // One range sums everything itself.
-  *partial_bytes = *ranges == 1 ? 0 : p.token_blocks * *ranges * 2 * kLowbitRows * 8 * p.token_tiles * 4;
+  *partial_bytes = *ranges == 1 ? 0 : p.token_blocks * *ranges * 2 * kStreamRows * 8 * p.token_tiles * 4;
   *counter_bytes = *ranges == 1 ? 0 : int64_t(p.token_blocks) * p.row_blocks * 4;
   return TERSOR_OK;
 }
@@ -188,9 +187,9 @@ int check_call(const Call& c, const Problem& p) {
                 !c.codes ? "codes" : !c.act_scales ? "act_scales" : !c.qweight ? "qweight" : !c.scales ? "scales"
                 : !c.y ? "y" : c.experts && !c.ends ? "ends" : no_sums ? "sums" : "stage_starts");
   }
-  const bool aligned_to_16 = aligned(c.codes, 16) && c.row_bytes % 16 == 0 && aligned(c.qweight, 16) &&
-                             aligned(c.scales, 16) && (!c.zero_points || aligned(c.zero_points, 16));
-  if (!aligned_to_16 || (c.sums && !aligned(c.sums, 8)) || !aligned(c.act_scales, 4)) {
+  const bool aligned_to_16 = is_aligned(c.codes, 16) && c.row_bytes % 16 == 0 && is_aligned(c.qweight, 16) &&
+                             is_aligned(c.scales, 16) && (!c.zero_points || is_aligned(c.zero_points, 16));
+  if (!aligned_to_16 || (c.sums && !is_aligned(c.sums, 8)) || !is_aligned(c.act_scales, 4)) {
     return fail(TERSOR_INVALID, "codes, qweight, scales, zero_points: accepted are 16-byte aligned addresses and rows; "
                 "sums: 8-byte, act_scales: 4-byte");
   }
@@ -212,7 +211,7 @@ int check_call(const Call& c, const Problem& p) {
     return fail(TERSOR_INVALID, "ranges is %lld with a row cost of %lld; accepted: 1 to %lld, and at least %d",
                 (long long)c.ranges, (long long)c.row_cost, (long long)(longest < 65535 ? longest : 65535), p.stages);
   }
-  if (c.ranges > 1 && (!c.partials || !c.counters || !aligned(c.partials, 16))) {
+  if (c.ranges > 1 && (!c.partials || !c.counters || !is_aligned(c.partials, 16))) {
     return fail(TERSOR_INVALID,
                 "partials and counters: accepted is the workspace, 16-byte aligned, for ranges above 1");
   }
@@ -255,9 +254,8 @@ LowbitLinearArguments arguments_of(const Call& c, const Problem& p) {
   a.stage_bytes = p.stage_bytes;
   a.scale_dtype = c.scale_dtype;
   a.y_dtype = c.y_dtype;
-  a.wide_stores = aligned(c.y, c.y_dtype == TERSOR_FLOAT32 ? 16 : 8) && (c.m == 1 || c.ldy % 4 == 0);
-  a.share = static_cast<uint32_t>(p.units / c.ranges);
-  a.extra = static_cast<uint32_t>(p.units % c.ranges);
+  a.wide_stores = is_aligned(c.y, c.y_dtype == TERSOR_FLOAT32 ? 16 : 8) && (c.m == 1 || c.ldy % 4 == 0);
+  a.ranges = equal_ranges(p.units, c.ranges);
   a.row_cost = balanced ? c.row_cost : 0;
   a.total_cost = balanced ? c.row_cost * p.row_blocks : 0;
   return a;
@@ -271,7 +269,7 @@ int start(const Call& c) {
   if (c.m == 0 || c.n == 0) return TERSOR_OK;
   if (int status = check_call(c, p)) return status;
   const LowbitLinearArguments a = arguments_of(c, p);
-  const dim3 grid(p.token_blocks, static_cast<unsigned>(c.ranges)), block(kLowbitThreads);
+  const dim3 grid(p.token_blocks, static_cast<unsigned>(c.ranges)), block(kStreamThreads);
   const auto stream = static_cast<cudaStream_t>(c.stream);
   LowbitExpertsKernel* grouped = nullptr;
   LowbitLinearKernel* kernel = nullptr;
@@ -303,7 +301,7 @@ int start(const Call& c) {
     error = launch(two_level, grid, block, p.shared_bytes, stream, weights, scales);
   } else if (c.experts) {
     const int64_t entries = int64_t(a.tiles) * a.groups * kTileRows, scale_bytes = c.scale_dtype ? 2 : 4;
-    const LowbitExperts experts{c.ends, static_cast<int>(c.experts), a.m, int64_t(a.tiles) * a.blocks * 64 * c.bits,
+    const ExpertWeights experts{c.ends, static_cast<int>(c.experts), a.m, int64_t(a.tiles) * a.blocks * 64 * c.bits,
                                 entries * scale_bytes, entries};
     error = launch(grouped, grid, block, p.shared_bytes, stream, a, experts);
   } else {

@@ -29,6 +29,10 @@ inline int check_stream(const char* what, int64_t m, int64_t n, int64_t k) {
   return TERSOR_OK;
 }
 
+inline EqualRanges equal_ranges(int64_t units, int64_t ranges) {
+  return {static_cast<uint32_t>(units / ranges), static_cast<uint32_t>(units % ranges)};
+}
+
 // Ranges for one problem on a device, and the bytes of its workspace: partial sums and counters (zero before the first
 // launch), none where one range sums everything itself.
 inline void plan_stream(int64_t m, int64_t n, int64_t k, int stage_bytes, int multiprocessors,
@@ -79,8 +83,7 @@ inline int describe_stream(const char* what, const void* bias, void* y, int64_t 
   a->row_blocks = static_cast<int>(row_blocks);
   a->stages = static_cast<int>(stages);
   a->wide_stores = is_aligned(y, 8) && (m == 1 || ldy % 4 == 0);
-  a->share = static_cast<uint32_t>(units / ranges);
-  a->extra = static_cast<uint32_t>(units % ranges);
+  a->ranges = equal_ranges(units, ranges);
   return TERSOR_OK;
 }
 

@@ -4,11 +4,11 @@
 // to the tensor cores as they are, scales as bytes beside them, and sums stay in the accumulators for all of k.
 //
 //     half h of a stage: k 64h .. 64h + 63, 32 bytes of a row
-//     lane (g, c)   codes of its rows 4g .. 4g + 3 (row_stream.h), bytes 4c .. 4c + 3 of each 16; of a token likewise
+//     lane (g, c)   codes of its rows 4g .. 4g + 3 (stream_k.h), bytes 4c .. 4c + 3 of each 16; of a token likewise
 //     scales        words [half][row], [half][token]: lanes with even c bring those of fragment row g, odd ones of
 //                   g + 8, all those of their token; MXFP4 has two bytes in a half, NVFP4 four
 //
-// A block of 4 warps computes 128 rows x 8 * kTokenTiles tokens in stages of 128 k; stream-K as in row_stream.h.
+// A block of 4 warps computes 128 rows x 8 * kTokenTiles tokens in stages of 128 k; stream-K as in stream_k.h.
 //
 // SHARED MEMORY, bytes: stages x (128 + 8 kTokenTiles) x (64 + 4 or 8) + 16: 4 stages, MXFP4 37008 39184 43536 52240,
 // NVFP4 39184 41488 46096 55312 for kTokenTiles 1, 2, 4, 8.
@@ -24,6 +24,7 @@
 // for each 64 tokens.
 #include "kernels/sm120_fp4_linear.h"
 
+#include "kernels/instances.h"
 #include "ptx/matrix_fp4.h"
 #include "ptx/ptx.h"
 
@@ -32,29 +33,9 @@ namespace {
 
 using ptx::shared_t;
 
-// Where piece `piece` of a row of 64 bytes lies, counted from the first row: the lanes read one piece of 8 rows at a
-// time, weights 4 rows apart, tokens one after another.
-__host__ __device__ constexpr int fp4_weight_piece(int row, int piece) { return (4 * row + piece) ^ (row >> 2 & 7); }
-__host__ __device__ constexpr int fp4_token_piece(int token, int piece) {
-  return 4 * token + (piece ^ (token >> 1 & 3));
-}
-constexpr bool fp4_pieces_conflict_free() {
-  for (int piece = 0; piece < 4; ++piece)
-    for (int i = 0; i < 4; ++i) {
-      unsigned weights = 0, tokens = 0;
-      for (int g = 0; g < 8; ++g) {
-        weights |= 1u << (fp4_weight_piece(4 * g + i, piece) % 8);
-        tokens |= 1u << (fp4_token_piece(g, piece) % 8);
-      }
-      if (weights != 255 || tokens != 255) return false;
-    }
-  return true;
-}
-static_assert(fp4_pieces_conflict_free(), "codes are read from shared memory without bank conflicts");
-
 template <class Type, bool kNv, int kTokenTiles>
 struct Fp4Linear {
-  static constexpr int kTokens = 8 * kTokenTiles, kRowBytes = kStreamK / 2, kPieces = kRowBytes / kPieceBytes16;
+  static constexpr int kTokens = 8 * kTokenTiles, kRowBytes = kStreamK / 2;
   static constexpr int kStageBytes = fp4_stage_bytes(kNv, kTokenTiles), kStages = stream_stages(kStageBytes);
   static constexpr int kWeightBytes = kStreamRows * kRowBytes, kTokenBytes = kTokens * kRowBytes;
   static constexpr int kScaleWords = kNv ? 2 : 1, kStageScales = 4 * kScaleWords;  // of a row
@@ -69,26 +50,12 @@ struct Fp4Linear {
   TERSOR_DEVICE explicit Fp4Linear(const Fp4Arguments& arguments) : a(arguments) {}
 
   TERSOR_DEVICE void fetch(shared_t stage, int row_block, int index) {
-    const int first = thread / kPieces, piece = thread % kPieces;
-    const int64_t column = int64_t(index) * kRowBytes + piece * kPieceBytes16;
-    const int left = a.row_bytes - column < kPieceBytes16 ? static_cast<int>(a.row_bytes - column) : kPieceBytes16;
-    const uint8_t* source = a.codes + (int64_t(row_block) * kStreamRows + first) * a.row_bytes + column;
-#pragma unroll
-    for (int i = 0; i < kStreamRows / 32; ++i) {
-      const int to = first + 32 * i;
-      fetch_piece(stage + fp4_weight_piece(to, piece) * kPieceBytes16, source,
-                  row_block * kStreamRows + to < a.rows.n ? left : 0, a.aligned != 0);
-      source += 32 * a.row_bytes;
-    }
+    fetch_rows<kRowBytes, kRowBytes / kPieceBytes, true>(stage, a.codes, a.row_bytes, a.aligned != 0, row_block,
+                                                         a.rows.n, index, swizzled_nibble_row);
     const int token0 = blockIdx.x * kTokens;
-#pragma unroll
-    for (int i = 0; i < (kTokens + 31) / 32; ++i) {
-      const int token = first + 32 * i;
-      if (token >= kTokens) break;
-      ptx::cp_async_16(stage + kWeightBytes + fp4_token_piece(token, piece) * kPieceBytes16,
-                       a.x + int64_t(token0 + token) * (a.padded / 2) + column,
-                       token0 + token < a.rows.m ? kPieceBytes16 : 0);
-    }
+    const uint8_t* tokens = a.x + int64_t(token0) * (a.padded / 2) + index * kRowBytes;
+    fetch_token_bytes<kTokens, kRowBytes, 4>(stage + kWeightBytes, tokens, a.padded / 2, token0, a.rows.m,
+                                             swizzled_nibble_piece);
     load_scales(row_block * kStreamRows + thread, token0 + thread, index);
   }
 
@@ -96,17 +63,8 @@ struct Fp4Linear {
   TERSOR_DEVICE void load_scales(int n, int m, int index) {
     row_scales = token_scales = Words{};
     if (n < a.rows.n) {
-      const uint8_t* from = a.scales + int64_t(n) * a.groups + index * kStageScales;
-      if (a.aligned_scales) {
-        row_scales = ptx::load_global_constant(reinterpret_cast<const Words*>(from));
-      } else {
-#pragma unroll
-        for (int i = 0; i < kStageScales; ++i) {
-          if (index * kStageScales + i < a.groups) {
-            row_scales[i / 4] |= uint32_t(ptx::load_global_constant(from + i)) << (8 * (i % 4));
-          }
-        }
-      }
+      row_scales = load_scale_bytes<kStageScales>(a.scales + int64_t(n) * a.groups, index * kStageScales, a.groups,
+                                                  a.aligned_scales != 0);
     }
     if (thread < kTokens && m < a.rows.m) {
       const uint8_t* from = a.x_scales + (int64_t(m) * a.rows.stages + index) * kStageScales;
@@ -138,8 +96,8 @@ struct Fp4Linear {
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int at = fp4_weight_piece(row + 2 * j + i % 2, 2 * half + i / 2);
-          weights[j][i] = ptx::load_shared<uint32_t>(stage + at * kPieceBytes16 + 4 * c);
+          const int at = swizzled_nibble_row(row + 2 * j + i % 2, 2 * half + i / 2);
+          weights[j][i] = ptx::load_shared<uint32_t>(stage + at * kPieceBytes + 4 * c);
         }
         scales[j] = scale_word(row_scales_at, kStreamRows, row + 2 * j + c % 2, half);
       }
@@ -149,8 +107,8 @@ struct Fp4Linear {
         uint32_t x[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int at = fp4_token_piece(token, 2 * half + i);
-          x[i] = ptx::load_shared<uint32_t>(tokens + at * kPieceBytes16 + 4 * c);
+          const int at = swizzled_nibble_piece(token, 2 * half + i) * kPieceBytes;
+          x[i] = ptx::load_shared<uint32_t>(tokens + token * kRowBytes + at + 4 * c);
         }
         const uint32_t of_token = scale_word(row_scales_at + kRowScaleBytes, kTokens, token, half);
 #pragma unroll
@@ -175,22 +133,13 @@ template <class Type, bool kNv, int kTokenTiles>
 __global__ void __launch_bounds__(kStreamThreads, stream_blocks_per_multiprocessor(kTokenTiles))
     fp4_linear(const Fp4Arguments arguments) {
   Fp4Linear<Type, kNv, kTokenTiles> work(arguments);
-  RowBlock<Type, kTokenTiles>(arguments.rows).template run<decltype(work)::kStages>(work, decltype(work)::kStageBytes);
-}
-
-template <class Type>
-Fp4LinearKernel* choose(int token_tiles) {
-  switch (token_tiles) {
-    case 1: return fp4_linear<Type, TERSOR_FP4, 1>;
-    case 2: return fp4_linear<Type, TERSOR_FP4, 2>;
-    case 4: return fp4_linear<Type, TERSOR_FP4, 4>;
-    case 8: return fp4_linear<Type, TERSOR_FP4, 8>;
-    default: return nullptr;
-  }
+  run_rows<Type, kTokenTiles>(arguments.rows, work);
 }
 
 Fp4LinearKernel* choose_kernel(bool is_bfloat16, int token_tiles) {
-  return is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles);
+  return instance_for<Fp4LinearKernel>(is_bfloat16, token_tiles, [](auto type, auto tiles) -> Fp4LinearKernel* {
+    return fp4_linear<decltype(type), TERSOR_FP4, decltype(tiles)::value>;
+  });
 }
 const bool entered = (fp4_linear_choosers[TERSOR_FP4] = choose_kernel, true);
 

@@ -3,7 +3,7 @@
 // LAYOUT. Weights, packed as checkpoints store them, are operand A of mma.m16n8k32 kind::mxf8f6f4, tokens its n. That
 // product takes a byte for each element whatever its bits: activations are stored so, weights are spread in registers.
 //
-//     block b of a stage  k 32b .. 32b + 31; a lane (g, c) has k = 8c .. 8c + 7 of its rows 4g .. 4g + 3 (row_stream.h)
+//     block b of a stage  k 32b .. 32b + 31; a lane (g, c) has k = 8c .. 8c + 7 of its rows 4g .. 4g + 3 (stream_k.h)
 //                         and of its token: the first four are its share of k 0 .. 15 of the product, the others of 16
 //                         .. 31. Both operands are read in this order, so that it does not matter.
 //     e4m3                8 bytes as they lie
@@ -13,7 +13,7 @@
 //                         fragment row g, odd ones of g + 8, all those of their token
 //
 // Scales are powers of two that the product applies, so sums stay in the accumulators for all of k. A block of 4 warps
-// computes 128 rows x 8 * kTokenTiles tokens in stages of 128 k; stream-K as in row_stream.h.
+// computes 128 rows x 8 * kTokenTiles tokens in stages of 128 k; stream-K as in stream_k.h.
 //
 // SHARED MEMORY, bytes: stages x (codes 16384, 12800 or 8192 + 1056 kTokenTiles + 512) + 16:
 //     kTokenTiles 1, 2, 4, 8   4 stages: e4m3 71824  76048  84496; 8: 3 stages: 76048
@@ -32,19 +32,13 @@
 // for each 64 tokens.
 #include "kernels/sm120_mx_linear.h"
 
+#include "kernels/instances.h"
 #include "ptx/ptx.h"
 
 namespace tersor {
 namespace {
 
 using ptx::shared_t;
-
-// Where piece `piece` of a row lies, counted from the first row. Rows of 128 bytes (`index`: the token, or the row of
-// weights / 4): a phase of the lanes' 8-byte loads is four rows x 32 bytes. Rows of 64: 8 rows x 16 bytes.
-__host__ __device__ constexpr int mx_wide_piece(int row, int index, int piece) {
-  return 8 * row + (piece ^ (index & 3) << 1);
-}
-__host__ __device__ constexpr int mx_narrow_piece(int row, int piece) { return (4 * row + piece) ^ (row >> 2 & 7); }
 
 template <class Type, int kWeight, int kInput, int kTokenTiles>
 struct MxLinear {
@@ -63,63 +57,30 @@ struct MxLinear {
 
   TERSOR_DEVICE explicit MxLinear(const MxArguments& arguments) : a(arguments), six(c) {}
 
+  // Where a piece of a row lies, counted from the first row.
   static TERSOR_DEVICE int weight_piece(int row_of_block, int piece) {
-    return kWide  ? mx_wide_piece(row_of_block, row_of_block / 4, piece)
+    return kWide  ? 8 * row_of_block + swizzled_byte_piece(row_of_block / 4, piece)
            : kSix ? six_piece(row_of_block, piece)
-                  : mx_narrow_piece(row_of_block, piece);
+                  : swizzled_nibble_row(row_of_block, piece);
   }
 
   TERSOR_DEVICE void fetch(shared_t stage, int row_block, int index) {
-    fetch_weights(stage, row_block, index);
-    fetch_tokens(stage + kWeightBytes, index);
-    load_scales(row_block * kStreamRows + thread, blockIdx.x * kTokens + thread, index);
-  }
-
-  // Neighbouring threads take neighbouring pieces: all of a row, or, of six, two at a time.
-  TERSOR_DEVICE void fetch_weights(shared_t stage, int row_block, int index) const {
-    constexpr int across = kSix ? 2 : kRowBytes / kPieceBytes16, rows = kStreamThreads / across;
-#pragma unroll(kTokenTiles < 8 ? 3 : 1)
-    for (int start = 0; start < kRowBytes / kPieceBytes16; start += across) {
-      const int piece = start + thread % across;
-      const int64_t column = int64_t(index) * kRowBytes + piece * kPieceBytes16;
-      const int left = a.row_bytes - column < kPieceBytes16 ? static_cast<int>(a.row_bytes - column) : kPieceBytes16;
-      const uint8_t* source = a.codes + (int64_t(row_block) * kStreamRows + thread / across) * a.row_bytes + column;
-#pragma unroll(kTokenTiles < 8 ? 8 : 1)
-      for (int i = 0; i < kStreamRows / rows; ++i) {
-        const int to = thread / across + rows * i;
-        fetch_piece(stage + weight_piece(to, piece) * kPieceBytes16, source,
-                    row_block * kStreamRows + to < a.rows.n ? left : 0, a.aligned != 0);
-        source += rows * a.row_bytes;
-      }
-    }
-  }
-
-  TERSOR_DEVICE void fetch_tokens(shared_t tokens, int index) const {
-    const int first = thread / 8, piece = thread % 8, token0 = blockIdx.x * kTokens;
-#pragma unroll
-    for (int i = 0; i < (kTokens + 15) / 16; ++i) {
-      const int token = first + 16 * i;
-      if (kTokens % 16 != 0 && token >= kTokens) break;
-      const uint8_t* source = a.x + (int64_t(token0 + token) * a.rows.stages + index) * kStreamK +
-                              piece * kPieceBytes16;
-      ptx::cp_async_16(tokens + mx_wide_piece(token, token, piece) * kPieceBytes16, source,
-                       token0 + token < a.rows.m ? kPieceBytes16 : 0);
-    }
+    // Of six pieces of a row two at a time.
+    fetch_rows<kRowBytes, kSix ? 2 : kRowBytes / kPieceBytes, kTokenTiles < 8>(
+        stage, a.codes, a.row_bytes, a.aligned != 0, row_block, a.rows.n, index, weight_piece);
+    const int token0 = blockIdx.x * kTokens;
+    const int64_t padded = int64_t(a.rows.stages) * kStreamK;
+    fetch_token_bytes<kTokens, kStreamK, 4>(stage + kWeightBytes, a.x + token0 * padded + index * kStreamK, padded,
+                                            token0, a.rows.m, swizzled_byte_piece);
+    load_scales(row_block * kStreamRows + thread, token0 + thread, index);
   }
 
   // A thread brings the scales of one row and of one token; they are stored when the next stage begins.
   TERSOR_DEVICE void load_scales(int n, int m, int index) {
     row_scales = token_scales = 0;
     if (n < a.rows.n) {
-      const uint8_t* from = a.scales + int64_t(n) * a.groups + index * kBlocks;
-      if (a.aligned_scales) {
-        row_scales = ptx::load_global_constant(reinterpret_cast<const uint32_t*>(from));
-      } else {
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-          if (index * kBlocks + i < a.groups) row_scales |= uint32_t(ptx::load_global_constant(from + i)) << (8 * i);
-        }
-      }
+      row_scales = load_scale_bytes<kBlocks>(a.scales + int64_t(n) * a.groups, index * kBlocks, a.groups,
+                                             a.aligned_scales != 0)[0];
     }
     if (thread < kTokens && m < a.rows.m) {
       const uint8_t* from = a.x_scales + (int64_t(m) * a.rows.stages + index) * kBlocks;
@@ -136,14 +97,14 @@ struct MxLinear {
   // Eight codes of a row, a byte each.
   TERSOR_DEVICE Eight load_codes(shared_t stage, int row_of_block, int block) const {
     if constexpr (kWide) {
-      return ptx::load_shared<Eight>(stage + weight_piece(row_of_block, 2 * block + c / 2) * kPieceBytes16 +
+      return ptx::load_shared<Eight>(stage + weight_piece(row_of_block, 2 * block + c / 2) * kPieceBytes +
                                      8 * (c % 2));
     } else if constexpr (kSix) {
       uint32_t four[2];
       six.load(four, stage, row_of_block, block);
       return {{SixBits::bytes(four[0]), SixBits::bytes(four[1])}};
     } else {
-      const shared_t at = stage + weight_piece(row_of_block, block) * kPieceBytes16 + 4 * c;
+      const shared_t at = stage + weight_piece(row_of_block, block) * kPieceBytes + 4 * c;
       const uint32_t codes = ptx::load_shared<uint32_t>(at);
       const uint32_t even = codes << 2 & 0x3c3c3c3c, odd = codes >> 2 & 0x3c3c3c3c;
       return {{ptx::prmt(even, odd, 0x5140), ptx::prmt(even, odd, 0x7362)}};
@@ -162,9 +123,7 @@ struct MxLinear {
     }
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
-      const int token = 8 * t + g;
-      const auto x = ptx::load_shared<Eight>(
-          stage + kWeightBytes + mx_wide_piece(token, token, 2 * block + c / 2) * kPieceBytes16 + 8 * (c % 2));
+      const auto x = load_token_bytes(stage + kWeightBytes, 8 * t + g, block);
       const uint32_t pair[2] = {x[0], x[1]};
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -195,22 +154,13 @@ template <class Type, int kKind, int kTokenTiles>
 __global__ void __launch_bounds__(kStreamThreads, stream_blocks_per_multiprocessor(kTokenTiles))
     mx_linear(const MxArguments arguments) {
   MxLinear<Type, kKind % 3, kKind / 3, kTokenTiles> work(arguments);
-  RowBlock<Type, kTokenTiles>(arguments.rows).template run<decltype(work)::kStages>(work, decltype(work)::kStageBytes);
-}
-
-template <class Type>
-MxLinearKernel* choose(int token_tiles) {
-  switch (token_tiles) {
-    case 1: return mx_linear<Type, TERSOR_MX, 1>;
-    case 2: return mx_linear<Type, TERSOR_MX, 2>;
-    case 4: return mx_linear<Type, TERSOR_MX, 4>;
-    case 8: return mx_linear<Type, TERSOR_MX, 8>;
-    default: return nullptr;
-  }
+  run_rows<Type, kTokenTiles>(arguments.rows, work);
 }
 
 MxLinearKernel* choose_kernel(bool is_bfloat16, int token_tiles) {
-  return is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles);
+  return instance_for<MxLinearKernel>(is_bfloat16, token_tiles, [](auto type, auto tiles) -> MxLinearKernel* {
+    return mx_linear<decltype(type), TERSOR_MX, decltype(tiles)::value>;
+  });
 }
 const bool entered = (mx_linear_choosers[TERSOR_MX] = choose_kernel, true);
 

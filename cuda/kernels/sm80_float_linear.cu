@@ -1,7 +1,7 @@
 // y[m, n] = x[m, k] (values * scales)^T + bias: 16-bit activations, weights of FP8 (e4m3), MXFP8, MXFP6, MXFP4, NVFP4.
 //
 // LAYOUT. Weights are read as checkpoints store them, row by row: k lies in order, so a lane (g, c) finds its share of
-// 32 k, k = 8c .. 8c + 7, as 8 (e4m3), 6 (e2m3) or 4 (e2m1) contiguous bytes of each of its four rows (row_stream.h), and
+// 32 k, k = 8c .. 8c + 7, as 8 (e4m3), 6 (e2m3) or 4 (e2m1) contiguous bytes of each of its four rows (stream_k.h), and
 // the same 8 k of a token as 16 contiguous bytes of x. Weights are operand A of mma.m16n8k16, tokens its n.
 //
 //     shared memory of a stage     128 rows x 128 or 64 bytes of codes; tokens x 256 bytes; scales, as fp32 for each
@@ -15,14 +15,14 @@
 // applied to the fp32 sums of a group, so nothing is rounded before the sums.
 //
 // A block of 4 warps computes 128 rows x 8 * kTokenTiles tokens (8, 16, 32, 64) in stages of 128 k, stream-K as in
-// row_stream.h: results are the same to the bit in every launch.
+// stream_k.h: results are the same to the bit in every launch.
 //
 // SHARED MEMORY, bytes: stages x (codes 16384, 12800 or 8192 + 2048 kTokenTiles + scales 2048 or 1024) + 16:
 //     kTokenTiles 1    4 stages: e4m3 81936  e2m3 67600  e2m1 49168  NVFP4 45072
 //                 2    4 stages: 90128  75792  57360  53264
 //                 4    e4m3 3 stages: 79888; 4 stages: 92176  73744  69648
 //                 8    e4m3 2 stages: 69648; 3 stages: 93712  79888  76816
-// The main loop reads and writes it without bank conflicts (checked below, counted by the tests).
+// The main loop reads and writes it without bank conflicts (tile/swizzle.h, six_bits.h; the tests count it).
 // gate: defines TERSOR_FLOAT=0,1,2,3
 // gate: registers 168 where , [12]>
 // gate: registers 255
@@ -39,37 +39,21 @@
 // rows (float types). The NaN codes of e4m3 decode to 480, as on the CPU. fp32 activations are not taken.
 #include "kernels/sm80_float_linear.h"
 
+#include "kernels/instances.h"
 #include "ptx/ptx.h"
 #include "tile/int_dequantize.h"
-#include "tile/int_tile.h"
 
 namespace tersor {
 namespace {
 
 using ptx::shared_t;
 
-// Where the 16-byte piece `piece` of a row lies in shared memory, counted from the first row. A phase of the lanes'
-// loads is 4 rows 4g apart x 32 bytes (e4m3), or 8 rows x 16 bytes (e2m1).
+// Where the 16-byte piece `piece` of a row lies in shared memory, counted from the first row.
 __host__ __device__ constexpr int float_piece(int weight, int row, int piece) {
-  return weight == kFloatE4m3   ? 8 * row + (piece ^ (row >> 2 & 3) << 1)
+  return weight == kFloatE4m3   ? 8 * row + swizzled_byte_piece(row >> 2, piece)
          : weight == kFloatE2m3 ? six_piece(row, piece)
-                                : (4 * row + piece) ^ (row >> 2 & 7);
+                                : swizzled_nibble_row(row, piece);
 }
-constexpr bool float_pieces_conflict_free() {
-  for (int i = 0; i < 4; ++i)
-    for (int piece = 0; piece < 4; ++piece) {
-      unsigned wide[2] = {}, narrow = 0;  // columns of 16 bytes that a phase touches
-      for (int g = 0; g < 8; ++g) {
-        for (int half = 0; half < 2; ++half) {
-          wide[g / 4] |= 1u << (float_piece(kFloatE4m3, 4 * g + i, 2 * piece + half) % 8);
-        }
-        narrow |= 1u << (float_piece(kFloatE2m1, 4 * g + i, piece) % 8);
-      }
-      if (wide[0] != 255 || wide[1] != 255 || narrow != 255) return false;
-    }
-  return true;
-}
-static_assert(float_pieces_conflict_free(), "codes are read from shared memory without bank conflicts");
 
 template <class Type, int kWeight>
 struct FloatDecoder {
@@ -117,16 +101,11 @@ template <class Type, int kWeight, int kTokenTiles>
 struct FloatLinear {
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kStages = stream_stages(float_stage_bytes(kWeight, kTokenTiles));
-  static constexpr int kRowPieces = float_row_bytes(kWeight) / kPieceBytes;  // of a stage
-  // Of weights, fetched at once: rows, and pieces of a row (of six, two neighbours at a time).
-  static constexpr int kPiecesAtOnce = kWeight == kFloatE2m3 ? 2 : kRowPieces;
-  static constexpr int kRowsOfPieces = kStreamThreads / kPiecesAtOnce;
-  static constexpr int kTokenRowBytes = 2 * kStreamK, kTokenPieces = kTokenRowBytes / kPieceBytes;
-  static constexpr int kRowsAtOnce = kStreamThreads / kTokenPieces;  // of tokens
+  // Pieces of a row of weights fetched at once: of six, two neighbours at a time.
+  static constexpr int kPiecesAtOnce = kWeight == kFloatE2m3 ? 2 : float_row_bytes(kWeight) / kPieceBytes;
   static constexpr int kRowBytes = float_row_bytes(kWeight), kWeightBytes = float_weight_bytes(kWeight);
   static constexpr int kTokenBytes = float_token_bytes(kTokenTiles);
   static constexpr int kStageBytes = float_stage_bytes(kWeight, kTokenTiles);
-  static_assert(kRowsAtOnce % 2 == 0, "the pieces of tokens that a thread fetches have one swizzle");
   using Decoder = FloatDecoder<Type, kWeight>;
   using Codes = typename Decoder::Codes;
 
@@ -139,44 +118,14 @@ struct FloatLinear {
   TERSOR_DEVICE explicit FloatLinear(const FloatRows& arguments) : a(arguments), six(c) {}
 
   TERSOR_DEVICE void fetch(shared_t stage, int row_block, int index) {
-    fetch_weights(stage, row_block, index);
-    fetch_tokens(stage + kWeightBytes, index);
+    fetch_rows<kRowBytes, kPiecesAtOnce, kTokenTiles < 8>(
+        stage, a.codes, a.row_bytes, a.aligned != 0, row_block, a.rows.n, index,
+        [](int row_of_block, int piece) { return float_piece(kWeight, row_of_block, piece); });
+    const int token0 = blockIdx.x * kTokens, first = token0 + thread / kTokenRowPieces;
+    const char* tokens = static_cast<const char*>(a.x) + 2 * (int64_t(first) * a.ldx + index * kStreamK) +
+                         thread % kTokenRowPieces * kPieceBytes;
+    fetch_tokens_16<kTokens>(stage + kWeightBytes, tokens, a.ldx, token0, a.rows.m, 2 * (a.k - index * kStreamK));
     load_scales(row_block, index);
-  }
-
-  TERSOR_DEVICE void fetch_weights(shared_t stage, int row_block, int index) const {
-    const int first = thread / kPiecesAtOnce;
-#pragma unroll(kTokenTiles < 8 ? kRowPieces / kPiecesAtOnce : 1)
-    for (int start = 0; start < kRowPieces; start += kPiecesAtOnce) {
-      const int piece = start + thread % kPiecesAtOnce;
-      const int64_t column = int64_t(index) * kRowBytes + piece * kPieceBytes;
-      const int left = a.row_bytes - column < kPieceBytes ? static_cast<int>(a.row_bytes - column) : kPieceBytes;
-      const uint8_t* source = a.codes + (int64_t(row_block) * kStreamRows + first) * a.row_bytes + column;
-#pragma unroll(kTokenTiles < 8 ? kPiecesAtOnce : 1)
-      for (int i = 0; i < kStreamRows / kRowsOfPieces; ++i) {
-        const int to = first + i * kRowsOfPieces;
-        fetch_piece(stage + float_piece(kWeight, to, piece) * kPieceBytes, source,
-                    row_block * kStreamRows + to < a.rows.n ? left : 0, a.aligned != 0);
-        source += kRowsOfPieces * a.row_bytes;
-      }
-    }
-  }
-
-  // Rows past m and columns past k become zeros, so what codes past k say does not matter.
-  TERSOR_DEVICE void fetch_tokens(shared_t tokens, int index) const {
-    const int token = thread / kTokenPieces, piece = thread % kTokenPieces;
-    const int left = 2 * (a.k - index * kStreamK) - piece * kPieceBytes;
-    const int bytes = left <= 0 ? 0 : left < kPieceBytes ? left : kPieceBytes;
-    const int first = blockIdx.x * kTokens + token;
-    const char* source = static_cast<const char*>(a.x) + 2 * (int64_t(first) * a.ldx + index * kStreamK) +
-                         piece * kPieceBytes;
-    const shared_t target = tokens + token * kTokenRowBytes + swizzled_token_piece(token, piece) * kPieceBytes;
-#pragma unroll
-    for (int i = 0; i < kTokens / kRowsAtOnce; ++i) {
-      const bool inside = first + kRowsAtOnce * i < a.rows.m;
-      ptx::cp_async_16(target + kRowsAtOnce * i * kTokenRowBytes, source, inside ? bytes : 0);
-      source += 2 * kRowsAtOnce * a.ldx;
-    }
   }
 
   // A thread brings the scales of one row; they are stored when the next stage begins, so nobody waits for them here.
@@ -187,25 +136,10 @@ struct FloatLinear {
     const int64_t at = int64_t(n / a.scale_rows) * a.groups;
     if (kWeight == kFloatNv || a.scale_kind == kFloatScaleE8m0) {
       constexpr int count = kWeight == kFloatNv ? 8 : 4;
-      const uint8_t* codes = static_cast<const uint8_t*>(a.scales) + at + index * count;
-      uint32_t words[2] = {};
-      if (a.groups % count == 0 && reinterpret_cast<uintptr_t>(a.scales) % count == 0) {
-        if constexpr (kWeight == kFloatNv) {
-          const auto two = ptx::load_global_constant(reinterpret_cast<const ptx::Vec<uint32_t, 2>*>(codes));
-          words[0] = two[0];
-          words[1] = two[1];
-        } else {
-          words[0] = ptx::load_global_constant(reinterpret_cast<const uint32_t*>(codes));
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-          if (index * count + i < a.groups) {
-            words[i / 4] |= uint32_t(ptx::load_global_constant(codes + i)) << (8 * (i % 4));
-          }
-        }
-      }
-      for (int i = 0; i < 2; ++i) scales[i] = words[i];
+      const bool whole = a.groups % count == 0 && reinterpret_cast<uintptr_t>(a.scales) % count == 0;
+      const uint8_t* codes = static_cast<const uint8_t*>(a.scales) + at;
+      const auto words = load_scale_bytes<count>(codes, index * count, a.groups, whole);
+      for (int i = 0; i < count / 4; ++i) scales[i] = words[i];
     } else {
       scales[0] = ptx::float_to_bits(load_number(a.scales, at + index / a.group_stages, a.scale_kind));
     }
@@ -246,26 +180,9 @@ struct FloatLinear {
       uint32_t upper[4], lower[4];
       Decoder::pairs(upper, load_codes(stage, row + 2 * j, block), factors[2 * j]);
       Decoder::pairs(lower, load_codes(stage, row + 2 * j + 1, block), factors[2 * j + 1]);
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        weights[j][s][0] = upper[2 * s];
-        weights[j][s][1] = lower[2 * s];
-        weights[j][s][2] = upper[2 * s + 1];
-        weights[j][s][3] = lower[2 * s + 1];
-      }
+      set_fragments(weights[j], upper, lower);
     }
-    const shared_t tokens = stage + kWeightBytes;
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-      const int token = 8 * t + g;
-      const auto x = ptx::load_shared<ptx::Vec<uint32_t, 4>>(tokens + token * kTokenRowBytes +
-                                                             swizzled_token_piece(token, 4 * block + c) * kPieceBytes);
-      const uint32_t steps[2][2] = {{x[0], x[1]}, {x[2], x[3]}};
-#pragma unroll
-      for (int s = 0; s < 2; ++s)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) Type::mma(sum[j][t], weights[j][s], steps[s]);
-    }
+    multiply_tokens_16<Type>(sum, weights, stage + kWeightBytes, block);
   }
 
   TERSOR_DEVICE void multiply(shared_t stage, float (&total)[2][kTokenTiles][4]) const {
@@ -308,22 +225,13 @@ template <class Type, int kWeight, int kTokenTiles>
 __global__ void __launch_bounds__(kStreamThreads, stream_blocks_per_multiprocessor(kTokenTiles))
     float_linear(const FloatRows arguments) {
   FloatLinear<Type, kWeight, kTokenTiles> work(arguments);
-  RowBlock<Type, kTokenTiles>(arguments.rows).template run<decltype(work)::kStages>(work, decltype(work)::kStageBytes);
-}
-
-template <class Type>
-FloatLinearKernel* choose(int token_tiles) {
-  switch (token_tiles) {
-    case 1: return float_linear<Type, TERSOR_FLOAT, 1>;
-    case 2: return float_linear<Type, TERSOR_FLOAT, 2>;
-    case 4: return float_linear<Type, TERSOR_FLOAT, 4>;
-    case 8: return float_linear<Type, TERSOR_FLOAT, 8>;
-    default: return nullptr;
-  }
+  run_rows<Type, kTokenTiles>(arguments.rows, work);
 }
 
 FloatLinearKernel* choose_kernel(bool is_bfloat16, int token_tiles) {
-  return is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles);
+  return instance_for<FloatLinearKernel>(is_bfloat16, token_tiles, [](auto type, auto tiles) -> FloatLinearKernel* {
+    return float_linear<decltype(type), TERSOR_FLOAT, decltype(tiles)::value>;
+  });
 }
 const bool entered = (float_linear_choosers[TERSOR_FLOAT] = choose_kernel, true);
 

@@ -3,13 +3,10 @@
 
 #include <cstdint>
 
-namespace tersor {
+#include "tile/expert_rows.h"
+#include "tile/stream_k.h"
 
-constexpr int kIntLinearThreads = 128;
-constexpr int kIntLinearRows = 128;         // output features of a block: four warps of 32
-constexpr int kIntLinearStageBlocks = 4;    // a stage: four blocks of 32 k
-constexpr int kIntLinearStageK = 128;
-constexpr int kIntLinearSharedLimit = 99 * 1024;  // what sm_86, 89 and 120 let one block have
+namespace tersor {
 
 struct IntLinearArguments {
   const void* x;               // [m, ldx], 16 bits; rows 16-byte aligned
@@ -28,23 +25,18 @@ struct IntLinearArguments {
   int group_bytes, stage_bytes;             // shared memory of a group slot, and of a stage
   int scale_dtype;                          // enum tersor_dtype
   int wide_stores;                          // y takes 8-byte stores
-  uint32_t share, extra;                    // units (row block, stage) of a range; the first `extra` have one more
+  EqualRanges ranges;                       // of units (row block, stage)
 };
 
 using IntLinearKernel = void(IntLinearArguments);
 
-// Beside the arguments of int_linear_grouped, whose weights, scales, zero points and bias are the first expert's.
-struct IntLinearExperts {
-  const int32_t* ends;  // [count] the row after each expert's last
-  int count, rows;
-  int64_t weight_bytes, scale_bytes, zero_point_bytes;  // from one expert to the next
-};
-using IntLinearGroupedKernel = void(IntLinearArguments, IntLinearExperts);
+// Rows sorted by expert; the arguments' weights, scales, zero points and bias are the first expert's.
+using IntLinearGroupedKernel = void(IntLinearArguments, ExpertWeights);
 
-constexpr int int_linear_weight_bytes(int bits) { return kIntLinearRows * kIntLinearStageK / 8 * bits; }
-constexpr int int_linear_token_bytes(int token_tiles) { return 8 * token_tiles * kIntLinearStageK * 2; }
+constexpr int int_linear_weight_bytes(int bits) { return kStreamRows * kStreamK / 8 * bits; }
+constexpr int int_linear_token_bytes(int token_tiles) { return 8 * token_tiles * kStreamK * 2; }
 constexpr int int_linear_group_bytes(int scale_bytes, bool zero_points) {
-  return kIntLinearRows * (scale_bytes + (zero_points ? 1 : 0));
+  return kStreamRows * (scale_bytes + (zero_points ? 1 : 0));
 }
 constexpr int int_linear_stage_bytes(int bits, int token_tiles, int group_slots, int scale_bytes, bool zero_points) {
   return int_linear_weight_bytes(bits) + int_linear_token_bytes(token_tiles) +
@@ -52,10 +44,9 @@ constexpr int int_linear_stage_bytes(int bits, int token_tiles, int group_slots,
 }
 // Stages in flight: as many of 4, 3, 2 as fit in the limit with the largest scales.
 constexpr int int_linear_stages(int bits, int token_tiles) {
-  const int bytes = int_linear_stage_bytes(bits, token_tiles, 4, 4, true);
-  return 4 * bytes + 16 <= kIntLinearSharedLimit ? 4 : 3 * bytes + 16 <= kIntLinearSharedLimit ? 3 : 2;
+  return stream_stages(int_linear_stage_bytes(bits, token_tiles, 4, 4, true));
 }
-static_assert(2 * int_linear_stage_bytes(8, 8, 4, 4, true) + 16 <= kIntLinearSharedLimit,
+static_assert(2 * int_linear_stage_bytes(8, 8, 4, 4, true) + 16 <= kStreamSharedLimit,
               "the largest stage is double-buffered on every target");
 
 // Blocks that should share a multiprocessor: the register budget of each instance follows from it.

@@ -25,7 +25,7 @@
 // (scale + zero point) + slots x 32 kTokenTiles, and 64 kTokenTiles with zero points; stages: lowbit_stages(). With
 // 4-bit weights, groups of 128 and 16-bit scales: kTokenTiles 1 (4 stages) 38032, 2 42256, 4 50704, 8 67600; with
 // scales for whole rows alone 36880, 40976, 49168, 65552, and 16 (3 stages) 73744. The main loop reads and writes it
-// without bank conflicts (tile/lowbit_codes.h and int_tile.h prove it, the tests count it).
+// without bank conflicts (tile/swizzle.h and int_tile.h prove it, the tests count it).
 // REGISTERS: 65536 / (128 x blocks that share a multiprocessor), no spills; what the gate asserts:
 // gate: defines TERSOR_BITS=2,3,4,5,6,7,8
 // gate: registers 128 where <\d, 1, true>
@@ -45,6 +45,7 @@
 // most 2^bits; m to 2^30, n to 2^25. Weights are read again for each 128 tokens (64 where grouped or with
 // zero points). mma.sync keeps
 // Hopper from its peak for many tokens.
+#include "kernels/instances.h"
 #include "kernels/sm80_lowbit_linear.h"
 #include "kernels/sm80_lowbit_linear_blocks.h"
 
@@ -54,7 +55,7 @@ namespace tersor {
 namespace {
 
 template <int kBits, int kTokenTiles, bool kGrouped>
-__global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks(kTokenTiles, kLowbitBytes, kGrouped))
+__global__ void __launch_bounds__(kStreamThreads, lowbit_blocks(kTokenTiles, kLowbitBytes, kGrouped))
     lowbit_linear(const LowbitLinearArguments arguments) {
   if constexpr (kTokenTiles == 16) {  // never with zero points: the compiler is told, and has their registers
     LowbitLinearArguments a = arguments;
@@ -66,22 +67,12 @@ __global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks(kTokenTiles, kLo
   }
 }
 
-template <int kBits, bool kGrouped>
-LowbitLinearKernel* choose(int token_tiles) {
-  switch (token_tiles) {
-    case 1: return lowbit_linear<kBits, 1, kGrouped>;
-    case 2: return lowbit_linear<kBits, 2, kGrouped>;
-    case 4: return lowbit_linear<kBits, 4, kGrouped>;
-    case 8: return lowbit_linear<kBits, 8, kGrouped>;
-    case 16:
-      if constexpr (!kGrouped) return lowbit_linear<kBits, 16, false>;
-      return nullptr;
-    default: return nullptr;
-  }
-}
-
 LowbitLinearKernel* choose_kernel(bool grouped, int token_tiles) {
-  return grouped ? choose<TERSOR_BITS, true>(token_tiles) : choose<TERSOR_BITS, false>(token_tiles);
+  if (token_tiles == 16) return grouped ? nullptr : lowbit_linear<TERSOR_BITS, 16, false>;
+  return instance_for<LowbitLinearKernel>(token_tiles, [&](auto tiles) -> LowbitLinearKernel* {
+    constexpr int count = decltype(tiles)::value;
+    return grouped ? lowbit_linear<TERSOR_BITS, count, true> : lowbit_linear<TERSOR_BITS, count, false>;
+  });
 }
 const bool entered = (lowbit_linear_choosers[TERSOR_BITS] = choose_kernel, true);
 

@@ -4,13 +4,9 @@
 
 #include <cstdint>
 
-namespace tersor {
+#include "tile/stream_k.h"
 
-constexpr int kLowbitThreads = 128;
-constexpr int kLowbitRows = 128;      // output features of a block: four warps of 32
-constexpr int kLowbitStageBlocks = 4;  // a stage: four blocks of 32 k
-constexpr int kLowbitStageK = 128;
-constexpr int kLowbitSharedLimit = 99 * 1024;  // what sm_86, 89 and 120 let one block have
+namespace tersor {
 
 // How codes of activations are stored (tile/act_codes.h).
 enum LowbitWidth { kLowbitBytes = 0, kLowbitNibbles = 1, kLowbitMixed = 2 };
@@ -38,18 +34,18 @@ struct LowbitLinearArguments {
   int group_bytes, stage_bytes;    // shared memory of a weight group's slot, and of a stage
   int scale_dtype, y_dtype;        // enum tersor_dtype
   int wide_stores;                 // y and the residual take four elements at once
-  uint32_t share, extra;           // units (row block, stage) of a range; the first `extra` have one more
+  EqualRanges ranges;              // of units (row block, stage)
   int64_t row_cost, total_cost;    // mixed: of a row block, of all; ranges are of equal cost there
 };
 
 using LowbitLinearKernel = void(LowbitLinearArguments);
 
-constexpr int lowbit_weight_bytes(int bits) { return kLowbitRows * kLowbitStageK / 8 * bits; }
+constexpr int lowbit_weight_bytes(int bits) { return kStreamRows * kStreamK / 8 * bits; }
 constexpr int lowbit_token_bytes(int token_tiles, int width) {
-  return 8 * token_tiles * kLowbitStageK / (width == kLowbitNibbles ? 2 : 1);
+  return 8 * token_tiles * kStreamK / (width == kLowbitNibbles ? 2 : 1);
 }
 constexpr int lowbit_group_bytes(int scale_bytes, bool zero_points) {
-  return kLowbitRows * (scale_bytes + (zero_points ? 1 : 0));
+  return kStreamRows * (scale_bytes + (zero_points ? 1 : 0));
 }
 // `grouped`: scales change along k, of weights or of activations.
 constexpr int lowbit_stage_bytes(int bits, int token_tiles, int width, bool grouped, int group_slots, int act_slots,
@@ -61,12 +57,11 @@ constexpr int lowbit_stage_bytes(int bits, int token_tiles, int width, bool grou
 // Stages in flight: as many of 4, 3, 2 as fit with the largest scales; with 128 tokens two blocks share the 164 KB of
 // sm_80.
 constexpr int lowbit_stages(int bits, int token_tiles, int width, bool grouped) {
-  const int bytes = lowbit_stage_bytes(bits, token_tiles, width, grouped, 4, 4, 4, true);
-  const int limit = token_tiles == 16 ? 80 * 1024 : kLowbitSharedLimit;
-  return 4 * bytes + 16 <= limit ? 4 : 3 * bytes + 16 <= limit ? 3 : 2;
+  return stream_stages(lowbit_stage_bytes(bits, token_tiles, width, grouped, 4, 4, 4, true),
+                       token_tiles == 16 ? 80 * 1024 : kStreamSharedLimit);
 }
-static_assert(2 * lowbit_stage_bytes(8, 8, kLowbitBytes, true, 4, 4, 4, true) + 16 <= kLowbitSharedLimit &&
-                  2 * lowbit_stage_bytes(8, 16, kLowbitBytes, false, 4, 4, 4, true) + 16 <= kLowbitSharedLimit,
+static_assert(2 * lowbit_stage_bytes(8, 8, kLowbitBytes, true, 4, 4, 4, true) + 16 <= kStreamSharedLimit &&
+                  2 * lowbit_stage_bytes(8, 16, kLowbitBytes, false, 4, 4, 4, true) + 16 <= kStreamSharedLimit,
               "the largest stage is double-buffered on every target");
 
 // Blocks that should share a multiprocessor: the register budget of each instance follows from it.

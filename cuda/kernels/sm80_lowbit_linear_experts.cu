@@ -21,7 +21,7 @@ namespace tersor {
 namespace {
 
 TERSOR_DEVICE void clear_rows(const LowbitLinearArguments& a, int begin, int count) {
-  for (int i = blockIdx.y * kLowbitThreads + threadIdx.x; i < count * a.n; i += gridDim.y * kLowbitThreads) {
+  for (int i = blockIdx.y * kStreamThreads + threadIdx.x; i < count * a.n; i += gridDim.y * kStreamThreads) {
     const int64_t at = (begin + i / a.n) * a.ldy + i % a.n;
     if (a.y_dtype == 0) {
       ptx::store_global(static_cast<float*>(a.y) + at, 0.0f);
@@ -32,10 +32,10 @@ TERSOR_DEVICE void clear_rows(const LowbitLinearArguments& a, int begin, int cou
 }
 
 template <int kBits, int kTokenTiles, bool kGrouped>
-__global__ void __launch_bounds__(kLowbitThreads, lowbit_experts_blocks_per_multiprocessor(kTokenTiles))
-    lowbit_linear_experts(const LowbitLinearArguments arguments, const LowbitExperts experts) {
+__global__ void __launch_bounds__(kStreamThreads, lowbit_experts_blocks_per_multiprocessor(kTokenTiles))
+    lowbit_linear_experts(const LowbitLinearArguments arguments, const ExpertWeights experts) {
   constexpr int tokens = 8 * kTokenTiles;
-  const ExpertRows rows = rows_of_block(experts.ends, experts.count, experts.rows, blockIdx.x, tokens);
+  const ExpertRows rows = rows_of_block(experts, blockIdx.x, tokens);
   if (rows.expert < 0) return;
   LowbitLinearArguments a = arguments;
   if (rows.expert == experts.count) {
@@ -51,10 +51,7 @@ __global__ void __launch_bounds__(kLowbitThreads, lowbit_experts_blocks_per_mult
   if (a.act_zero_points != nullptr) a.act_zero_points += shift * a.act_groups;
   const int size = a.y_dtype == 0 ? 4 : 2;
   a.y = static_cast<char*>(a.y) + shift * a.ldy * size;
-  a.qweight += rows.expert * experts.weight_bytes;
-  a.scales = static_cast<const char*>(a.scales) + rows.expert * experts.scale_bytes;
-  if (a.zero_points != nullptr) a.zero_points += rows.expert * experts.zero_point_bytes;
-  if (a.bias != nullptr) a.bias = static_cast<const char*>(a.bias) + int64_t(rows.expert) * a.n * size;
+  choose_expert(a, experts, rows.expert, size);
   LowbitLinear<kBits, kTokenTiles, kGrouped, kLowbitBytes>(a).run();
 }
 

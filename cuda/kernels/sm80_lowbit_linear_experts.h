@@ -3,14 +3,9 @@
 #pragma once
 
 #include "kernels/sm80_lowbit_linear.h"
+#include "tile/expert_rows.h"
 
 namespace tersor {
-
-struct LowbitExperts {
-  const int32_t* ends;  // [count] the row after each expert's last
-  int count, rows;
-  int64_t weight_bytes, scale_bytes, zero_point_bytes;  // from one expert to the next
-};
 
 constexpr int lowbit_experts_blocks_per_multiprocessor(int token_tiles) { return token_tiles == 1 ? 3 : 2; }
 // By the rows of the average expert that has any.
@@ -18,7 +13,7 @@ constexpr int lowbit_experts_token_tiles(long long rows, long long experts) {
   return rows <= 8 * (rows < experts ? rows : experts) ? 1 : 2;
 }
 
-using LowbitExpertsKernel = void(LowbitLinearArguments, LowbitExperts);
+using LowbitExpertsKernel = void(LowbitLinearArguments, ExpertWeights);
 using LowbitExpertsChooser = LowbitExpertsKernel*(bool grouped, int token_tiles);
 extern LowbitExpertsChooser* lowbit_experts_choosers[9];
 

@@ -22,6 +22,7 @@
 //
 // FLOORS: with 128 tokens a stage has 64 mma of s4 a warp, half of s8's time. Nothing here was measured on hardware.
 // LIMITS: those of sm80_lowbit_linear.cu.
+#include "kernels/instances.h"
 #include "kernels/sm80_lowbit_linear.h"
 #include "kernels/sm80_lowbit_linear_blocks.h"
 
@@ -31,7 +32,7 @@ namespace tersor {
 namespace {
 
 template <int kTokenTiles, bool kGrouped>
-__global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks(kTokenTiles, kLowbitNibbles, kGrouped))
+__global__ void __launch_bounds__(kStreamThreads, lowbit_blocks(kTokenTiles, kLowbitNibbles, kGrouped))
     lowbit_linear_nibbles(const LowbitLinearArguments arguments) {
   if constexpr (kTokenTiles == 16) {  // never with zero points, as there
     LowbitLinearArguments a = arguments;
@@ -44,31 +45,23 @@ __global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks(kTokenTiles, kLo
 }
 
 template <int kTokenTiles>
-__global__ void __launch_bounds__(kLowbitThreads, lowbit_blocks(kTokenTiles, kLowbitMixed, true))
+__global__ void __launch_bounds__(kStreamThreads, lowbit_blocks(kTokenTiles, kLowbitMixed, true))
     lowbit_linear_mixed(const LowbitLinearArguments arguments) {
   LowbitLinear<4, kTokenTiles, true, kLowbitMixed>(arguments).run();
 }
 
 LowbitLinearKernel* choose_nibbles(bool grouped, int token_tiles) {
-  switch (token_tiles) {
-    case 1: return grouped ? lowbit_linear_nibbles<1, true> : lowbit_linear_nibbles<1, false>;
-    case 2: return grouped ? lowbit_linear_nibbles<2, true> : lowbit_linear_nibbles<2, false>;
-    case 4: return grouped ? lowbit_linear_nibbles<4, true> : lowbit_linear_nibbles<4, false>;
-    case 8: return grouped ? lowbit_linear_nibbles<8, true> : lowbit_linear_nibbles<8, false>;
-    case 16: return grouped ? nullptr : lowbit_linear_nibbles<16, false>;
-    default: return nullptr;
-  }
+  if (token_tiles == 16) return grouped ? nullptr : lowbit_linear_nibbles<16, false>;
+  return instance_for<LowbitLinearKernel>(token_tiles, [&](auto tiles) -> LowbitLinearKernel* {
+    constexpr int count = decltype(tiles)::value;
+    return grouped ? lowbit_linear_nibbles<count, true> : lowbit_linear_nibbles<count, false>;
+  });
 }
 
 LowbitLinearKernel* choose_mixed(bool grouped, int token_tiles) {
   if (!grouped) return nullptr;
-  switch (token_tiles) {
-    case 1: return lowbit_linear_mixed<1>;
-    case 2: return lowbit_linear_mixed<2>;
-    case 4: return lowbit_linear_mixed<4>;
-    case 8: return lowbit_linear_mixed<8>;
-    default: return nullptr;
-  }
+  return instance_for<LowbitLinearKernel>(
+      token_tiles, [](auto tiles) -> LowbitLinearKernel* { return lowbit_linear_mixed<decltype(tiles)::value>; });
 }
 const bool entered = (lowbit_linear_nibble_choosers[kLowbitNibbles] = choose_nibbles,
                       lowbit_linear_nibble_choosers[kLowbitMixed] = choose_mixed, true);

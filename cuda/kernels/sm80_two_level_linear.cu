@@ -29,13 +29,14 @@
 // included: other weights give other integers, and touch no other memory. m to 2^30, n to 2^25.
 #include "kernels/sm80_two_level_linear.h"
 
+#include "kernels/instances.h"
 #include "tile/two_level_linear.h"
 
 namespace tersor {
 namespace {
 
 template <int kBits, int kTokenTiles, bool kGrouped>
-__global__ void __launch_bounds__(kLowbitThreads, two_level_blocks(kTokenTiles))
+__global__ void __launch_bounds__(kStreamThreads, two_level_blocks(kTokenTiles))
     two_level_linear(const LowbitLinearArguments arguments, const TwoLevelScales scales) {
   LowbitLinearArguments a = arguments;  // the compiler is told what is never there, and has the registers
   a.zero_points = nullptr;
@@ -43,22 +44,12 @@ __global__ void __launch_bounds__(kLowbitThreads, two_level_blocks(kTokenTiles))
   TwoLevelLinear<kBits, kTokenTiles, kGrouped>(a, scales).run();
 }
 
-template <int kBits, bool kGrouped>
-TwoLevelKernel* choose(int token_tiles) {
-  switch (token_tiles) {
-    case 1: return two_level_linear<kBits, 1, kGrouped>;
-    case 2: return two_level_linear<kBits, 2, kGrouped>;
-    case 4: return two_level_linear<kBits, 4, kGrouped>;
-    case 8: return two_level_linear<kBits, 8, kGrouped>;
-    case 16:
-      if constexpr (!kGrouped) return two_level_linear<kBits, 16, false>;
-      return nullptr;
-    default: return nullptr;
-  }
-}
-
 TwoLevelKernel* choose_kernel(bool grouped, int token_tiles) {
-  return grouped ? choose<TERSOR_BITS, true>(token_tiles) : choose<TERSOR_BITS, false>(token_tiles);
+  if (token_tiles == 16) return grouped ? nullptr : two_level_linear<TERSOR_BITS, 16, false>;
+  return instance_for<TwoLevelKernel>(token_tiles, [&](auto tiles) -> TwoLevelKernel* {
+    constexpr int count = decltype(tiles)::value;
+    return grouped ? two_level_linear<TERSOR_BITS, count, true> : two_level_linear<TERSOR_BITS, count, false>;
+  });
 }
 const bool entered = (two_level_choosers[TERSOR_BITS] = choose_kernel, true);
 

@@ -26,7 +26,7 @@ constexpr bool two_level_stages_fit(bool grouped, int most_token_tiles) {
   for (int bits = 2; bits <= kTwoLevelMostBits; ++bits) {
     for (int tiles = 1; tiles <= most_token_tiles; tiles *= 2) {
       const int stages = lowbit_stages(bits, tiles, kLowbitBytes, grouped);
-      const int limit = tiles == 16 ? 80 * 1024 : kLowbitSharedLimit;
+      const int limit = tiles == 16 ? 80 * 1024 : kStreamSharedLimit;
       if (stages * two_level_stage_bytes(bits, tiles, grouped, 4, 4, true) + 16 > limit) return false;
     }
   }

@@ -1,7 +1,7 @@
 // y[m, n] = (x * x_scales)[m, k] (weights * scales)^T + bias: e4m3 activations, weights of 4-bit integers or e4m3.
 //
 // LAYOUT. Weights are operand A of mma.m16n8k32 e4m3, tokens its n. In a block of 32 k a lane (g, c) has k = 8c .. 8c +
-// 7: of each of its four rows (row_stream.h) a dword of 4-bit codes in the stored layout of int_tile.h, or 8 bytes of
+// 7: of each of its four rows (stream_k.h) a dword of 4-bit codes in the stored layout of int_tile.h, or 8 bytes of
 // e4m3 as checkpoints store them; of a token 8 bytes, stored in the same order of k (tile/fp8_codes.h).
 //
 //     int4 to e4m3, 10 instructions for 8 codes: e4m3 numbers below 2^-5 are their bits times 2^-9, so a code - 8 of
@@ -12,7 +12,7 @@
 // the row times that of the token. Scales of int4 may be bytes of e4m3 under one multiplier (FireQ, arXiv 2505.20839),
 // which scales the results. That paper's kernel turns a code into the e4m3 number nearest to code * scale, by a table
 // of the group; here the scale stays with the sums, which rounds nothing. A block of 4 warps computes 128 rows x 8 *
-// kTokenTiles tokens in stages of 128 k; stream-K as in row_stream.h: results are the same to the bit in every launch.
+// kTokenTiles tokens in stages of 128 k; stream-K as in stream_k.h: results are the same to the bit in every launch.
 //
 // SHARED MEMORY, bytes: stages x (codes 8192 or 16384 + 1056 kTokenTiles + 2048) + 16:
 //     kTokenTiles 1, 2, 4, 8   4 stages: int4 45200  49424  57872  74768
@@ -31,6 +31,7 @@
 // LIMITS. Zero points are not taken (symmetric int4 only). Weights are read again for each 64 tokens.
 #include "kernels/sm89_fp8_linear.h"
 
+#include "kernels/instances.h"
 #include "ptx/matrix_float.h"
 #include "ptx/ptx.h"
 #include "tile/fp8_codes.h"
@@ -41,10 +42,6 @@ namespace {
 
 using ptx::shared_t;
 
-// Where piece `piece` of a row of 128 bytes lies: a phase of the lanes' 8-byte loads is four rows x 32 bytes. Rows of
-// tokens are those of neighbouring g, rows of weights 4g apart: `index` is the row or the row / 4.
-__host__ __device__ constexpr int fp8_piece(int index, int piece) { return piece ^ (index & 3) << 1; }
-
 template <class Type, int kWeight, int kTokenTiles>
 struct Fp8Linear {
   static constexpr bool kInt4 = kWeight == kFp8Int4;
@@ -52,7 +49,6 @@ struct Fp8Linear {
   static constexpr int kStageBytes = fp8_stage_bytes(kWeight, kTokenTiles), kStages = stream_stages(kStageBytes);
   static constexpr int kWeightBytes = fp8_weight_bytes(kWeight), kTokenBytes = kTokens * kStreamK;
   static constexpr int kScaleBytes = 16 * kStreamRows;
-  static constexpr int kPieces = kStreamK / kPieceBytes;  // of a row of bytes
   static constexpr int kTileBytes = 4 * 256;              // of int4 in a stage
   using Eight = ptx::Vec<uint32_t, 2>;
 
@@ -69,9 +65,13 @@ struct Fp8Linear {
     if constexpr (kInt4) {
       fetch_int4(stage, row_block, index);
     } else {
-      fetch_e4m3(stage, row_block, index);
+      fetch_rows<kStreamK, kStreamK / kPieceBytes, kTokenTiles < 8>(
+          stage, a.codes, a.k, a.aligned != 0, row_block, a.rows.n, index,
+          [](int row, int piece) { return 8 * row + swizzled_byte_piece(row / 4, piece); });
     }
-    fetch_tokens(stage + kWeightBytes, index);
+    const int token0 = blockIdx.x * kTokens;
+    fetch_token_bytes<kTokens, kStreamK, 4>(stage + kWeightBytes, a.x + int64_t(token0) * a.padded + index * kStreamK,
+                                            a.padded, token0, a.rows.m, swizzled_byte_piece);
     load_scales(row_block, index);
   }
 
@@ -84,31 +84,6 @@ struct Fp8Linear {
       const bool inside = row_block * 8 + tile < a.tiles && index * 4 + block < a.blocks;
       ptx::cp_async_16_once(stage + tile * kTileBytes + block * 256 + swizzled_piece(4, piece) * kPieceBytes,
                             a.codes + from * 256 + piece * kPieceBytes, inside ? kPieceBytes : 0);
-    }
-  }
-
-  TERSOR_DEVICE void fetch_e4m3(shared_t stage, int row_block, int index) const {
-    const int first = thread / kPieces, piece = thread % kPieces, left = a.k - index * kStreamK - piece * kPieceBytes;
-    const uint8_t* source =
-        a.codes + (int64_t(row_block) * kStreamRows + first) * a.k + index * kStreamK + piece * kPieceBytes;
-#pragma unroll(kTokenTiles < 8 ? 8 : 1)
-    for (int i = 0; i < 8; ++i) {
-      const int row = first + 16 * i;
-      fetch_piece(stage + row * kStreamK + fp8_piece(row / 4, piece) * kPieceBytes, source,
-                  row_block * kStreamRows + row < a.rows.n ? left : 0, a.aligned != 0);
-      source += int64_t(16) * a.k;
-    }
-  }
-
-  TERSOR_DEVICE void fetch_tokens(shared_t tokens, int index) const {
-    const int first = thread / kPieces, piece = thread % kPieces, token0 = blockIdx.x * kTokens;
-#pragma unroll
-    for (int i = 0; i < (kTokens + 15) / 16; ++i) {
-      const int token = first + 16 * i;
-      if (kTokens % 16 != 0 && token >= kTokens) break;
-      const uint8_t* source = a.x + int64_t(token0 + token) * a.padded + index * kStreamK + piece * kPieceBytes;
-      ptx::cp_async_16(tokens + token * kStreamK + fp8_piece(token, piece) * kPieceBytes, source,
-                       token0 + token < a.rows.m ? kPieceBytes : 0);
     }
   }
 
@@ -160,8 +135,8 @@ struct Fp8Linear {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = 32 * warp + 4 * g + i;
-        const auto codes = ptx::load_shared<Eight>(stage + row * kStreamK +
-                                                   fp8_piece(g, 2 * block + c / 2) * kPieceBytes + 8 * (c % 2));
+        const int piece = swizzled_byte_piece(g, 2 * block + c / 2);
+        const auto codes = ptx::load_shared<Eight>(stage + row * kStreamK + piece * kPieceBytes + 8 * (c % 2));
         weights[i / 2][i % 2] = codes[0];
         weights[i / 2][i % 2 + 2] = codes[1];
       }
@@ -194,9 +169,7 @@ struct Fp8Linear {
       load_weights(weights, stage, block);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
-        const int token = 8 * t + g;
-        const auto x = ptx::load_shared<Eight>(tokens + token * kStreamK +
-                                               fp8_piece(token, 2 * block + c / 2) * kPieceBytes + 8 * (c % 2));
+        const auto x = load_token_bytes(tokens, 8 * t + g, block);
         const uint32_t pair[2] = {x[0], x[1]};
 #pragma unroll
         for (int j = 0; j < 2; ++j) ptx::mma_m16n8k32_e4m3(sum[j][t], weights[j], pair);
@@ -215,22 +188,13 @@ template <class Type, int kWeight, int kTokenTiles>
 __global__ void __launch_bounds__(kStreamThreads, stream_blocks_per_multiprocessor(kTokenTiles))
     fp8_linear(const Fp8Arguments arguments) {
   Fp8Linear<Type, kWeight, kTokenTiles> work(arguments);
-  RowBlock<Type, kTokenTiles>(arguments.rows).template run<decltype(work)::kStages>(work, decltype(work)::kStageBytes);
-}
-
-template <class Type>
-Fp8LinearKernel* choose(int token_tiles) {
-  switch (token_tiles) {
-    case 1: return fp8_linear<Type, TERSOR_FP8, 1>;
-    case 2: return fp8_linear<Type, TERSOR_FP8, 2>;
-    case 4: return fp8_linear<Type, TERSOR_FP8, 4>;
-    case 8: return fp8_linear<Type, TERSOR_FP8, 8>;
-    default: return nullptr;
-  }
+  run_rows<Type, kTokenTiles>(arguments.rows, work);
 }
 
 Fp8LinearKernel* choose_kernel(bool is_bfloat16, int token_tiles) {
-  return is_bfloat16 ? choose<BFloat16>(token_tiles) : choose<Float16>(token_tiles);
+  return instance_for<Fp8LinearKernel>(is_bfloat16, token_tiles, [](auto type, auto tiles) -> Fp8LinearKernel* {
+    return fp8_linear<decltype(type), TERSOR_FP8, decltype(tiles)::value>;
+  });
 }
 const bool entered = (fp8_linear_choosers[TERSOR_FP8] = choose_kernel, true);
 

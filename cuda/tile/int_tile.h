@@ -15,10 +15,9 @@
 
 #include "cpu/int_layout.h"
 #include "ptx/ptx.h"
+#include "tile/swizzle.h"
 
 namespace tersor {
-
-constexpr int kPieceBytes = 16;  // one cp.async, one shared load: what a lane owns of a plane
 
 // Chunk (64 bytes) of a plane of `width` bits that holds the codes of lane column c; 8-bit planes: the first of two.
 __host__ __device__ constexpr int lane_chunk(int width, int c) { return c * width / 4; }
@@ -47,37 +46,20 @@ static_assert(agrees_with_storage(8) && agrees_with_storage(4) && agrees_with_st
 __host__ __device__ constexpr int swizzled_piece(int bits, int piece) {
   return bits == 8 ? piece ^ (piece >> 3 & 3) << 1 : bits >= 4 && piece < 16 ? piece ^ (piece >> 3 & 1) << 1 : piece;
 }
-// Tokens lie in shared memory as rows of 128 k; the exclusive or separates the two rows of a quarter warp.
-__host__ __device__ constexpr int swizzled_token_piece(int token, int piece) { return piece ^ (token & 1) << 2; }
 
 // Piece of a block that lane column c, row quad `quad` reads of plane `index`; `second`: the 8-bit plane's other half.
 __host__ __device__ constexpr int lane_piece(int bits, int width, int low, int c, int quad, bool second = false) {
   return swizzled_piece(bits, 4 * low + 4 * (lane_chunk(width, c) + second) + quad);
 }
 
-// Whether a warp's 16-byte loads of these pieces are free of bank conflicts: each quarter warp (a phase of such a
-// load) touches each of the eight 16-byte columns of the banks with one piece, however many lanes share it.
-template <class PieceOfLane>
-constexpr bool conflict_free(const PieceOfLane& piece_of_lane) {
-  for (int lane = 0; lane < 32; ++lane) {
-    for (int other = lane / 8 * 8; other < lane; ++other) {
-      const int a = piece_of_lane(lane / 4, lane % 4), b = piece_of_lane(other / 4, other % 4);
-      if (a != b && a % 8 == b % 8) return false;
-    }
-  }
-  return true;
-}
 // (A quarter warp reads of one storage tile: lanes of g / 4 = 0 and 1 are in different phases.)
 constexpr bool codes_conflict_free(int bits, int width, int low, bool second) {
-  return conflict_free([=](int g, int c) { return lane_piece(bits, width, low, c, g % 4, second); });
+  return conflict_free(16, [=](int g, int c) { return 4 * lane_piece(bits, width, low, c, g % 4, second); });
 }
 static_assert(codes_conflict_free(4, 4, 0, false) && codes_conflict_free(7, 4, 0, false) &&
                   codes_conflict_free(7, 2, 4, false) && codes_conflict_free(7, 1, 6, false) &&
                   codes_conflict_free(8, 8, 0, false) && codes_conflict_free(8, 8, 0, true),
               "every plane is read from shared memory without bank conflicts");
-static_assert(conflict_free([](int g, int c) { return 16 * g + swizzled_token_piece(g, c); }) &&
-                  conflict_free([](int g, int c) { return 16 * g + swizzled_token_piece(g, 4 + c); }),
-              "tokens are read from shared memory without bank conflicts");
 
 // The codes that a lane owns of one block: [plane][row] dwords; the 8-bit plane takes two entries.
 template <int kBits>

@@ -52,33 +52,4 @@ struct LowbitUnpacker {
   }
 };
 
-// Tokens in shared memory, rows of 128 channels. Width 8: a lane reads the 8 bytes of its channels; four tokens and
-// four lane columns are a half warp, which the exclusive or spreads over all banks. Width 4: ldmatrix reads 16 bytes
-// (32 channels) of eight tokens.
-__host__ __device__ constexpr int swizzled_byte_piece(int token, int piece) { return piece ^ (token & 3) << 1; }
-__host__ __device__ constexpr int swizzled_nibble_piece(int token, int piece) { return piece ^ (token >> 1 & 3); }
-
-constexpr bool byte_tokens_conflict_free() {
-  for (int block = 0; block < 4; ++block) {
-    uint32_t banks = 0;
-    for (int token = 0; token < 4; ++token)
-      for (int c = 0; c < 4; ++c) {
-        const int first = 32 * token + 4 * swizzled_byte_piece(token, 2 * block + c / 2) + 2 * (c % 2);
-        banks |= 3u << first % 32;
-      }
-    if (banks != ~0u) return false;
-  }
-  return true;
-}
-constexpr bool nibble_tokens_conflict_free() {
-  for (int block = 0; block < 4; ++block) {
-    uint32_t columns = 0;
-    for (int token = 0; token < 8; ++token) columns |= 1u << (4 * token + swizzled_nibble_piece(token, block)) % 8;
-    if (columns != 0xff) return false;
-  }
-  return true;
-}
-static_assert(byte_tokens_conflict_free(), "a half warp's loads of tokens touch each bank once");
-static_assert(nibble_tokens_conflict_free(), "the eight rows of an ldmatrix touch each bank once");
-
 }  // namespace tersor

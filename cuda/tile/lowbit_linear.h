@@ -5,45 +5,35 @@
 #include "ptx/ptx.h"
 #include "tile/act_codes.h"
 #include "tile/four_results.h"
-#include "tile/int_tile.h"
+#include "tile/int_stages.h"
 #include "tile/lowbit_codes.h"
 #include "tile/number.h"
+#include "tile/token_tile.h"
 
 namespace tersor {
 
 template <int kBits, int kTokenTiles, bool kGrouped, int kWidth>
 struct LowbitLinear {
   using shared_t = ptx::shared_t;
-  // What crosses blocks: sums of scaled groups, or where nothing changes along k the integers themselves.
-  using Sum = std::conditional_t<kGrouped, float, int32_t>;
-  using Four = ptx::Vec<Sum, 4>;
+  using Stages = IntStages<kBits>;
 
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kStages = lowbit_stages(kBits, kTokenTiles, kWidth, kGrouped);
-  static constexpr int kBlockBytes = 64 * kBits;
-  static constexpr int kBlockPieces = kBlockBytes / kPieceBytes;
-  static constexpr int kTilePieces = kLowbitStageBlocks * kBlockPieces;  // one tile, one stage
-  static constexpr int kTileBytes = kTilePieces * kPieceBytes;
   static constexpr int kWeightBytes = lowbit_weight_bytes(kBits);
   static constexpr int kTokenBytes = lowbit_token_bytes(kTokenTiles, kWidth);
   static_assert(kWidth == kLowbitBytes || kBits == 4, "4-bit products take 4-bit weights");
   static_assert(kWidth != kLowbitMixed || kGrouped, "blocks of two widths have scales of their own");
   static_assert(kGrouped ? kTokenTiles <= 8 : kTokenTiles <= 16, "sums, and totals where there are, fit the registers");
 
-  struct Position {
-    int row_block, stage;
-  };
-  // What is fetched: the groups of the stage's first block, that block's place in them, and where the lane's first
-  // piece of weights lies. Kept up by additions.
-  struct Source : Position {
-    int group, in_group, act_group, in_act_group;
+  // What is fetched: the groups of the stage's first block, and where the lane's first piece of weights lies.
+  struct Source : StreamPosition {
+    GroupPlace first, act_first;
     const uint8_t* weights;
   };
 
   const LowbitLinearArguments& a;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int g = lane / 4, c = lane % 4, quad = g % 4;
-  const int warp_tile = 2 * warp + g / 4;         // the lane's storage tile among the block's eight
+  const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, c = lane % 4;
+  const int row = 32 * (thread / 32) + 4 * g;     // the lane's first of four
   const int token0 = blockIdx.x * kTokens;        // the block's first token
   const uint32_t begin = first_unit(blockIdx.y), end = first_unit(blockIdx.y + 1);
   const shared_t shared = ptx::dynamic_shared();
@@ -63,7 +53,7 @@ struct LowbitLinear {
   TERSOR_DEVICE int stage_table(int index) const { return ptx::load_global_constant(a.stage_starts + index); }
 
   TERSOR_DEVICE uint32_t first_unit(uint32_t range) const {
-    if constexpr (kWidth != kLowbitMixed) return range * a.share + (range < a.extra ? range : a.extra);
+    if constexpr (kWidth != kLowbitMixed) return a.ranges.first_unit(range);
     // The first unit that starts at or after the range's share of the cost.
     const int64_t cost = range * a.total_cost / gridDim.y;
     const int64_t row_block = cost / a.row_cost;
@@ -80,10 +70,7 @@ struct LowbitLinear {
     return static_cast<uint32_t>(row_block * a.stages + low);
   }
   TERSOR_DEVICE uint32_t range_of(uint32_t unit) const {
-    if constexpr (kWidth != kLowbitMixed) {
-      const uint32_t longer = a.extra * (a.share + 1);
-      return unit < longer ? unit / (a.share + 1) : a.extra + (unit - longer) / a.share;
-    }
+    if constexpr (kWidth != kLowbitMixed) return a.ranges.range_of(unit);
     const int row_block = unit / a.stages, stage = unit - row_block * a.stages;
     const int64_t cost = row_block * a.row_cost + stage_table(a.stages + 1 + stage);
     uint32_t range = static_cast<uint32_t>(cost * gridDim.y / a.total_cost);
@@ -97,107 +84,65 @@ struct LowbitLinear {
   }
 
   // ---- global to shared ---------------------------------------------------------------------------------------
-  // A copy of 0 bytes fills its 16 with zeros and reads nothing, wherever its source points.
 
-  TERSOR_DEVICE Source source_at(int row_block, int stage) const {
-    const int first_block = stage * kLowbitStageBlocks;
-    const int group = kGrouped ? first_block / a.group_blocks : 0;
-    const int act_group = kGrouped ? first_block / a.act_group_blocks : 0;
-    const int64_t tile = row_block * 8 + 2 * warp;
-    return {{row_block, stage}, group, first_block - group * a.group_blocks, act_group,
-            first_block - act_group * a.act_group_blocks,
-            a.qweight + tile * a.blocks * kBlockBytes + stage * kTileBytes + lane * kPieceBytes};
+  TERSOR_DEVICE Source source_at(const StreamPosition& at) const {
+    const int block = kGrouped ? at.stage * kStreamBlocks : 0;
+    return {at, group_of(block, a.group_blocks), group_of(block, a.act_group_blocks),
+            Stages::source(a, at.row_block, at.stage)};
   }
 
   TERSOR_DEVICE void advance(Source& at) const {
     if (at.stage + 1 == a.stages) {
-      at = source_at(at.row_block + 1, 0);
+      at = source_at({at.row_block + 1, 0});
       return;
     }
     ++at.stage;
-    at.weights += kTileBytes;
+    at.weights += Stages::kTileBytes;
     if constexpr (kGrouped) {
-      at.in_group += kLowbitStageBlocks;
-      for (; at.in_group >= a.group_blocks; ++at.group) at.in_group -= a.group_blocks;
-      at.in_act_group += kLowbitStageBlocks;
-      for (; at.in_act_group >= a.act_group_blocks; ++at.act_group) at.in_act_group -= a.act_group_blocks;
+      at.first.advance_stage(a.group_blocks);
+      at.act_first.advance_stage(a.act_group_blocks);
     }
   }
 
-  // A warp fetches the two storage tiles that it multiplies: whole 16-byte pieces, 512 contiguous bytes at a time.
-  TERSOR_DEVICE void fetch_weights(shared_t stage, const Source& at) const {
-    const int tiles_left = a.tiles - (at.row_block * 8 + 2 * warp);
-    const int blocks_left = a.blocks - at.stage * kLowbitStageBlocks;
-    const int64_t next_tile = int64_t(a.blocks) * kBlockBytes - kTileBytes;
-    const shared_t targets = stage + 2 * warp * kTileBytes;
-#pragma unroll(kTokenTiles < 8 ? kBits : 1)  // with many tokens the addresses of all pieces would not fit
-    for (int i = 0; i < kBits; ++i) {
-      const int index = lane + 32 * i;  // of a piece in both tiles: shared memory has them in this order
-      const int tile = index / kTilePieces, block = index % kTilePieces / kBlockPieces;
-      const int piece = 32 % kBlockPieces == 0 ? lane % kBlockPieces : index % kBlockPieces;
-      const bool inside = tile < tiles_left && block < blocks_left;
-      const uint8_t* source = at.weights + 32 * i * kPieceBytes + (tile == 0 ? 0 : next_tile);
-      const shared_t target = targets + (swizzled_piece(kBits, piece) - piece + index) * kPieceBytes;
-      ptx::cp_async_16_once(target, source, inside ? kPieceBytes : 0);
-    }
-  }
-
-  // Rows past m become zeros; channels past k are zeros in memory.
   template <bool kBytes>
   TERSOR_DEVICE void fetch_tokens(shared_t tokens, int offset) const {
-    constexpr int row_bytes = kBytes ? kLowbitStageK : kLowbitStageK / 2, pieces = row_bytes / kPieceBytes;
-    constexpr int at_once = kLowbitThreads / pieces;
-    const int piece = thread % pieces, first = thread / pieces;
-    const uint8_t* source = a.codes + (token0 + first) * a.row_bytes + offset + piece * kPieceBytes;
-#pragma unroll(kTokenTiles < 16 ? 4 : 1)
-    for (int token = first; token < kTokens; token += at_once) {
-      const int swizzled = kBytes ? swizzled_byte_piece(token, piece) : swizzled_nibble_piece(token, piece);
-      ptx::cp_async_16(tokens + token * row_bytes + swizzled * kPieceBytes, source,
-                       token0 + token < a.m ? kPieceBytes : 0);
-      source += at_once * a.row_bytes;
+    constexpr int unroll = kTokenTiles < 16 ? 4 : 1;
+    const uint8_t* source = a.codes + token0 * a.row_bytes + offset;
+    if constexpr (kBytes) {
+      fetch_token_bytes<kTokens, kStreamK, unroll>(tokens, source, a.row_bytes, token0, a.m, swizzled_byte_piece);
+    } else {
+      fetch_token_bytes<kTokens, kStreamK / 2, unroll>(tokens, source, a.row_bytes, token0, a.m, swizzled_nibble_piece);
+    }
+  }
+
+  TERSOR_DEVICE int blocks_of(int stage) const {
+    const int left = a.blocks - stage * kStreamBlocks;
+    return left < kStreamBlocks ? left : kStreamBlocks;
+  }
+
+  TERSOR_DEVICE void fetch_act_scales(shared_t scales, const Source& at) const {
+    const int blocks = blocks_of(at.stage);
+    for (int i = thread; i < a.act_slots * kTokens; i += kStreamThreads) {
+      const int slot = i / kTokens, token = token0 + i % kTokens;
+      if (slot * a.act_group_blocks - at.act_first.in_group < blocks) {
+        ptx::cp_async_4(scales + 4 * i, a.act_scales + token * a.act_scale_stride + at.act_first.group + slot,
+                        token < a.m ? 4 : 0);
+      }
     }
   }
 
   // Scales and zero points of all groups that the stage touches, where a segment ends in it: a group of either side,
   // a row of k, or the range.
   TERSOR_DEVICE void fetch_groups(shared_t groups, const Source& at, bool range_ends) const {
-    if (at.in_group + kLowbitStageBlocks < a.group_blocks &&
-        at.in_act_group + kLowbitStageBlocks < a.act_group_blocks && at.stage + 1 < a.stages && !range_ends) {
+    if (at.first.in_group + kStreamBlocks < a.group_blocks &&
+        at.act_first.in_group + kStreamBlocks < a.act_group_blocks && at.stage + 1 < a.stages && !range_ends) {
       return;
     }
-    const int left = a.blocks - at.stage * kLowbitStageBlocks;
-    const int blocks = left < kLowbitStageBlocks ? left : kLowbitStageBlocks;
-    const auto touched = [&](int slot) { return slot * a.group_blocks - at.in_group < blocks; };
-    // One piece of scales at most for a thread, and one of zero points, from the other end of the block.
-    const int shift = a.scale_dtype == 0 ? 2 : 1, pieces = 1 << shift;  // of 16 scales
-    if (thread < a.group_slots * 8 * pieces) {
-      const int piece = thread & (pieces - 1), tile = thread >> shift & 7, slot = thread >> (shift + 3);
-      const int64_t group = int64_t(at.row_block * 8 + tile) * a.groups + at.group + slot;
-      if (touched(slot)) {
-        ptx::cp_async_16(groups + slot * a.group_bytes + (tile * pieces + piece) * kPieceBytes,
-                         static_cast<const char*>(a.scales) + (group * pieces + piece) * kPieceBytes,
-                         at.row_block * 8 + tile < a.tiles ? kPieceBytes : 0);
-      }
-    }
-    const int index = kLowbitThreads - 1 - thread;
-    if (a.zero_points != nullptr && index < a.group_slots * 8) {
-      const int tile = index % 8, slot = index / 8;
-      const int64_t group = int64_t(at.row_block * 8 + tile) * a.groups + at.group + slot;
-      if (touched(slot)) {
-        ptx::cp_async_16(groups + slot * a.group_bytes + kLowbitRows * scale_bytes + tile * kPieceBytes,
-                         a.zero_points + group * kPieceBytes, at.row_block * 8 + tile < a.tiles ? kPieceBytes : 0);
-      }
-    }
-    const shared_t act_scales = groups + a.group_slots * a.group_bytes;
-    for (int i = thread; i < a.act_slots * kTokens; i += kLowbitThreads) {
-      const int slot = i / kTokens, token = token0 + i % kTokens;
-      if (slot * a.act_group_blocks - at.in_act_group < blocks) {
-        ptx::cp_async_4(act_scales + 4 * i, a.act_scales + token * a.act_scale_stride + at.act_group + slot,
-                        token < a.m ? 4 : 0);
-      }
-    }
+    const int blocks = blocks_of(at.stage);
+    fetch_groups_of_rows(a, groups, at.row_block, at.first.group,
+                         [&](int slot) { return slot * a.group_blocks - at.first.in_group < blocks; });
+    fetch_act_scales(groups + a.group_slots * a.group_bytes, at);
   }
-  static_assert(4 * 8 * 4 <= kLowbitThreads, "four slots of fp32 scales are one piece for a thread");
 
   TERSOR_DEVICE shared_t groups_of(shared_t stage) const { return stage + kWeightBytes + kTokenBytes; }
   TERSOR_DEVICE shared_t sums_of(shared_t stage) const {
@@ -206,7 +151,7 @@ struct LowbitLinear {
 
   TERSOR_DEVICE void fetch(int slot, const Source& at, bool range_ends) const {
     const shared_t stage = shared + slot * a.stage_bytes, tokens = stage + kWeightBytes;
-    fetch_weights(stage, at);
+    Stages::template fetch<(kTokenTiles < 8)>(a, stage, at.weights, at.row_block, at.stage);
     if constexpr (kWidth == kLowbitMixed) {
       const int start = stage_table(at.stage);
       if (bytes_in(at.stage)) {
@@ -215,7 +160,7 @@ struct LowbitLinear {
         fetch_tokens<false>(tokens, 64 * start);
       }
     } else {
-      fetch_tokens<kWidth == kLowbitBytes>(tokens, at.stage * (kLowbitStageK >> kWidth));
+      fetch_tokens<kWidth == kLowbitBytes>(tokens, at.stage * (kStreamK >> kWidth));
     }
     if constexpr (kGrouped) fetch_groups(groups_of(stage), at, range_ends);
     if (a.zero_points != nullptr && thread < kTokens) {
@@ -225,41 +170,25 @@ struct LowbitLinear {
     }
   }
 
-  TERSOR_DEVICE void advance(Position& at) const {
-    if (++at.stage == a.stages) {
-      at.stage = 0;
-      ++at.row_block;
-    }
-  }
-
   // ---- shared to registers to tensor cores --------------------------------------------------------------------
-
-  TERSOR_DEVICE IntFragment<kBits> load_codes(shared_t stage, int block) const {
-    const shared_t at = stage + (warp_tile * kLowbitStageBlocks + block) * kBlockBytes;
-    IntFragment<kBits> codes;
-    const auto load_piece = [&](int offset) { return ptx::load_shared<ptx::Vec<uint32_t, 4>>(at + offset); };
-    codes.template load<true>(load_piece, c, quad);
-    return codes;
-  }
 
   // Fragment rows g and g + 8 of product j are the lane's rows 2j and 2j + 1.
   TERSOR_DEVICE void multiply_bytes(shared_t stage, int block, int channels_left) {
     using Unpacker = LowbitUnpacker<kBits>;
-    const IntFragment<kBits> codes = load_codes(stage, block);
+    const IntFragment<kBits> codes = Stages::load(stage, block);
     uint32_t weights[2][4];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      weights[j][0] = Unpacker::template bytes<0>(codes, 2 * j, c);
-      weights[j][1] = Unpacker::template bytes<0>(codes, 2 * j + 1, c);
-      weights[j][2] = Unpacker::template bytes<1>(codes, 2 * j, c);
-      weights[j][3] = Unpacker::template bytes<1>(codes, 2 * j + 1, c);
+    for (int i = 0; i < 4; ++i) {
+      weights[i / 2][i % 2] = Unpacker::template bytes<0>(codes, i, c);
+      weights[i / 2][i % 2 + 2] = Unpacker::template bytes<1>(codes, i, c);
     }
+    multiply_tokens(weights, stage + kWeightBytes, block, channels_left);
+  }
+
+  TERSOR_DEVICE void multiply_tokens(const uint32_t (&weights)[2][4], shared_t tokens, int block, int channels_left) {
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
-      const int token = 8 * t + g;
-      const shared_t row = stage + kWeightBytes + token * kLowbitStageK + 8 * (c % 2);
-      const auto x = ptx::load_shared<ptx::Vec<uint32_t, 2>>(
-          row + swizzled_byte_piece(token, 2 * block + c / 2) * kPieceBytes);
+      const auto x = load_token_bytes(tokens, 8 * t + g, block);
       const uint32_t both[2] = {x[0], x[1]};
 #pragma unroll
       for (int j = 0; j < 2; ++j) ptx::mma_m16n8k32_s8(sum[j][t], weights[j], both);
@@ -277,7 +206,7 @@ struct LowbitLinear {
 
   // Blocks `block` and the next: 4-bit codes are multiplied as they are stored, the highest bit flipped.
   TERSOR_DEVICE void multiply_nibbles(shared_t stage, int block) {
-    const IntFragment<kBits> first = load_codes(stage, block), second = load_codes(stage, block + 1);
+    const IntFragment<kBits> first = Stages::load(stage, block), second = Stages::load(stage, block + 1);
     uint32_t weights[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -288,7 +217,7 @@ struct LowbitLinear {
     for (int t = 0; t < kTokenTiles; ++t) {
       const int token = 8 * t + lane % 8, piece = block + lane / 8 % 2;
       uint32_t x[2];
-      ptx::ldmatrix_x2(x, stage + kWeightBytes + token * (kLowbitStageK / 2) +
+      ptx::ldmatrix_x2(x, stage + kWeightBytes + token * (kStreamK / 2) +
                               swizzled_nibble_piece(token, piece) * kPieceBytes);
 #pragma unroll
       for (int j = 0; j < 2; ++j) ptx::mma_m16n8k64_s4(sum[j][t], weights[j], x);
@@ -334,7 +263,6 @@ struct LowbitLinear {
 
   // total += weight scale * activation scale * sum, sum = 0. factor: by how much weights in registers are larger.
   TERSOR_DEVICE void end_segment(shared_t groups, int slot, int act_slot, int act_group, int last, int factor) {
-    const int row = 16 * warp_tile + 4 * quad;
     const shared_t group = groups + slot * a.group_bytes, scales = group + row * scale_bytes;
     const shared_t act_scales = groups + a.group_slots * a.group_bytes + act_slot * kTokens * 4;
     float scale[4];
@@ -342,7 +270,7 @@ struct LowbitLinear {
 #pragma unroll
     for (int r = 0; r < 4; ++r) scale[r] *= 1.0f / factor;
     if (a.zero_points != nullptr || a.act_zero_points != nullptr) {
-      const shared_t zero_points = group + kLowbitRows * scale_bytes + row;
+      const shared_t zero_points = group + kStreamRows * scale_bytes + row;
       add_zero_points(a.zero_points == nullptr ? 0 : ptx::load_shared<uint32_t>(zero_points), factor, act_group, last);
     }
 #pragma unroll
@@ -360,14 +288,11 @@ struct LowbitLinear {
   }
 
   TERSOR_DEVICE void clear_segment() {
+    clear_sums(sum);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        weight_sum[j][i] = 0;
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) sum[j][t][i] = 0;
-      }
+      for (int i = 0; i < 4; ++i) weight_sum[j][i] = 0;
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) code_sum[t][0] = code_sum[t][1] = 0;
   }
@@ -377,25 +302,20 @@ struct LowbitLinear {
     clear_segment();
     segment_block = block;
     if constexpr (kGrouped) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) total[j][t][i] = 0;
+      clear_sums(total);
       group_left = a.group_blocks - block % a.group_blocks;
       act_group_left = a.act_group_blocks - block % a.act_group_blocks;
     }
   }
 
   template <bool kBytes>
-  TERSOR_DEVICE void multiply_stage(shared_t stage, const Position& at, bool range_ends) {
+  TERSOR_DEVICE void multiply_stage(shared_t stage, const StreamPosition& at, bool range_ends) {
     constexpr int step = kBytes ? 1 : 2;  // blocks of a product
-    const int first_block = at.stage * kLowbitStageBlocks;
+    const int first_block = at.stage * kStreamBlocks;
     const shared_t groups = groups_of(stage), sums = sums_of(stage);
     int slot = 0, act_slot = 0;
-#pragma unroll(kTokenTiles < 8 ? kLowbitStageBlocks : 1)
-    for (int i = 0; i < kLowbitStageBlocks; i += step) {
+#pragma unroll(kTokenTiles < 8 ? kStreamBlocks : 1)
+    for (int i = 0; i < kStreamBlocks; i += step) {
       const int block = first_block + i;
       if (block >= a.blocks) break;
       if constexpr (kBytes) {
@@ -409,7 +329,7 @@ struct LowbitLinear {
       if constexpr (kGrouped) {
         group_left -= step;
         act_group_left -= step;
-        const bool last = block + step >= a.blocks || (range_ends && i + step == kLowbitStageBlocks);
+        const bool last = block + step >= a.blocks || (range_ends && i + step == kStreamBlocks);
         if (group_left <= 0 || act_group_left <= 0 || last) {
           const int act_group = a.act_zero_points == nullptr ? 0 : block / a.act_group_blocks;
           end_segment(groups, slot, act_slot, act_group, block + step - 1, kBytes ? lowbit_factor(kBits) : 1);
@@ -428,103 +348,53 @@ struct LowbitLinear {
 
   // ---- results ------------------------------------------------------------------------------------------------
 
-  TERSOR_DEVICE Sum& result(int j, int t, int i) {
+  // What crosses blocks: sums of scaled groups, or where nothing changes along k the integers themselves.
+  TERSOR_DEVICE auto& results() {
     if constexpr (kGrouped) {
-      return total[j][t][i];
+      return total;
     } else {
-      return sum[j][t][i];
+      return sum;
     }
   }
 
-  TERSOR_DEVICE Four* partial(uint32_t slot) const {
-    constexpr int words = kLowbitRows * kTokens;
-    const int64_t at = (int64_t(blockIdx.x) * gridDim.y * 2 + slot) * words;
-    return reinterpret_cast<Four*>(a.partials + at) + thread;
-  }
-
-  // Whether this block now holds the whole sum of the row block. A row block that several ranges share is summed by
-  // the last of them to arrive, in the order of the ranges: nobody waits, and the result is the same whoever is last.
-  // The counter wraps to zero, so it is ready for the next launch.
   TERSOR_DEVICE bool reduce(int row_block) {
-    const uint32_t first_unit_of_rows = uint32_t(row_block) * a.stages;
-    const uint32_t first = range_of(first_unit_of_rows), last = range_of(first_unit_of_rows + a.stages - 1);
-    if (first == last) return true;
-    // A range's first row block goes to its even slot, its last one, if another, to the odd one.
-    const auto slot_of = [&](uint32_t range) { return 2 * range + (first_unit(range) < first_unit_of_rows ? 1 : 0); };
-
-    Four* mine = partial(slot_of(blockIdx.y));
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        Four four;
-        for (int i = 0; i < 4; ++i) four[i] = result(j, t, i);
-        ptx::store_global(mine + (2 * t + j) * kLowbitThreads, four);
-      }
-    ptx::barrier();
-    const shared_t flag = shared + kStages * a.stage_bytes;
-    if (thread == 0) {
-      ptx::fence();  // what the block stored before the barrier, before the arrival
-      uint32_t* counter = a.counters + blockIdx.x * ((a.tiles + 7) / 8) + row_block;
-      const uint32_t arrived = ptx::atomic_inc_wrap(counter, last - first);
-      ptx::fence();  // the others' arrivals, before their sums are read
-      ptx::store_shared<uint32_t>(flag, arrived);
-    }
-    ptx::barrier();
-    if (ptx::load_shared<uint32_t>(flag) != last - first) return false;
-
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) result(j, t, i) = 0;
-    for (uint32_t range = first; range <= last; ++range) {
-      const Four* slot = partial(slot_of(range));
-      constexpr int at_once = kTokenTiles < 4 ? kTokenTiles : 4;  // loads under way; more would not fit the registers
-#pragma unroll
-      for (int t0 = 0; t0 < kTokenTiles; t0 += at_once) {
-        Four theirs[at_once][2];
-#pragma unroll
-        for (int i = 0; i < 2 * at_once; ++i) {
-          theirs[i / 2][i % 2] = ptx::load_global_volatile(slot + (2 * t0 + i) * kLowbitThreads);
-        }
-#pragma unroll
-        for (int i = 0; i < 2 * at_once; ++i)
-#pragma unroll
-          for (int f = 0; f < 4; ++f) result(i % 2, t0 + i / 2, f) += theirs[i / 2][i % 2][f];
-      }
-    }
-    return true;
+    constexpr int at_once = kTokenTiles < 4 ? kTokenTiles : 4;
+    return sum_ranges<1, at_once>(results(), a, *this, row_block, (a.tiles + 7) / 8, shared + kStages * a.stage_bytes);
   }
 
   // Integers of a whole row take their zero points before ranges are summed: both are exact.
   TERSOR_DEVICE void end_rows(int row_block, int last) {
     if constexpr (!kGrouped) {
-      const int tile = row_block * 8 + warp_tile;
       if (a.zero_points == nullptr && a.act_zero_points == nullptr) return;
-      const bool inside = a.zero_points != nullptr && tile < a.tiles;
+      const int n = row_block * kStreamRows + row;
+      const bool inside = a.zero_points != nullptr && n < 16 * a.tiles;
       const uint32_t zero_points =
-          inside ? ptx::load_global_constant(reinterpret_cast<const uint32_t*>(a.zero_points + tile * 16) + quad) : 0;
+          inside ? ptx::load_global_constant(reinterpret_cast<const uint32_t*>(a.zero_points + n)) : 0;
       add_zero_points(zero_points, kWidth == kLowbitBytes ? lowbit_factor(kBits) : 1, 0, last);
     }
   }
 
-  // A lane holds four consecutive output features of two tokens in every token tile.
   TERSOR_DEVICE void store(int row_block) {
-    const int tile = row_block * 8 + warp_tile, row = 16 * tile + 4 * quad;
-    const int rows = a.n - row;  // four are the lane's; none where this is not positive
+    const int n = row_block * kStreamRows + row, rows = a.n - n;
     if (rows <= 0) return;
-    float scale[4] = {1, 1, 1, 1}, bias[4] = {0, 0, 0, 0};
+    float scale[4] = {1, 1, 1, 1};
     if constexpr (!kGrouped) {
-      const char* scales = static_cast<const char*>(a.scales) + int64_t(row) * scale_bytes;
+      const char* scales = static_cast<const char*>(a.scales) + int64_t(n) * scale_bytes;
       load_four(scale, a.scale_dtype, [&](auto type) {
         return ptx::load_global_constant(reinterpret_cast<const decltype(type)*>(scales));
       });
 #pragma unroll
       for (int r = 0; r < 4; ++r) scale[r] *= 1.0f / (kWidth == kLowbitBytes ? lowbit_factor(kBits) : 1);
     }
-    if (a.bias != nullptr) add_four(bias, a.y_dtype, a.bias, row, rows);
+    store_scaled(n, rows, [&](float value, float act, int r) { return kGrouped ? value : scale[r] * act * value; });
+  }
+
+  // The lane's output features from n on, at most four of `rows`, of two tokens in every token tile. scaled(value,
+  // scale of the token where there is one for all of k, r): the result for feature n + r.
+  template <class Scaled>
+  TERSOR_DEVICE void store_scaled(int n, int rows, const Scaled& scaled) {
+    float bias[4] = {0, 0, 0, 0};
+    if (a.bias != nullptr) add_four(bias, a.y_dtype, a.bias, n, rows);
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll
@@ -535,50 +405,35 @@ struct LowbitLinear {
         float values[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const float value = static_cast<float>(result(r / 2, t, r % 2 * 2 + e));
-          values[r] = (kGrouped ? value : scale[r] * act * value) + bias[r];
+          values[r] = scaled(static_cast<float>(results()[r / 2][t][r % 2 * 2 + e]), act, r) + bias[r];
         }
-        if (a.residual != nullptr) add_four(values, a.y_dtype, a.residual, token * a.ldr + row, rows);
-        store_four(values, a.y_dtype, a.y, token * a.ldy + row, rows, a.wide_stores);
+        if (a.residual != nullptr) add_four(values, a.y_dtype, a.residual, token * a.ldr + n, rows);
+        store_four(values, a.y_dtype, a.y, token * a.ldy + n, rows, a.wide_stores);
       }
   }
 
   // ---- the pipeline -------------------------------------------------------------------------------------------
 
   TERSOR_DEVICE void run() {
-    Position at = {static_cast<int>(begin / a.stages), static_cast<int>(begin % a.stages)};
-    Source ahead = source_at(at.row_block, at.stage);
-    const auto fetch_next = [&](uint32_t unit, int slot) {
-      if (unit < end) {
-        fetch(slot, ahead, unit + 1 == end);
-        advance(ahead);
-      }
-      ptx::cp_async_commit();  // also when empty: the wait below counts groups
+    Source ahead = source_at(position_of(begin, a.stages));
+    const auto fetch_next = [&](int slot, uint32_t unit) {
+      fetch(slot, ahead, unit + 1 == end);
+      advance(ahead);
     };
-    ptx::region("start");
-    for (int slot = 0; slot < kStages - 1; ++slot) fetch_next(begin + slot, slot);
-    int slot = 0, free_slot = kStages - 1;
-    for (uint32_t unit = begin; unit < end; ++unit) {
-      ptx::region("main loop");
-      ptx::cp_async_wait<kStages - 2>();  // this thread's part of the stage is there
-      ptx::barrier();                     // everyone's part is, and nobody reads the stage before it any more
-      fetch_next(unit + kStages - 1, free_slot);
-      free_slot = slot;
-      if (unit == begin || at.stage == 0) start_rows(at.stage * kLowbitStageBlocks);
+    const auto multiply = [&](int slot, const StreamPosition& at, uint32_t unit) {
+      if (unit == begin || at.stage == 0) start_rows(at.stage * kStreamBlocks);
       const shared_t stage = shared + slot * a.stage_bytes;
       if (bytes_in(at.stage)) {
         if constexpr (kWidth != kLowbitNibbles) multiply_stage<true>(stage, at, unit + 1 == end);
       } else {
         if constexpr (kWidth != kLowbitBytes) multiply_stage<false>(stage, at, unit + 1 == end);
       }
-      slot = slot + 1 == kStages ? 0 : slot + 1;
-      if (at.stage + 1 == a.stages || unit + 1 == end) {
-        ptx::region("results");
-        end_rows(at.row_block, (at.stage + 1) * kLowbitStageBlocks - 1);
-        if (reduce(at.row_block)) store(at.row_block);
-      }
-      advance(at);
-    }
+    };
+    const auto finish = [&](const StreamPosition& at) {
+      end_rows(at.row_block, (at.stage + 1) * kStreamBlocks - 1);
+      if (reduce(at.row_block)) store(at.row_block);
+    };
+    run_stages<kStages>(begin, end, a.stages, fetch_next, multiply, finish);
   }
 };
 

@@ -1,25 +1,15 @@
-// What kernels with 128 output features in a block share: the ranges of stream-K, the pipeline of stages, the sum of
-// partial results in a fixed order, and the store. A kernel brings a Work (below) that fetches and multiplies stages.
-//
-//   warp w has features 32w .. 32w + 31 of the block; a lane (g, c) = (lane / 4, lane % 4) has features 4g .. 4g + 3 of
-//   the warp's: fragment rows g and g + 8 of product j are features 2j and 2j + 1 of its four, so the results for a
-//   token are four consecutive ones. Tokens 2c and 2c + 1 of each tile of eight are the lane's.
-//
-// Units (row block, stage of 128 k), in this order, are cut into gridDim.y equal ranges, one for each blockIdx.y.
+// What the kernels for weights of small floats and for e4m3 tokens share on top of tile/stream_k.h: sums in fp32,
+// results in 16 bits, and the launcher's description of them (dispatch/stream_plan.h). A kernel brings a Work (below)
+// that fetches and multiplies stages; what several of them do alike follows.
 #pragma once
 
 #include <cstdint>
 
-#include "ptx/ptx.h"
 #include "tile/number.h"
+#include "tile/stream_k.h"
+#include "tile/token_tile.h"
 
 namespace tersor {
-
-constexpr int kStreamThreads = 128;
-constexpr int kStreamRows = 128;  // output features of a block: four warps of 32
-constexpr int kStreamK = 128;     // of a stage
-constexpr int kStreamSharedLimit = 99 * 1024;  // what sm_86, 89 and 120 let one block have
-constexpr int kPieceBytes16 = 16;              // of one cp.async
 
 // Results and ranges, as a launcher describes them.
 struct RowStream {
@@ -29,203 +19,56 @@ struct RowStream {
   uint32_t* counters;  // one for each (token block, row block); zero before and after
   int64_t ldy;
   int m, n, row_blocks, stages;
-  int wide_stores;        // y takes 8-byte stores
-  uint32_t share, extra;  // units of a range; the first `extra` have one more
+  int wide_stores;     // y takes 8-byte stores
+  EqualRanges ranges;  // of units
 };
 
-// Stages in flight: as many of 4, 3, 2 as fit.
-constexpr int stream_stages(int stage_bytes) {
-  return 4 * stage_bytes + 16 <= kStreamSharedLimit ? 4 : 3 * stage_bytes + 16 <= kStreamSharedLimit ? 3 : 2;
-}
 // Blocks that should share a multiprocessor: the register budget of each instance follows from it.
 constexpr int stream_blocks_per_multiprocessor(int token_tiles) { return token_tiles < 4 ? 3 : 2; }
 
 // Work: fetch(stage address, row block, stage) starts copies and loads what settle(stage address) stores before the
-// next stage begins; multiply(stage address, totals) adds a stage to the totals.
-template <class Type, int kTokenTiles>
-class RowBlock {
- public:
-  using Totals = float[2][kTokenTiles][4];  // [product][tile of tokens][fragment register]
-  static constexpr int kTokens = 8 * kTokenTiles;
-
-  TERSOR_DEVICE explicit RowBlock(const RowStream& arguments) : a(arguments) {}
-
-  template <int kStages, class Work>
-  TERSOR_DEVICE void run(Work& work, int stage_bytes) {
-    flag_ = shared_ + kStages * stage_bytes;
-    const uint32_t begin = first_unit(blockIdx.y), end = first_unit(blockIdx.y + 1);
-    int row_block = static_cast<int>(begin / a.stages), stage = static_cast<int>(begin % a.stages);
-    int next_row_block = row_block, next_stage = stage;
-    shared_t unsettled = 0;  // the stage whose loads are on their way; 0: none
-    bool waiting = false;
-    const auto settle = [&]() {
-      if (waiting) work.settle(unsettled);
-      waiting = false;
-    };
-    const auto fetch_next = [&](uint32_t unit, int slot) {
-      if (unit < end) {
-        unsettled = shared_ + slot * stage_bytes;
-        work.fetch(unsettled, next_row_block, next_stage);
-        waiting = true;
-        if (++next_stage == a.stages) {
-          next_stage = 0;
-          ++next_row_block;
-        }
-      }
-      ptx::cp_async_commit();  // also when empty: the wait below counts groups
-    };
-    ptx::region("start");
-    for (int slot = 0; slot < kStages - 1; ++slot) {
-      fetch_next(begin + slot, slot);
-      settle();
-    }
-    clear();
-    int slot = 0, free_slot = kStages - 1;
-    for (uint32_t unit = begin; unit < end; ++unit) {
-      ptx::region("main loop");
-      settle();
-      ptx::cp_async_wait<kStages - 2>();  // this thread's part of the stage is there
-      ptx::barrier();                     // everyone's part is, and nobody reads the stage before it any more
-      fetch_next(unit + kStages - 1, free_slot);
-      free_slot = slot;
-      work.multiply(shared_ + slot * stage_bytes, total);
-      slot = slot + 1 == kStages ? 0 : slot + 1;
-      if (stage + 1 == a.stages || unit + 1 == end) {
-        ptx::region("results");
-        if (reduce(row_block)) store(row_block, work);
-        clear();
-        stage = -1;
-        ++row_block;
-      }
-      ++stage;
-    }
-  }
-
- private:
-  using shared_t = ptx::shared_t;
-  using Four = ptx::Vec<float, 4>;
-
-  TERSOR_DEVICE uint32_t first_unit(uint32_t range) const {
-    return range * a.share + (range < a.extra ? range : a.extra);
-  }
-  TERSOR_DEVICE uint32_t range_of(uint32_t unit) const {
-    const uint32_t longer = a.extra * (a.share + 1);
-    return unit < longer ? unit / (a.share + 1) : a.extra + (unit - longer) / a.share;
-  }
-
-  TERSOR_DEVICE void clear() {
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total[j][t][i] = 0;
-  }
-
-  TERSOR_DEVICE Four* partial(uint32_t slot) const {
-    constexpr int floats = kStreamRows * kTokens;
-    const int64_t at = (int64_t(blockIdx.x) * gridDim.y * 2 + slot) * floats;
-    return reinterpret_cast<Four*>(a.partials + at) + threadIdx.x;
-  }
-
-  // Whether this block now holds the whole sum of the row block. Of the ranges that share one, the last to arrive adds
-  // all in their order: nobody waits, and the result does not depend on who is last. The counter wraps to zero.
-  TERSOR_DEVICE bool reduce(int row_block) {
-    const uint32_t first_unit_of_rows = uint32_t(row_block) * a.stages;
-    const uint32_t first = range_of(first_unit_of_rows), last = range_of(first_unit_of_rows + a.stages - 1);
-    if (first == last) return true;
-    // A range's first row block goes to its even slot, its last one, if another, to the odd one.
-    const auto slot_of = [&](uint32_t range) { return 2 * range + (first_unit(range) < first_unit_of_rows ? 1 : 0); };
-
-    Four* mine = partial(slot_of(blockIdx.y));
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        Four four;
-        for (int i = 0; i < 4; ++i) four[i] = total[j][t][i];
-        ptx::store_global(mine + (2 * t + j) * kStreamThreads, four);
-      }
-    ptx::barrier();
-    if (threadIdx.x == 0) {
-      ptx::fence();  // what the block stored before the barrier, before the arrival
-      const uint32_t arrived = ptx::atomic_inc_wrap(a.counters + blockIdx.x * a.row_blocks + row_block, last - first);
-      ptx::fence();  // the others' arrivals, before their sums are read
-      ptx::store_shared<uint32_t>(flag_, arrived);
-    }
-    ptx::barrier();
-    if (ptx::load_shared<uint32_t>(flag_) != last - first) return false;
-
-    clear();
-    // A load takes half a microsecond to arrive: those of several ranges go at once, the last range's for none.
+// next stage begins; multiply(stage address, totals) adds a stage to the totals; factor(token) multiplies the results.
+template <class Type, int kTokenTiles, class Work>
+TERSOR_DEVICE void run_rows(const RowStream& a, Work& work) {
+  constexpr int stage_bytes = Work::kStageBytes, tokens = 8 * kTokenTiles;
+  const ptx::shared_t shared = ptx::dynamic_shared();
+  const uint32_t begin = a.ranges.first_unit(blockIdx.y), end = a.ranges.first_unit(blockIdx.y + 1);
+  StreamPosition next = position_of(begin, a.stages);
+  ptx::shared_t unsettled = 0;  // the stage whose loads are on their way
+  bool waiting = false;
+  float total[2][kTokenTiles][4];
+  const auto fetch = [&](int slot, uint32_t) {
+    unsettled = shared + slot * stage_bytes;
+    work.fetch(unsettled, next.row_block, next.stage);
+    waiting = true;
+    next.advance(a.stages);
+  };
+  const auto settle = [&]() {
+    if (waiting) work.settle(unsettled);
+    waiting = false;
+  };
+  const auto multiply = [&](int slot, const StreamPosition&, uint32_t) {
+    work.multiply(shared + slot * stage_bytes, total);
+  };
+  const auto finish = [&](const StreamPosition& at) {
     constexpr int at_once = kTokenTiles < 4 ? 4 / kTokenTiles : 1;
-    for (uint32_t range = first; range <= last; range += at_once) {
-      Four theirs[at_once][2 * kTokenTiles];
-#pragma unroll
-      for (int r = 0; r < at_once; ++r)
-#pragma unroll
-        for (int i = 0; i < 2 * kTokenTiles; ++i) {
-          const Four* from = partial(slot_of(range + r < last ? range + r : last));
-          theirs[r][i] = ptx::load_global_volatile(from + i * kStreamThreads);
-        }
-#pragma unroll
-      for (int r = 0; r < at_once; ++r)
-#pragma unroll
-        for (int i = 0; i < 2 * kTokenTiles; ++i)
-#pragma unroll
-          for (int f = 0; f < 4; ++f) {
-            if (range + r <= last) total[i % 2][i / 2][f] += theirs[r][i][f];
-          }
+    const ptx::shared_t flag = shared + Work::kStages * stage_bytes;
+    if (sum_ranges<at_once, kTokenTiles>(total, a, a.ranges, at.row_block, a.row_blocks, flag)) {
+      const auto factor = [&](int token) { return work.factor(token); };
+      store_rows<Type>(total, a, at.row_block, blockIdx.x * tokens, factor);
     }
-    return true;
-  }
-
-  // Results times work.factor(token), plus the bias.
-  template <class Work>
-  TERSOR_DEVICE void store(int row_block, const Work& work) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-    const int row = row_block * kStreamRows + 32 * (threadIdx.x / 32) + 4 * g;
-    const int rows = a.n - row;  // four are the lane's; none where this is not positive
-    float bias[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint16_t* source = static_cast<const uint16_t*>(a.bias) + row + i;
-      bias[i] = a.bias != nullptr && i < rows ? Type::low(ptx::load_global_constant(source)) : 0.0f;
-    }
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int token = blockIdx.x * kTokens + 8 * t + 2 * c + e;
-        if (token >= a.m) continue;
-        const float factor = work.factor(token);
-        uint16_t* y = static_cast<uint16_t*>(a.y) + token * a.ldy + row;
-        const ptx::Vec<uint32_t, 2> pairs = {
-            {Type::pack(total[0][t][e] * factor + bias[0], total[0][t][e + 2] * factor + bias[1]),
-             Type::pack(total[1][t][e] * factor + bias[2], total[1][t][e + 2] * factor + bias[3])}};
-        if (rows >= 4 && a.wide_stores) {
-          ptx::store_global(reinterpret_cast<ptx::Vec<uint32_t, 2>*>(y), pairs);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (i < rows) ptx::store_global(y + i, static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2))));
-          }
-        }
-      }
-  }
-
-  const RowStream& a;
-  const shared_t shared_ = ptx::dynamic_shared();
-  shared_t flag_;
-  Totals total;
-};
+    clear_sums(total);
+  };
+  clear_sums(total);
+  run_stages<Work::kStages>(begin, end, a.stages, fetch, settle, multiply, finish);
+}
 
 // ---- pieces of Work -------------------------------------------------------------------------------------------------
 
 // Sixteen bytes of a row-major matrix to shared memory, zeros beyond the row's `left` bytes (which may be negative).
 // Rows that do not start at multiples of 16 bytes are read a byte at a time.
 TERSOR_DEVICE void fetch_piece(ptx::shared_t target, const uint8_t* source, int left, bool aligned) {
-  const int bytes = left <= 0 ? 0 : left < kPieceBytes16 ? left : kPieceBytes16;
+  const int bytes = left <= 0 ? 0 : left < kPieceBytes ? left : kPieceBytes;
   if (aligned) {
     ptx::cp_async_16_once(target, source, bytes);
     return;
@@ -242,19 +85,40 @@ TERSOR_DEVICE void fetch_piece(ptx::shared_t target, const uint8_t* source, int 
   ptx::store_shared(target, ptx::Vec<uint32_t, 4>{{words[0], words[1], words[2], words[3]}});
 }
 
-// total += scale[row] * sum, sum = 0.
-template <int kTokenTiles>
-TERSOR_DEVICE void promote(float (&total)[2][kTokenTiles][4], float (&sum)[2][kTokenTiles][4],
-                           const ptx::Vec<float, 4>& scale) {
+// A row block's codes of stage `index`, rows of row_bytes as checkpoints store them; zeros past row n. Threads take
+// neighbouring pieces, kAcross of a row at once. place(row, piece): where a piece lies, counted from the first row.
+template <int kRowBytes, int kAcross, bool kUnrolled, class Place>
+TERSOR_DEVICE void fetch_rows(ptx::shared_t stage, const uint8_t* codes, int64_t row_bytes, bool aligned, int row_block,
+                              int n, int index, const Place& place) {
+  constexpr int pieces = kRowBytes / kPieceBytes, at_once = kStreamThreads / kAcross;
+  const int first = threadIdx.x / kAcross, across = threadIdx.x % kAcross;
+#pragma unroll(kUnrolled ? pieces / kAcross : 1)
+  for (int start = 0; start < pieces; start += kAcross) {
+    const int piece = start + across;
+    const int64_t column = int64_t(index) * kRowBytes + piece * kPieceBytes;
+    const int left = row_bytes - column < kPieceBytes ? static_cast<int>(row_bytes - column) : kPieceBytes;
+    const uint8_t* source = codes + (int64_t(row_block) * kStreamRows + first) * row_bytes + column;
+#pragma unroll(kUnrolled ? kStreamRows / at_once : 1)
+    for (int i = 0; i < kStreamRows / at_once; ++i) {
+      const int row = first + at_once * i;
+      fetch_piece(stage + place(row, piece) * kPieceBytes, source, row_block * kStreamRows + row < n ? left : 0,
+                  aligned);
+      source += at_once * row_bytes;
+    }
+  }
+}
+
+// kCount scales of a byte from number `first` on of a row of `groups`, zeros past its end. aligned: they are one load.
+template <int kCount>
+TERSOR_DEVICE ptx::Vec<uint32_t, kCount / 4> load_scale_bytes(const uint8_t* row, int first, int groups, bool aligned) {
+  using Words = ptx::Vec<uint32_t, kCount / 4>;
+  if (aligned) return ptx::load_global_constant(reinterpret_cast<const Words*>(row + first));
+  Words words = {};
 #pragma unroll
-  for (int j = 0; j < 2; ++j)
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        total[j][t][i] += scale[2 * j + i / 2] * sum[j][t][i];
-        sum[j][t][i] = 0;
-      }
+  for (int i = 0; i < kCount; ++i) {
+    if (first + i < groups) words[i / 4] |= uint32_t(ptx::load_global_constant(row + first + i)) << (8 * (i % 4));
+  }
+  return words;
 }
 
 // A number of a float type at `address` as fp32; dtype as in enum tersor_dtype.

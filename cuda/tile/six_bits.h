@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "ptx/ptx.h"
+#include "tile/swizzle.h"
 
 namespace tersor {
 
@@ -17,6 +18,21 @@ constexpr int kSixRowBytes = 96, kSixRowPieces = 6;
 
 // Where piece `piece` of a row lies, counted from the first row in pieces of 16 bytes.
 __host__ __device__ constexpr int six_piece(int row, int piece) { return 25 * (row >> 2) + 6 * (row & 3) + piece; }
+// The words of a block that lane column c loads, one after the other.
+__host__ __device__ constexpr int six_first_word(int c) { return 3 * (c / 2) + (c % 2 ? 2 : 0); }
+__host__ __device__ constexpr int six_second_word(int c) { return 3 * (c / 2) + 1; }
+constexpr bool six_words_conflict_free() {
+  for (int block = 0; block < 4; ++block) {
+    for (int row = 0; row < 4; ++row) {
+      const auto first = [=](int g, int c) { return 4 * six_piece(4 * g + row, 0) + 6 * block + six_first_word(c); };
+      const auto second = [=](int g, int c) { return 4 * six_piece(4 * g + row, 0) + 6 * block + six_second_word(c); };
+      if (!conflict_free(4, first) || !conflict_free(4, second)) return false;
+    }
+  }
+  return true;
+}
+static_assert(six_words_conflict_free(), "a warp's loads of six-bit codes touch each bank once");
+
 constexpr int six_bytes(int rows) { return 16 * six_piece(rows, 0); }  // rows: a multiple of four
 
 constexpr int kSixChoose = (0xf0 & 0xcc) | (~0xf0 & 0xaa) & 255;  // a ? b : c
@@ -24,7 +40,7 @@ constexpr int kSixChoose = (0xf0 & 0xcc) | (~0xf0 & 0xaa) & 255;  // a ? b : c
 class SixBits {
  public:
   explicit TERSOR_DEVICE SixBits(int c)
-      : first_(c % 2 ? 4 * (2 + 3 * (c / 2)) : 12 * (c / 2)), second_(4 * (1 + 3 * (c / 2))),
+      : first_(4 * six_first_word(c)), second_(4 * six_second_word(c)),
         low_(c % 2 ? 0x0076 : 0x0210), high_(c % 2 ? 0x0321 : 0x0543) {}
 
   // Codes 0 .. 3 and 4 .. 7 of the lane in the low 24 bits of two words, numbers of no meaning above them.
