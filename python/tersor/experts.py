@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .formats.base import Format, Shape
 from .layer import _is_grad_enabled, _Multiply
 from .ops import plain
+from .ops_fused import eager_cuda
 
 _UP = ("gate_up_proj", "up_proj")
 
@@ -198,7 +199,7 @@ class Experts(nn.Module):
         if bias is not None:
             bias = bias.detach().to(x.dtype).contiguous()
         held = {name: self._buffers[_buffer(projection, name)] for name in self._names[projection]}
-        if plain(x) and (bound := self._bind_grouped(projection, held)) is not None:
+        if (plain(x) or eager_cuda(x)) and (bound := self._bind_grouped(projection, held)) is not None:
             return bound(x, ends, bias)
         return self.format.linear_grouped(x, ends, held, bias, self.projections[projection])
 
@@ -208,6 +209,8 @@ class Experts(nn.Module):
         now = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in held.values()]
         if len(before) != len(now) or any(one is not other or version != then for (one, version), (other, then)
                                           in zip(now, before)):
+            if now[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
+                return None  # what a graph makes has its values only when the graph runs
             bound = self.format.bind_grouped(held, self.projections[projection])
             self._bound[projection] = bound, now
         return bound

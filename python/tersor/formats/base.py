@@ -116,8 +116,8 @@ class Format:
         return False
 
     def bind_grouped(self, tensors: Mapping[str, Tensor], shape: Shape) -> Callable | None:
-        """`linear_grouped` on these very tensors as a callable ``(x, ends, bias) -> y`` for eager inputs on the CPU,
-        which makes once what the format would make of them in every call. None where it would make nothing."""
+        """`linear_grouped` on these very tensors as a callable ``(x, ends, bias) -> y`` for eager inputs, which
+        makes once what the format would make of them in every call. None where it would make nothing."""
         return None
 
     def producer(self, tensors: Mapping[str, Tensor]) -> dict | None:

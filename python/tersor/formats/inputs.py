@@ -79,8 +79,8 @@ class Inputs(Around):
         return self.inner.bind_copies
 
     def bind_grouped(self, tensors: Mapping[str, Tensor], shape: Shape):
-        """As `bind`: of all experts, widened once."""
-        if not isinstance(self.inner, ByteScales) or tensors["qweight"].device.type != "cpu":
+        """Over scales of all experts, widened once, but where a kernel reads the bytes."""
+        if not isinstance(self.inner, ByteScales) or self._product(tensors["qweight"].device, shape):
             return None
         wide, plain = self.inner.widened(tensors), replace(self, inner=self.inner.inner)
         return lambda x, ends, bias: plain.linear_grouped(x, ends, wide, bias, shape)
