@@ -12,6 +12,8 @@ from cuda_lowbit import Activations, multiply, plan, units
 from emulation import build
 from two_level import Weight
 
+from tersor.formats import Int, two_level
+
 KERNEL, TILE = "cuda/kernels/sm80_two_level_linear.cu", "cuda/tile/two_level_linear.h"
 SOURCES = [KERNEL, "cuda/dispatch/lowbit_linear.cu", "cpp/common/status.cpp", "cpp/common/parallel.cpp",
            "cpp/cpu/int_layout.cpp"]
@@ -116,6 +118,28 @@ def test_the_plan_and_what_the_launcher_refuses():
     native = library(4).library
     native.tersor_last_error.restype = ctypes.c_char_p
     assert "two levels" in native.tersor_last_error().decode()
+
+
+def test_experts_hold_scales_of_one_level(monkeypatch):
+    fmt, shape = Int(4, 32, False, 8, "int8"), (48, 96)
+    torch.manual_seed(0)
+    packed = []
+    for _ in range(3):
+        w = torch.randn(shape)
+        params = fmt.fit(w)
+        packed.append(fmt.pack(fmt.project(w, params), params))
+    tensors = {name: torch.stack([one[name] for one in packed]) for name in packed[0]}
+    x, ends = torch.randn(7, 96), torch.tensor([2, 2, 6], dtype=torch.int32)
+    wide = {**tensors, "scales": two_level.expanded(tensors["scales"])}
+    y, wanted = (fmt.linear_grouped(x, ends, of, None, shape) for of in (wide, tensors))
+    assert (y - wanted).norm() < 0.02 * wanted.norm()
+    assert fmt.bind_grouped(tensors, shape) is None, "the CPU's kernels know two levels"
+    made, expanded = [], two_level.expanded
+    monkeypatch.setattr(two_level, "expanded", lambda scales: made.append(1) or expanded(scales))
+    bound = fmt.bind_grouped({name: of.to("meta") for name, of in tensors.items()}, shape)  # as on any other device
+    for rows in (7, 5):
+        assert bound(torch.empty(rows, 96, device="meta"), ends.to("meta"), None).shape == (rows, 48)
+    assert len(made) == 1
 
 
 # -- mutants ----------------------------------------------------------------------------------------------------------

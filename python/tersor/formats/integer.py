@@ -323,6 +323,13 @@ class Int(Format):
 
         return BoundLowbitCuda(*arguments)
 
+    def bind_grouped(self, tensors: Mapping[str, Tensor], shape: Shape):
+        """On a GPU, whose kernel for experts knows scales of one level: over those, multiplied out once."""
+        if not self.two_level or tensors["qweight"].device.type == "cpu":
+            return None
+        one_level = {**tensors, "scales": two_level.expanded(tensors["scales"])}
+        return lambda x, ends, bias: self.linear_grouped(x, ends, one_level, bias, shape)
+
     def producer(self, tensors: Mapping[str, Tensor]) -> dict | None:
         return {} if self.activation < 16 else None
 
@@ -347,7 +354,7 @@ class Int(Format):
 
         if why := refusal(shape[1], not self.symmetric, self.activation, self.act_sym):
             return f"reference: {why}, torch rounds them for int_linear_grouped cuda"
-        levels = " on scales of one level, made in each call" if self.two_level else ""
+        levels = " on scales of one level, made once" if self.two_level else ""
         return f"quantize_rows cuda, lowbit_linear_grouped cuda{levels}"
 
     def text(self) -> str:
