@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_shifts_are_the_largest_that_fit(bits):
     top = 2 ** (bits - 1) - 1
-    largest = torch.cat([torch.rand(200) * 10.0 ** torch.randint(-6, 6, (200,)), torch.tensor([float(top), top / 4, 1e-30]),
+    largest = torch.cat([torch.rand(200) * 10.0 ** torch.randint(-6, 6, (200,)),
+                         torch.tensor([float(top), top / 4, 1e-30]),
                          torch.tensor([top * 1.0001])])
     e = shifts(largest, bits).double()
     assert (largest.double() * 2.0**e <= top).all() and (largest.double() * 2.0 ** (e + 1) > top).all()
@@ -30,7 +31,8 @@ def test_numbers_are_within_half_a_step(bits, block):
     x = torch.randn(5, 100) * torch.exp(2 * torch.randn(100))
     x[2] = 0
     found = quantize(x, bits, block)
-    steps = torch.ldexp(torch.ones_like(found.shift, dtype=torch.float32), -found.shift).expand_as(found.codes).flatten(-2)[:, :100]
+    steps = torch.ldexp(torch.ones_like(found.shift, dtype=torch.float32), -found.shift)
+    steps = steps.expand_as(found.codes).flatten(-2)[:, :100]
     assert ((found.values() - x).abs() <= steps / 2).all()
     assert found.codes.abs().max() <= 2 ** (bits - 1) - 1 and (found.values()[2] == 0).all()
     with pytest.raises(ValueError, match="found NaN or Inf"):
@@ -113,7 +115,8 @@ def test_an_encoder_in_small_integers():
         # bits, and 16 for the scale of each 64
         assert report.bits == pytest.approx(bits + 0.25, abs=0.1)
     assert errors[8] < 0.03 and 4 * errors[8] < errors[4] < 0.6
-    assert sum("attention" in what for what in made.values()) == 2 and sum("table" in what for what in made.values()) == 3
+    counts = [sum(kind in what for what in made.values()) for kind in ("attention", "table")]
+    assert counts == [2, 3]
     assert sum("normalisation" in what for what in made.values()) == 5
 
 

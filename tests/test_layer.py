@@ -44,7 +44,8 @@ def test_exact_activations(bits, shape, dtype):
 def test_int8_activations(bits, dtype):
     torch.manual_seed(bits)
     for shape in SHAPES[1:]:
-        layer = Linear.from_linear(linear(*shape, dtype), f"rtn:W{bits}A8[group=32,sym={'true' if bits % 2 else 'false'}]")
+        symmetric = "true" if bits % 2 else "false"
+        layer = Linear.from_linear(linear(*shape, dtype), f"rtn:W{bits}A8[group=32,sym={symmetric}]")
         w = layer.format.unpack(layer.tensors(), layer.shape, torch.float64)
         for m in (1, 6, 17):
             x = torch.randn(m, shape[1]).to(dtype)

@@ -1,5 +1,6 @@
 """What `ops_cuda` hands to the CUDA launchers, run on CPU tensors: the launchers are the host-compiled ones."""
 
+import contextlib
 import ctypes
 from types import SimpleNamespace
 
@@ -101,6 +102,22 @@ def launchers(monkeypatch):
 def call(weight, x, bias=None, act_bits=16):
     return ops_cuda.int_linear(x, weight.qweight, weight.scales, weight.zeros, bias, weight.n, weight.bits,
                                weight.group, act_bits)
+
+
+def test_launches_on_the_device_of_the_input(launchers, monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    weight, x = Weight(20, 64, 4, 32, False, torch.float16), torch.randn(2, 64).half()
+    y = call(weight, x)
+    assert not entered, "it is the current one"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert torch.equal(call(weight, x), y) and entered == [x.device.index]
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (70,)])

@@ -33,7 +33,7 @@ class _FriendlyGroup(TyperGroup):
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether an error is about what the user gave: values, files, checkpoints; others are bugs and keep their trace."""
+    """Whether an error is about what the user gave: values, files, checkpoints. Bugs keep their trace."""
     from safetensors import SafetensorError
 
     return isinstance(error, (ValueError, OSError, SafetensorError))

@@ -148,8 +148,8 @@ def roofline(cells: list[Cell], floors: dict[str, float], threads: int) -> list[
     for cell in sorted(cells, key=lambda cell: cell.flops / cell.stored_bytes):
         name = f"{cell.spec} {cell.in_features} x {cell.out_features}"
         rate = cell.flops / cell.seconds / 1e9
-        series.setdefault(name, []).append((cell.flops / cell.stored_bytes, rate,
-                                            f"{name}, {cell.tokens} tokens: {rate:.1f} GFLOP/s, {cell.ratio:.2f}x torch"))
+        shown = f"{name}, {cell.tokens} tokens: {rate:.1f} GFLOP/s, {cell.ratio:.2f}x torch"
+        series.setdefault(name, []).append((cell.flops / cell.stored_bytes, rate, shown))
     tops = {"int8": floors["int8_gops"], "bf16": floors["bf16_gflops"], "fp32": floors["fp32_gflops"]}
     guides = {name: lambda x, top=top: min(top, floors["read_gbs"] * x) for name, top in tops.items() if top}
     return ["<h1>Roofline</h1>", f'<p class="soft">{threads} threads; dashed: memory speed and arithmetic measured on '

@@ -80,7 +80,7 @@ def _hints(facts: dict) -> list[str]:
     if cpu["isas"] and cpu["isa"] != cpu["isas"][0]:
         hints.append(f"{cpu['isas'][0]} can run here but {cpu['isa']} was selected")
     if not cpu["bf16"]:
-        hints.append("this CPU has no bf16 arithmetic: torch is faster here in float32, which tersor eval uses by itself")
+        hints.append("this CPU has no bf16 arithmetic: torch is faster here in float32, which tersor eval uses")
     if threads["torch"] > threads["cores"]:
         hints.append(f"{threads['torch']} threads share {threads['cores']} cores: set OMP_NUM_THREADS or --threads")
     if threads["runtime"] != "openmp":

@@ -31,7 +31,7 @@ class Rotary:
             fail(op, "inv_freq", f"{len(self.inv_freq)} pairs of channels", f"1 to {key_dim // 2}")
 
     def turn(self, x: Tensor, positions: Tensor, back: bool = False) -> Tensor:
-        """``x [..., tokens, dim]`` turned by its ``positions [..., tokens]``, or back, in float32 or x's wider dtype."""
+        """``x [..., tokens, dim]`` turned by ``positions [..., tokens]``, or back, in float32 or x's wider dtype."""
         wide = torch.promote_types(x.dtype, torch.float32)
         angles = positions.unsqueeze(-1).to(torch.float64) * _frequencies(self.inv_freq, positions.device)
         cos, sin = (t.to(x.device, wide) for t in (angles.cos(), angles.sin() * (-1 if back else 1)))
@@ -75,6 +75,6 @@ def find_rotary(model: nn.Module, layer: int) -> Rotary:
     types = getattr(found[0][2], "rope_type", "default")
     rope = types.get(kind[layer], "default") if isinstance(types, dict) and kind else types
     if rope not in KEPT:
-        raise ValueError(f"rotary: layer {layer} of {type(model).__name__}: found rope_type {rope!r}, whose frequencies "
-                         f"change with the length, accepted are {', '.join(KEPT[:4])}")
+        raise ValueError(f"rotary: layer {layer} of {type(model).__name__}: found rope_type {rope!r}, whose "
+                         f"frequencies change with the length, accepted are {', '.join(KEPT[:4])}")
     return Rotary(frequencies.pop(), type(model).__name__.startswith(INTERLEAVED))
