@@ -247,7 +247,7 @@ def test_flexq_gives_eight_bits_where_six_cost_most(outlier_model):
         found[spec[:3]] = perplexity(model, ids) / whole - 1
     eight = {row.name.split(".")[-1] for row in report.rows if "A8" in row.format}
     assert {"o_proj", "down_proj"} <= eight
-    assert all("six bits cost" in row.note for row in report.rows if "A6" in row.format)
+    assert all("flexq: 6 bits cost" in row.note for row in report.rows if "A6" in row.format)
     assert found["fle"] < 0.04 and found["fle"] < 0.4 * found["rtn"]
     with pytest.raises(ValueError, match="accepted are integer formats with 4 or 6"):
         tersor.compress(llama(), "flexq:W6A8", tokens(2))

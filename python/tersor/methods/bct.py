@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..blockwise import shifts
 from ..formats.base import Format
+from ..formats.floating import grouped
 from ..formats.integer import Int
 from ..registry import register_method
 from .base import Choice, Method, Statistics
@@ -33,9 +34,7 @@ class BCT(Method):
             raise ValueError(f"found format {fmt}, accepted are symmetric integers with scales in "
                              "one level, such as W8A8[group=64]")
         params = fmt.fit(w, dtype=dtype)
-        size = fmt.group_size or w.shape[1]
-        blocks = torch.nn.functional.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size))
-        exponent = shifts(blocks.abs().amax(2), fmt.num_bits)
+        exponent = shifts(grouped(w, fmt.group_size or w.shape[1]).abs().amax(2), fmt.num_bits)
         if params["dtype"] is torch.float16:
             exponent = exponent.clamp(max=24)
         params["scales"] = torch.ldexp(torch.ones_like(exponent, dtype=w.dtype), -exponent)

@@ -17,8 +17,8 @@ from .base import Choice, Method, Statistics
 class RTN(Method):
     """Round every weight to the nearest representable value. Needs no data.
 
-    ``search``: look for clipped ranges with a smaller error (the 80-step grid of Frantar et al., GPTQ, 2022, with
-    |error|^2.4) instead of spanning minimum to maximum. In a chain, the scales chosen before it are kept.
+    ``search``: look for clipped ranges with a smaller squared error (for integers a grid of 80, as in GPTQ's code)
+    instead of spanning minimum to maximum. In a chain, the scales chosen before it are kept.
     """
 
     search: bool = True

@@ -7,12 +7,11 @@ import re
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats.base import Format, Params
 from ..formats.byte_scales import ByteScales
-from ..formats.floating import ELEMENTS, round_to
+from ..formats.floating import ELEMENTS, grouped, round_to
 from ..formats.inputs import Inputs
 from ..formats.integer import Int
 from ..methods.base import Choice, Method, Statistics
@@ -85,8 +84,7 @@ def group_scales(w: Tensor, group_size: int) -> Tensor:
 
 
 def _largest(w: Tensor, group_size: int) -> Tensor:
-    size = group_size or w.shape[1]
-    return F.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size)).abs().amax(2)
+    return grouped(w, group_size or w.shape[1]).abs().amax(2)
 
 
 def power(largest: Tensor) -> float:

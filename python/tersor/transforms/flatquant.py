@@ -27,7 +27,7 @@ from .steps import KEY_TRANSFORM, HeadMix, Kronecker
 if TYPE_CHECKING:
     from ..kv.record import Seen
 
-_LEAST = 1e-5
+_LEAST = 1e-5  # of magnitudes and scales: dead channels have none
 _CLIP = 4.0  # where the logits of clip ratios start: sigmoid(4) = 0.982
 
 

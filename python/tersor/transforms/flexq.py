@@ -17,7 +17,7 @@ from .group import Group
 @register_method("flexq")
 @dataclass(frozen=True)
 class FlexQ(Method):
-    """Layers whose output suffers most from six-bit inputs get eight (arXiv 2508.04405).
+    """Layers whose output suffers most from inputs of six bits get eight (arXiv 2508.04405).
 
     On sampled inputs, a group of layers with one input is sensitive where rounding it to the format's bits changes
     their output by more than ``limit`` (relative, root mean square). The paper's study finds the down projections and
@@ -38,17 +38,17 @@ class FlexQ(Method):
             raise ValueError(f"option 'limit': found {self.limit}, accepted are positive relative errors")
 
     def transform(self, group: Group) -> str:
-        formats = set(group.formats.values())
         for name, fmt in group.formats.items():
             if not isinstance(fmt, Int) or fmt.activation not in (4, 6):
                 raise ValueError(f"flexq: layer {name!r}: found format {fmt}, accepted are integer formats with 4 or 6 "
                                  "bits for activations, such as W6A6")
-        error = max(self.loss(group, fmt) for fmt in formats)
+        formats = set(group.formats.values())
+        bits, error = min(fmt.activation for fmt in formats), max(self.loss(group, fmt) for fmt in formats)
         if error <= self.limit:
-            return f"flexq: six bits cost {error:.1%} of the output"
+            return f"flexq: {bits} bits cost {error:.1%} of the output"
         for name, fmt in group.formats.items():
             group.formats[name] = dataclasses.replace(fmt, activation=8)
-        return f"flexq: eight bits for the input, {formats.pop().activation} would cost {error:.1%} of the output"
+        return f"flexq: 8 bits for the input, {bits} would cost {error:.1%} of the output"
 
     def loss(self, group: Group, fmt: Int) -> float:
         """Relative error of the layers' outputs when their input alone is rounded as ``fmt`` says."""

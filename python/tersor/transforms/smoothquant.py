@@ -10,6 +10,8 @@ from ..methods.base import Method
 from ..registry import register_method
 from .group import Group
 
+_LEAST = 1e-5  # of magnitudes and scales: dead channels have none
+
 
 @register_method("smoothquant")
 @dataclass(frozen=True)
@@ -42,5 +44,3 @@ class SmoothQuant(Method):
         group.fold(s)
         return ""
 
-
-_LEAST = 1e-5
