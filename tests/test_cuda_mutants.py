@@ -10,7 +10,7 @@ from cuda_instances import instances
 from cuda_int_weights import SOURCES, Weight, inputs, multiply, relative_error
 from emulation import build
 
-KERNEL, LAUNCHER = SOURCES[0], SOURCES[2]
+KERNEL, LAUNCHER, PLAN = SOURCES[0], SOURCES[2], "cuda/dispatch/stream_plan.h"
 DEQUANTIZER, STREAM, STAGES, TOKENS = (f"cuda/tile/{name}.h" for name in (
     "int_dequantize", "stream_k", "int_stages", "token_tile"))
 
@@ -111,7 +111,7 @@ MUTANTS = {
     "no zero points": (DEQUANTIZER, "magic_[row] = (kMagic + zero) * 0x10001;", "magic_[row] = kMagic * 0x10001;"),
     "the middle is 2^bits": (KERNEL, "(1u << (kBits - 1)) * 0x01010101u", "(1u << kBits) * 0x01010101u"),
     "no bias": (STREAM, "sums[0][t][e] * f + bias[0]", "sums[0][t][e] * f"),
-    "too few group slots": (LAUNCHER, "|| p->groups == 1 ? 1 : 2;", "|| p->groups == 1 ? 1 : 1;"),
+    "too few group slots": (PLAN, "|| groups == 1 ? 1 : 2;", "|| groups == 1 ? 1 : 1;"),
     "too few stages of shared memory": (LAUNCHER, "int_linear_stages(bits, p->token_tiles) * p->stage_bytes + 16",
                                         "int_linear_stages(bits, p->token_tiles) * p->stage_bytes"),
     "groups that are not counted on": (STAGES, "in_group >= group_blocks; ++group) in_group",

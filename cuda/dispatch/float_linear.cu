@@ -2,7 +2,6 @@
 // and cuts the work into ranges.
 #include <cstdint>
 
-#include "dispatch/launch.h"
 #include "dispatch/stream_plan.h"
 #include "kernels/sm80_float_linear.h"
 #include "tersor_float.h"
@@ -46,8 +45,7 @@ extern "C" int tersor_cuda_float_linear_plan(int64_t m, int64_t n, int64_t k, in
   if (int status = check_stream(kOp, m, n, k)) return status;
   if (int status = weight_of(element, scale_kind, &weight)) return status;
   plan_stream(m, n, k, float_stage_bytes(weight, stream_token_tiles(m)), multiprocessors,
-              shared_memory_per_multiprocessor, ranges);
-  stream_workspace(m, n, *ranges, partial_bytes, counter_bytes);
+              shared_memory_per_multiprocessor, ranges, partial_bytes, counter_bytes);
   return TERSOR_OK;
 }
 
@@ -60,9 +58,7 @@ extern "C" int tersor_cuda_float_linear(const void* x, int x_dtype, int64_t m, i
   if (int status = check_stream(kOp, m, n, k)) return status;
   if (int status = weight_of(element, scale_kind, &weight)) return status;
   if (int status = check_group(k, scale_kind, group)) return status;
-  if (x_dtype != TERSOR_BFLOAT16 && x_dtype != TERSOR_FLOAT16) {
-    return fail(TERSOR_INVALID, "%s: x_dtype is %d; accepted on CUDA: 1 bfloat16, 2 float16", kOp, x_dtype);
-  }
+  if (int status = check_half(kOp, "x_dtype", x_dtype)) return status;
   if (scale_rows < 1 || scale_rows > INT32_MAX) {
     return fail(TERSOR_INVALID, "%s: scale_rows is %lld; accepted: 1 to 2^31 - 1", kOp, (long long)scale_rows);
   }
@@ -93,10 +89,5 @@ extern "C" int tersor_cuda_float_linear(const void* x, int x_dtype, int64_t m, i
   FloatLinearChooser* chooser = float_linear_choosers[weight];
   FloatLinearKernel* kernel = chooser ? chooser(x_dtype == TERSOR_BFLOAT16, tiles) : nullptr;
   if (!kernel) return fail(TERSOR_INVALID, "%s: weights of kind %d: not in this build", kOp, weight);
-  const int stage_bytes = float_stage_bytes(weight, tiles);
-  const dim3 grid(static_cast<unsigned>(div_up(m, 8 * tiles)), static_cast<unsigned>(ranges));
-  const int error = launch(kernel, grid, dim3(kStreamThreads), stream_stages(stage_bytes) * stage_bytes + 16,
-                           static_cast<cudaStream_t>(stream), a);
-  if (error) return fail(TERSOR_CUDA_ERROR, "%s: the kernel did not start: CUDA error %d", kOp, error);
-  return TERSOR_OK;
+  return launch_stream(kOp, kernel, float_stage_bytes(weight, tiles), ranges, stream, a);
 }

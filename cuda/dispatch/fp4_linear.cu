@@ -30,29 +30,16 @@ extern "C" int tersor_cuda_block_rows(const void* x, int x_dtype, int64_t m, int
                                       const float* global, uint8_t* codes, uint8_t* scales, void* values,
                                       void* stream) {
   if (int status = check_stream(kRows, m, 1, k)) return status;
-  if (x_dtype < 0 || x_dtype > 2 || kind < 0 || kind > 3) {
-    return fail(TERSOR_INVALID, "%s: x_dtype and kind are %d and %d; accepted: 0 to 2; 0 MXFP4, 1 NVFP4, 2 "
-                "MXFP8, 3 MXFP6", kRows, x_dtype, kind);
+  if (kind < 0 || kind > 3) {
+    return fail(TERSOR_INVALID, "%s: kind is %d; accepted: 0 MXFP4, 1 NVFP4, 2 MXFP8, 3 MXFP6", kRows, kind);
   }
+  if (int status = check_rows(kRows, x, x_dtype, m, k, ldx, values, codes, scales, 8)) return status;
   if (m == 0) return TERSOR_OK;
-  if (!x || (!values && (!codes || !scales)) || (kind == kNvfp4 && !global) || !is_aligned(codes, 8)) {
-    return fail(TERSOR_INVALID, "%s: x, codes, scales or global is absent, or codes no multiple of 8", kRows);
-  }
-  if (m > 1 && ldx < k) {
-    return fail(TERSOR_INVALID, "%s: ldx is %lld; accepted: at least k = %lld", kRows, (long long)ldx, (long long)k);
-  }
-  const int64_t bytes = x_dtype == TERSOR_FLOAT32 ? 4 : 2;
+  if (kind == kNvfp4 && !global) return fail(TERSOR_INVALID, "%s: global is absent", kRows);
   BlockRows a{};
-  a.x = x;
-  a.codes = codes;
+  describe_rows(x, x_dtype, m, k, ldx, codes, values, &a);
   a.scales = scales;
-  a.values = values;
   a.global = global;
-  a.ldx = m > 1 ? ldx : 0;
-  a.k = static_cast<int>(k);
-  a.padded = static_cast<int>(div_up(k, kStreamK) * kStreamK);
-  a.aligned = is_aligned(x, 16) && a.ldx * bytes % 16 == 0;
-  a.aligned_values = is_aligned(values, 16) && k * bytes % 16 == 0;
   const int error = launch(block_rows_kernel(kind, x_dtype), dim3(static_cast<unsigned>(m)), dim3(kFp4RowThreads), 0,
                            static_cast<cudaStream_t>(stream), a);
   if (error) return fail(TERSOR_CUDA_ERROR, "%s: the kernel did not start: CUDA error %d", kRows, error);
@@ -65,8 +52,7 @@ extern "C" int tersor_cuda_fp4_linear_plan(int64_t m, int64_t n, int64_t k, int 
   if (int status = check_stream(kLinear, m, n, k)) return status;
   if (int status = check_kind(kind)) return status;
   plan_stream(m, n, k, fp4_stage_bytes(kind == kNvfp4, stream_token_tiles(m)), multiprocessors,
-              shared_memory_per_multiprocessor, ranges);
-  stream_workspace(m, n, *ranges, partial_bytes, counter_bytes);
+              shared_memory_per_multiprocessor, ranges, partial_bytes, counter_bytes);
   return TERSOR_OK;
 }
 
@@ -76,9 +62,7 @@ extern "C" int tersor_cuda_fp4_linear(const uint8_t* x, const uint8_t* x_scales,
                                       int64_t ranges, float* partials, uint32_t* counters, void* stream) {
   if (int status = check_stream(kLinear, m, n, k)) return status;
   if (int status = check_kind(kind)) return status;
-  if (y_dtype != TERSOR_BFLOAT16 && y_dtype != TERSOR_FLOAT16) {
-    return fail(TERSOR_INVALID, "%s: y_dtype is %d; accepted: 1 bfloat16, 2 float16", kLinear, y_dtype);
-  }
+  if (int status = check_half(kLinear, "y_dtype", y_dtype)) return status;
   if (m == 0 || n == 0) return TERSOR_OK;
   const bool nv = kind == kNvfp4;
   if (!x || !x_scales || !codes || !scales || (nv && (!global || !x_global))) {
@@ -105,10 +89,5 @@ extern "C" int tersor_cuda_fp4_linear(const uint8_t* x, const uint8_t* x_scales,
   Fp4LinearChooser* chooser = fp4_linear_choosers[kind];
   Fp4LinearKernel* kernel = chooser ? chooser(y_dtype == TERSOR_BFLOAT16, tiles) : nullptr;
   if (!kernel) return fail(TERSOR_INVALID, "%s: kind %d: not in this build", kLinear, kind);
-  const int stage_bytes = fp4_stage_bytes(nv, tiles);
-  const dim3 grid(static_cast<unsigned>(div_up(m, 8 * tiles)), static_cast<unsigned>(ranges));
-  const int error = launch(kernel, grid, dim3(kStreamThreads), stream_stages(stage_bytes) * stage_bytes + 16,
-                           static_cast<cudaStream_t>(stream), a);
-  if (error) return fail(TERSOR_CUDA_ERROR, "%s: the kernel did not start: CUDA error %d", kLinear, error);
-  return TERSOR_OK;
+  return launch_stream(kLinear, kernel, fp4_stage_bytes(nv, tiles), ranges, stream, a);
 }

@@ -39,35 +39,19 @@ extern "C" int tersor_cuda_fp8_rows(const void* x, int x_dtype, int64_t m, int64
                                     int64_t groups, int interleaved, uint8_t* codes, float* scales, void* values,
                                     void* stream) {
   if (int status = check_stream(kRows, m, 1, k)) return status;
-  if (x_dtype < 0 || x_dtype > 2) {
-    return fail(TERSOR_INVALID, "%s: x_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", kRows, x_dtype);
-  }
   const int64_t padded = div_up(k, kStreamK) * kStreamK;
   if ((groups != 1 && groups != padded / kFp8Group) || (top && groups != 1)) {
     return fail(TERSOR_INVALID, "%s: groups is %lld; accepted: 1, or without a shared magnitude %lld", kRows,
                 (long long)groups, (long long)(padded / kFp8Group));
   }
+  if (int status = check_rows(kRows, x, x_dtype, m, k, ldx, values, codes, scales, 16)) return status;
   if (m == 0) return TERSOR_OK;
-  if (!x || (!values && (!codes || !scales || !is_aligned(codes, 16)))) {
-    return fail(TERSOR_INVALID, "%s: x, codes or scales is absent, or codes no multiple of 16", kRows);
-  }
-  if (m > 1 && ldx < k) {
-    return fail(TERSOR_INVALID, "%s: ldx is %lld; accepted: at least k = %lld", kRows, (long long)ldx, (long long)k);
-  }
-  const int64_t bytes = x_dtype == TERSOR_FLOAT32 ? 4 : 2;
   Fp8Rows a{};
-  a.x = x;
-  a.codes = codes;
+  describe_rows(x, x_dtype, m, k, ldx, codes, values, &a);
   a.scales = values ? nullptr : scales;
-  a.values = values;
   a.top = top;
-  a.ldx = m > 1 ? ldx : 0;
-  a.k = static_cast<int>(k);
-  a.padded = static_cast<int>(padded);
   a.groups = static_cast<int>(groups);
   a.interleaved = interleaved;
-  a.aligned = is_aligned(x, 16) && a.ldx * bytes % 16 == 0;
-  a.aligned_values = is_aligned(values, 16) && k * bytes % 16 == 0;
   const int error = launch(fp8_rows_kernel(x_dtype), dim3(static_cast<unsigned>(m)), dim3(kFp8RowThreads), 16,
                            static_cast<cudaStream_t>(stream), a);
   if (error) return fail(TERSOR_CUDA_ERROR, "%s: the kernel did not start: CUDA error %d", kRows, error);
@@ -80,8 +64,7 @@ extern "C" int tersor_cuda_fp8_linear_plan(int64_t m, int64_t n, int64_t k, int 
   if (int status = check_stream(kLinear, m, n, k)) return status;
   if (int status = check_weight(weight, 0, k, k)) return status;
   plan_stream(m, n, k, fp8_stage_bytes(weight, stream_token_tiles(m)), multiprocessors,
-              shared_memory_per_multiprocessor, ranges);
-  stream_workspace(m, n, *ranges, partial_bytes, counter_bytes);
+              shared_memory_per_multiprocessor, ranges, partial_bytes, counter_bytes);
   return TERSOR_OK;
 }
 
@@ -93,9 +76,7 @@ extern "C" int tersor_cuda_fp8_linear(const uint8_t* x, const float* x_scales, i
   if (int status = check_stream(kLinear, m, n, k)) return status;
   if (int status = check_weight(weight, scale_dtype, k, group)) return status;
   const int64_t stages = div_up(k, kStreamK);
-  if (y_dtype != TERSOR_BFLOAT16 && y_dtype != TERSOR_FLOAT16) {
-    return fail(TERSOR_INVALID, "%s: y_dtype is %d; accepted: 1 bfloat16, 2 float16", kLinear, y_dtype);
-  }
+  if (int status = check_half(kLinear, "y_dtype", y_dtype)) return status;
   if ((x_groups != 1 && x_groups != stages) || scale_rows < 1 || scale_rows > INT32_MAX) {
     return fail(TERSOR_INVALID, "%s: x_groups and scale_rows are %lld and %lld; accepted: 1 or %lld, 1 to 2^31 - 1",
                 kLinear, (long long)x_groups, (long long)scale_rows, (long long)stages);
@@ -131,10 +112,5 @@ extern "C" int tersor_cuda_fp8_linear(const uint8_t* x, const float* x_scales, i
   Fp8LinearChooser* chooser = fp8_linear_choosers[weight];
   Fp8LinearKernel* kernel = chooser ? chooser(y_dtype == TERSOR_BFLOAT16, tiles) : nullptr;
   if (!kernel) return fail(TERSOR_INVALID, "%s: weights of kind %d: not in this build", kLinear, weight);
-  const int stage_bytes = fp8_stage_bytes(weight, tiles);
-  const dim3 grid(static_cast<unsigned>(div_up(m, 8 * tiles)), static_cast<unsigned>(ranges));
-  const int error = launch(kernel, grid, dim3(kStreamThreads), stream_stages(stage_bytes) * stage_bytes + 16,
-                           static_cast<cudaStream_t>(stream), a);
-  if (error) return fail(TERSOR_CUDA_ERROR, "%s: the kernel did not start: CUDA error %d", kLinear, error);
-  return TERSOR_OK;
+  return launch_stream(kLinear, kernel, fp8_stage_bytes(weight, tiles), ranges, stream, a);
 }

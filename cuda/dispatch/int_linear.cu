@@ -5,7 +5,6 @@
 #include "common/status.h"
 #include "cpu/int_layout.h"
 #include "dispatch/int_linear_tiles.h"
-#include "dispatch/launch.h"
 #include "dispatch/stream_plan.h"
 #include "tersor.h"
 
@@ -17,14 +16,6 @@ IntLinearGroupedChooser* int_linear_grouped_choosers[9] = {};
 namespace {
 
 constexpr int kRowTiles = kStreamRows / kTileRows;  // storage tiles of a row block
-
-// Blocks of tokens that a launch has. Where rows belong to experts as they fall, each expert, and the rows of none, can
-// leave one block unfilled: the most there can be.
-int64_t token_block_count(int64_t m, int64_t tokens, int64_t experts) {
-  if (!experts) return div_up(m, tokens);
-  const int64_t parts = m < experts + 1 ? m : experts + 1;
-  return m / tokens + parts;
-}
 
 // What a launch needs to know about one problem; valid: sizes are in range.
 struct Problem {
@@ -46,11 +37,9 @@ int describe(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int 
     return fail(TERSOR_INVALID, "scale_dtype is %d; accepted: 0 float32, 1 bfloat16, 2 float16", scale_dtype);
   }
   const IntShape shape = int_shape(n, k, bits, group_size);
-  if (experts < 0 || experts > 65535) {
-    return fail(TERSOR_INVALID, "experts is %lld; accepted on CUDA: 0 to 65535", (long long)experts);
-  }
+  if (int status = check_experts(experts, 0)) return status;
   p->token_tiles = experts ? int_linear_grouped_token_tiles(m, experts) : int_linear_token_tiles(m);
-  p->token_blocks = static_cast<int>(token_block_count(m, 8 * p->token_tiles, experts));
+  p->token_blocks = static_cast<int>(token_blocks_of(m, 8 * p->token_tiles, experts));
   p->row_blocks = static_cast<int>(div_up(shape.tiles, kRowTiles));
   p->stages = static_cast<int>(div_up(shape.blocks, kStreamBlocks));
   p->units = int64_t(p->row_blocks) * p->stages;
@@ -60,7 +49,7 @@ int describe(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int 
   }
   p->groups = static_cast<int>(shape.groups);
   p->group_blocks = static_cast<int>(shape.group_blocks);
-  p->group_slots = p->group_blocks == 1 ? 4 : p->group_blocks % kStreamBlocks == 0 || p->groups == 1 ? 1 : 2;
+  p->group_slots = stage_groups(p->group_blocks, p->groups);
   p->group_bytes = int_linear_group_bytes(scale_dtype == TERSOR_FLOAT32 ? 4 : 2, zero_points);
   p->stage_bytes = int_linear_weight_bytes(bits) + int_linear_token_bytes(p->token_tiles) +
                    p->group_slots * p->group_bytes;
@@ -73,15 +62,9 @@ int plan(int64_t m, int64_t n, int64_t k, int bits, int64_t group_size, int scal
   Problem p;
   if (int status = describe(m, n, k, bits, group_size, scale_dtype, zero_points, experts, &p)) return status;
   if (multiprocessors < 1) return fail(TERSOR_INVALID, "multiprocessors is %d; accepted: 1 or more", multiprocessors);
-  // The driver keeps 1 KB of each block's shared memory for itself.
-  int64_t resident = shared_memory_per_multiprocessor / (p.shared_bytes + 1024);
-  const int64_t by_registers = int_linear_blocks_per_multiprocessor(bits, p.token_tiles);
-  if (resident > by_registers) resident = by_registers;
-  if (resident < 1) resident = 1;
-  int64_t count = multiprocessors * resident / (p.token_blocks > 0 ? p.token_blocks : 1);
-  const int64_t most = p.units / kIntLinearMinStages;
-  if (count > most) count = most;
-  *ranges = count < 1 ? 1 : count;
+  const StreamShape shape{p.token_blocks, p.row_blocks, p.units, p.token_tiles, p.shared_bytes};
+  *ranges = ranges_that_fill(shape, int_linear_blocks_per_multiprocessor(bits, p.token_tiles), multiprocessors,
+                             shared_memory_per_multiprocessor);
   return TERSOR_OK;
 }
 
@@ -90,13 +73,9 @@ int workspace(int64_t m, int64_t n, int64_t experts, int64_t ranges, int64_t* pa
     return fail(TERSOR_INVALID, "m, n, ranges are %lld, %lld, %lld; accepted: m, n from 0 and ranges from 1",
                 (long long)m, (long long)n, (long long)ranges);
   }
-  // One range sums everything itself.
-  *partial_bytes = *counter_bytes = 0;
-  if (ranges == 1) return TERSOR_OK;
-  const int64_t tokens = 8 * (experts ? int_linear_grouped_token_tiles(m, experts) : int_linear_token_tiles(m));
-  const int64_t token_blocks = token_block_count(m, tokens, experts);
-  *partial_bytes = token_blocks * ranges * 2 * kStreamRows * tokens * 4;
-  *counter_bytes = token_blocks * div_up(n, kStreamRows) * 4;
+  const int tiles = experts ? int_linear_grouped_token_tiles(m, experts) : int_linear_token_tiles(m);
+  stream_workspace(token_blocks_of(m, 8 * tiles, experts), div_up(n, kStreamRows), tiles, ranges, partial_bytes,
+                   counter_bytes);
   return TERSOR_OK;
 }
 
@@ -140,15 +119,7 @@ int check_call(const Call& c, const Problem& p) {
       !is_aligned(c.y, 2)) {
     return fail(TERSOR_INVALID, "qweight, scales, zero_points: accepted are 16-byte aligned addresses");
   }
-  if (c.ranges < 1 || c.ranges > p.units || c.ranges > 65535) {
-    return fail(TERSOR_INVALID, "ranges is %lld; accepted: 1 to %lld", (long long)c.ranges,
-                (long long)(p.units < 65535 ? p.units : 65535));
-  }
-  if (c.ranges > 1 && (!c.partials || !c.counters || !is_aligned(c.partials, 16))) {
-    return fail(TERSOR_INVALID,
-                "partials and counters: accepted is the workspace, 16-byte aligned, for ranges above 1");
-  }
-  return TERSOR_OK;
+  return check_ranges("int_linear", c.ranges, p.units, c.partials, c.counters);
 }
 
 IntLinearArguments arguments_of(const Call& c, const Problem& p) {
@@ -200,10 +171,8 @@ int start(const Call& c) {
     if (!kernel) {
       return fail(TERSOR_INVALID, "bits %d with %d tokens at once: not in this build", c.bits, 8 * p.token_tiles);
     }
-    const int64_t entries = int64_t(a.tiles) * a.groups * kTileRows, scale_bytes = c.scale_dtype ? 2 : 4;
-    const ExpertWeights experts{c.ends, static_cast<int>(c.experts), a.m, int64_t(a.tiles) * a.blocks * 64 * c.bits,
-                                   entries * scale_bytes, entries};
-    error = launch(kernel, grid, dim3(kStreamThreads), p.shared_bytes, stream, a, experts);
+    error = launch(kernel, grid, dim3(kStreamThreads), p.shared_bytes, stream, a,
+                   expert_weights(a, c.bits, c.ends, c.experts));
   } else {
     IntLinearChooser* chooser = int_linear_choosers[c.bits];
     IntLinearKernel* kernel = chooser ? chooser(bfloat16, p.token_tiles) : nullptr;
@@ -237,7 +206,7 @@ extern "C" int tersor_cuda_int_linear_grouped_plan(int64_t rows, int64_t n, int6
                                                    int scale_dtype, int has_zero_points, int64_t experts,
                                                    int multiprocessors, int64_t shared_memory_per_multiprocessor,
                                                    int64_t* ranges, int64_t* partial_bytes, int64_t* counter_bytes) {
-  if (experts < 1) return fail(TERSOR_INVALID, "experts is %lld; accepted: 1 or more", (long long)experts);
+  if (int status = check_experts(experts, 1)) return status;
   if (int status = plan(rows, n, k, bits, group_size, scale_dtype, has_zero_points != 0, experts, multiprocessors,
                         shared_memory_per_multiprocessor, ranges)) {
     return status;
@@ -260,7 +229,7 @@ extern "C" int tersor_cuda_int_linear_grouped(const void* x, int x_dtype, int64_
                                               const void* bias, void* y, int64_t n, int64_t ldy, int bits,
                                               int64_t group_size, int64_t ranges, float* partials, uint32_t* counters,
                                               void* stream) {
-  if (experts < 1) return fail(TERSOR_INVALID, "experts is %lld; accepted: 1 or more", (long long)experts);
+  if (int status = check_experts(experts, 1)) return status;
   return start({x, x_dtype, rows, k, ldx, qweight, scales, scale_dtype, zero_points, bias, y, n, ldy, bits, group_size,
                 ranges, partials, counters, stream, ends, experts});
 }

@@ -13,9 +13,6 @@ struct IntLinearTile {
 };
 constexpr IntLinearTile kIntLinearTiles[] = {{8, 1}, {16, 2}, {32, 4}, {64, 8}};
 
-// A range of fewer stages than this costs more in its start and its partial sums than it gains.
-constexpr int kIntLinearMinStages = 4;
-
 constexpr int int_linear_token_tiles(long long m) {
   for (const IntLinearTile& tile : kIntLinearTiles) {
     if (m <= tile.max_tokens) return tile.token_tiles;

@@ -5,7 +5,6 @@
 
 #include "common/status.h"
 #include "cpu/int_layout.h"
-#include "dispatch/launch.h"
 #include "dispatch/lowbit_linear_tiles.h"
 #include "dispatch/stream_plan.h"
 #include "kernels/sm80_lowbit_linear_experts.h"
@@ -47,10 +46,6 @@ struct Problem {
   int64_t units;  // (row block, stage) pairs
 };
 
-int slots_of(int64_t group_blocks, int64_t groups) {
-  return group_blocks == 1 ? 4 : group_blocks % kStreamBlocks == 0 || groups == 1 ? 1 : 2;
-}
-
 int check_groups(const Shape& s, const Problem& p) {
   if (s.width == kLowbitBytes) return TERSOR_OK;
   const bool fits = (p.weight.groups == 1 || p.weight.group_blocks % 2 == 0) &&
@@ -71,7 +66,8 @@ int check_groups(const Shape& s, const Problem& p) {
 int describe(const Shape& s, Problem* p) {
   if (int status = check_int_arguments(s.n, s.k, s.bits, s.group_size, 1)) return status;
   constexpr int64_t rows = int64_t(1) << 25;
-  const bool zero_points = s.zero_points && !s.two_level();  // whose sums are added: two levels have them in the weights
+  // Those whose sums are added: two levels have them in the weights.
+  const bool zero_points = s.zero_points && !s.two_level();
   const int64_t columns = zero_points && s.act_zero_points ? 32768 : 65536;
   if (s.n > rows || s.k > columns || s.m < 0 || s.m > 32 * rows) {
     return fail(TERSOR_INVALID, "m, n, k are %lld, %lld, %lld; accepted: 0 to 2^30, 2^25, %lld", (long long)s.m,
@@ -100,23 +96,15 @@ int describe(const Shape& s, Problem* p) {
   p->act_group_blocks = static_cast<int>(whole ? p->weight.blocks : s.act_group / kBlockK);
   if (int status = check_groups(s, *p)) return status;
   p->grouped = (p->weight.groups > 1 && !s.two_level()) || p->act_groups > 1 || s.width == kLowbitMixed;
-  if (s.experts < 0 || s.experts > 65535) {
-    return fail(TERSOR_INVALID, "experts is %lld; accepted: 0 to 65535", (long long)s.experts);
-  }
-  if (s.experts) {
-    // Rows belong to experts as they fall: each, and the rows of none, can leave one block unfilled.
-    p->token_tiles = lowbit_experts_token_tiles(s.m, s.experts);
-    p->token_blocks = static_cast<int>(s.m / (8 * p->token_tiles) + (s.m < s.experts + 1 ? s.m : s.experts + 1));
-  } else {
-    const int most = lowbit_most_token_tiles(p->grouped, zero_points || s.act_zero_points);
-    p->token_tiles = lowbit_token_tiles(s.m, most);
-    p->token_blocks = static_cast<int>(div_up(s.m, 8 * p->token_tiles));
-  }
+  if (int status = check_experts(s.experts, 0)) return status;
+  const int most = lowbit_most_token_tiles(p->grouped, zero_points || s.act_zero_points);
+  p->token_tiles = s.experts ? lowbit_experts_token_tiles(s.m, s.experts) : lowbit_token_tiles(s.m, most);
+  p->token_blocks = static_cast<int>(token_blocks_of(s.m, 8 * p->token_tiles, s.experts));
   p->row_blocks = static_cast<int>(div_up(p->weight.tiles, kRowTiles));
   p->stages = static_cast<int>(div_up(p->weight.blocks, kStreamBlocks));
   p->units = int64_t(p->row_blocks) * p->stages;
-  p->group_slots = slots_of(p->weight.group_blocks, p->weight.groups);
-  p->act_slots = slots_of(p->act_group_blocks, p->act_groups);
+  p->group_slots = stage_groups(p->weight.group_blocks, p->weight.groups);
+  p->act_slots = stage_groups(p->act_group_blocks, p->act_groups);
   const int scale_bytes = s.two_level() ? 1 : s.scale_dtype == TERSOR_FLOAT32 ? 4 : 2;
   p->group_bytes = lowbit_group_bytes(scale_bytes, s.zero_points);
   p->stage_bytes = s.two_level() ? two_level_stage_bytes(s.bits, p->token_tiles, p->grouped, p->group_slots,
@@ -132,20 +120,12 @@ int plan(const Shape& shape, int multiprocessors, int64_t shared_memory_per_mult
   Problem p;
   if (int status = describe(shape, &p)) return status;
   if (multiprocessors < 1) return fail(TERSOR_INVALID, "multiprocessors is %d; accepted: 1 or more", multiprocessors);
-  // The driver keeps 1 KB of each block's shared memory for itself.
-  int64_t resident = shared_memory_per_multiprocessor / (p.shared_bytes + 1024);
-  const int64_t by_registers = shape.experts ? lowbit_experts_blocks_per_multiprocessor(p.token_tiles)
-                               : shape.two_level() ? two_level_blocks(p.token_tiles)
-                                                   : lowbit_blocks(p.token_tiles, shape.width, p.grouped);
-  if (resident > by_registers) resident = by_registers;
-  if (resident < 1) resident = 1;
-  int64_t count = multiprocessors * resident / (p.token_blocks > 0 ? p.token_blocks : 1);
-  const int64_t most = p.units / kLowbitMinStages;
-  if (count > most) count = most;
-  *ranges = count < 1 ? 1 : count;
-  // One range sums everything itself.
-  *partial_bytes = *ranges == 1 ? 0 : p.token_blocks * *ranges * 2 * kStreamRows * 8 * p.token_tiles * 4;
-  *counter_bytes = *ranges == 1 ? 0 : int64_t(p.token_blocks) * p.row_blocks * 4;
+  const int most = shape.experts ? lowbit_experts_blocks_per_multiprocessor(p.token_tiles)
+                   : shape.two_level() ? two_level_blocks(p.token_tiles)
+                                       : lowbit_blocks(p.token_tiles, shape.width, p.grouped);
+  const StreamShape blocks{p.token_blocks, p.row_blocks, p.units, p.token_tiles, p.shared_bytes};
+  *ranges = ranges_that_fill(blocks, most, multiprocessors, shared_memory_per_multiprocessor);
+  stream_workspace(p.token_blocks, p.row_blocks, p.token_tiles, *ranges, partial_bytes, counter_bytes);
   return TERSOR_OK;
 }
 
@@ -206,16 +186,10 @@ int check_call(const Call& c, const Problem& p) {
   }
   const bool balanced = c.width == kLowbitMixed;
   const int64_t longest = balanced ? p.row_blocks * c.row_cost / kLowbitMaxStageCost : p.units;
-  if (c.ranges < 1 || c.ranges > 65535 || (c.ranges > 1 && c.ranges > longest) ||
-      (balanced && c.row_cost < p.stages)) {
-    return fail(TERSOR_INVALID, "ranges is %lld with a row cost of %lld; accepted: 1 to %lld, and at least %d",
-                (long long)c.ranges, (long long)c.row_cost, (long long)(longest < 65535 ? longest : 65535), p.stages);
+  if (balanced && c.row_cost < p.stages) {
+    return fail(TERSOR_INVALID, "row_cost is %lld; accepted: at least %d", (long long)c.row_cost, p.stages);
   }
-  if (c.ranges > 1 && (!c.partials || !c.counters || !is_aligned(c.partials, 16))) {
-    return fail(TERSOR_INVALID,
-                "partials and counters: accepted is the workspace, 16-byte aligned, for ranges above 1");
-  }
-  return TERSOR_OK;
+  return check_ranges("lowbit_linear", c.ranges, longest < 1 ? 1 : longest, c.partials, c.counters);
 }
 
 LowbitLinearArguments arguments_of(const Call& c, const Problem& p) {
@@ -300,10 +274,8 @@ int start(const Call& c) {
     weights.group_blocks = a.blocks;
     error = launch(two_level, grid, block, p.shared_bytes, stream, weights, scales);
   } else if (c.experts) {
-    const int64_t entries = int64_t(a.tiles) * a.groups * kTileRows, scale_bytes = c.scale_dtype ? 2 : 4;
-    const ExpertWeights experts{c.ends, static_cast<int>(c.experts), a.m, int64_t(a.tiles) * a.blocks * 64 * c.bits,
-                                entries * scale_bytes, entries};
-    error = launch(grouped, grid, block, p.shared_bytes, stream, a, experts);
+    error = launch(grouped, grid, block, p.shared_bytes, stream, a,
+                   expert_weights(a, c.bits, c.ends, c.experts));
   } else {
     error = launch(kernel, grid, block, p.shared_bytes, stream, a);
   }
@@ -342,7 +314,7 @@ extern "C" int tersor_cuda_lowbit_linear_grouped_plan(int64_t rows, int64_t n, i
                                                       int act_has_zero_points, int64_t experts, int multiprocessors,
                                                       int64_t shared_memory_per_multiprocessor, int64_t* ranges,
                                                       int64_t* partial_bytes, int64_t* counter_bytes) {
-  if (experts < 1) return fail(TERSOR_INVALID, "experts is %lld; accepted: 1 or more", (long long)experts);
+  if (int status = check_experts(experts, 1)) return status;
   return plan({rows, n, k, bits, group_size, scale_dtype, has_zero_points != 0, act_has_zero_points != 0, act_group,
                kLowbitBytes, experts},
               multiprocessors, shared_memory_per_multiprocessor, ranges, partial_bytes, counter_bytes);
@@ -354,7 +326,7 @@ extern "C" int tersor_cuda_lowbit_linear_grouped(
     const uint8_t* qweight, const void* scales, int scale_dtype, const uint8_t* zero_points, const void* bias, void* y,
     int y_dtype, int64_t n, int64_t ldy, int bits, int64_t group_size, int64_t ranges, uint32_t* partials,
     uint32_t* counters, void* stream) {
-  if (experts < 1) return fail(TERSOR_INVALID, "experts is %lld; accepted: 1 or more", (long long)experts);
+  if (int status = check_experts(experts, 1)) return status;
   return start({codes, kLowbitBytes, row_bytes, act_scales, act_scale_stride, sums, act_zero_points, nullptr, 0,
                 act_group, rows, k, qweight, scales, scale_dtype, zero_points, bias, nullptr, 0, y, y_dtype, n, ldy,
                 bits, group_size, ranges, partials, counters, stream, ends, experts});

@@ -12,8 +12,6 @@ struct LowbitTile {
 };
 constexpr LowbitTile kLowbitTiles[] = {{8, 1}, {16, 2}, {32, 4}, {64, 8}, {128, 16}};
 
-// A range of fewer stages than this costs more in its start and its partial sums than it gains.
-constexpr int kLowbitMinStages = 4;
 constexpr int kLowbitMaxStageCost = 2;  // of mixed widths: bytes cost twice what nibbles do
 
 constexpr int lowbit_token_tiles(long long m, int most) {

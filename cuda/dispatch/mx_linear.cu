@@ -1,7 +1,6 @@
 // Launcher of kernels/sm120_mx_linear.cu: checks what can be checked from sizes and addresses, chooses the instance.
 #include <cstdint>
 
-#include "dispatch/launch.h"
 #include "dispatch/stream_plan.h"
 #include "kernels/sm120_mx_linear.h"
 #include "tersor_float.h"
@@ -33,8 +32,7 @@ extern "C" int tersor_cuda_mx_linear_plan(int64_t m, int64_t n, int64_t k, int w
   if (int status = check_stream(kOp, m, n, k)) return status;
   if (int status = check_elements(weight, 0)) return status;
   plan_stream(m, n, k, mx_stage_bytes(weight, stream_token_tiles(m)), multiprocessors,
-              shared_memory_per_multiprocessor, ranges);
-  stream_workspace(m, n, *ranges, partial_bytes, counter_bytes);
+              shared_memory_per_multiprocessor, ranges, partial_bytes, counter_bytes);
   return TERSOR_OK;
 }
 
@@ -44,9 +42,7 @@ extern "C" int tersor_cuda_mx_linear(const uint8_t* x, const uint8_t* x_scales, 
                                      uint32_t* counters, void* stream) {
   if (int status = check_stream(kOp, m, n, k)) return status;
   if (int status = check_elements(weight, input)) return status;
-  if (y_dtype != TERSOR_BFLOAT16 && y_dtype != TERSOR_FLOAT16) {
-    return fail(TERSOR_INVALID, "%s: y_dtype is %d; accepted: 1 bfloat16, 2 float16", kOp, y_dtype);
-  }
+  if (int status = check_half(kOp, "y_dtype", y_dtype)) return status;
   if (m == 0 || n == 0) return TERSOR_OK;
   if (!x || !x_scales || !codes || !scales) {
     return fail(TERSOR_INVALID, "%s: x, codes or their scales are absent", kOp);
@@ -68,10 +64,5 @@ extern "C" int tersor_cuda_mx_linear(const uint8_t* x, const uint8_t* x_scales, 
   MxLinearChooser* chooser = mx_linear_choosers[weight + 3 * input];
   MxLinearKernel* kernel = chooser ? chooser(y_dtype == TERSOR_BFLOAT16, tiles) : nullptr;
   if (!kernel) return fail(TERSOR_INVALID, "%s: weight %d, input %d: not in this build", kOp, weight, input);
-  const int stage_bytes = mx_stage_bytes(weight, tiles);
-  const dim3 grid(static_cast<unsigned>(div_up(m, 8 * tiles)), static_cast<unsigned>(ranges));
-  const int error = launch(kernel, grid, dim3(kStreamThreads), stream_stages(stage_bytes) * stage_bytes + 16,
-                           static_cast<cudaStream_t>(stream), a);
-  if (error) return fail(TERSOR_CUDA_ERROR, "%s: the kernel did not start: CUDA error %d", kOp, error);
-  return TERSOR_OK;
+  return launch_stream(kOp, kernel, mx_stage_bytes(weight, tiles), ranges, stream, a);
 }
