@@ -65,6 +65,7 @@ def compress_blocks(model: nn.Module, plan: Plan, batches: Sequence[Tensor], rep
     if not batches:
         raise ValueError("calibration: found no batches, accepted is at least one")
     _check_plan(model, plan)
+    _check_shared(model, plan)
     _check_tokens(model, batches)
     done: list[str] = []
     total = len(plan.entries)
@@ -518,6 +519,36 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
                 entry.format.check(tuple(w.shape[-2:]))
             except ValueError as error:
                 raise ValueError(f"{title}: {error}") from None
+
+
+def _check_shared(model: nn.Module, plan: Plan) -> None:
+    """ValueError where a method would rewrite a weight that the model uses in several places: what is right in one of
+    them is not in the others. Embeddings and the output head may be tied; methods leave them alone."""
+    rewritten = [(name, entry) for name, entry in plan.entries.items() if transforms(entry.methods)]
+    if not rewritten:
+        return
+    ends = [getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings")
+            if hasattr(model, name)]
+    users: dict[int, dict[tuple, str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.Embedding) and not any(module is end for end in ends):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    users.setdefault(id(parameter), {}).setdefault(_place(name), name)
+    for names in (list(found.values()) for found in users.values() if len(found) > 1):
+        blocks = {_place(name)[:1] for name in names}
+        for name, entry in rewritten:
+            if _place(name)[:1] in blocks:
+                raise ValueError(
+                    f"layers {names[0]!r} and {names[1]!r}: found one weight for both, accepted by {entry.method_text} "
+                    "are weights of their own (module.weight = nn.Parameter(module.weight.clone())), since it rewrites "
+                    "what comes before a layer as well; rtn and gptq take shared ones")
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """A module's name from the number of its block on: containers may be known by several names."""
+    parts = name.split(".")
+    return tuple(parts[next((i for i, part in enumerate(parts) if part.isdigit()), 0):])
 
 
 def _check_tokens(model: nn.Module, batches: Sequence[Tensor]) -> None:

@@ -26,7 +26,8 @@ class FusedGate:
     def forward(self, x: Tensor) -> Tensor:
         down = self.down_proj
         if type(down) is not Linear or not down._direct(x) or torch.is_grad_enabled() and x.requires_grad \
-                or down._forward_pre_hooks or down._forward_hooks or self.act_fn._forward_hooks:
+                or down._forward_pre_hooks or down._forward_hooks or self.act_fn._forward_hooks \
+                or type(self.act_fn) is not self.__dict__["_act_type"]:
             return super().forward(x)
         call, bias = _call(self), down._parameters["bias"]
         if call is None or bias is not None and bias.requires_grad and torch.is_grad_enabled():
@@ -75,14 +76,15 @@ def fuse_gates(model: nn.Module) -> int:
             count += 1
             continue
         parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
-        if None in parts or type(parts[2]) is not Linear or getattr(parts[2].format, "activation", 16) == 16 \
-                or len(module._modules) != 4 or module._parameters:
+        if None in parts or type(parts[2]) is not Linear or len(module._modules) != 4 or module._parameters \
+                or parts[2].format.producer(parts[2].tensors()) is None:
             continue
         key = type(module), type(parts[3])
         if key not in answers:
             answers[key] = _is_gate(module)
         if answers[key]:
             module.__class__ = _fused(type(module))
+            module.__dict__["_act_type"] = type(parts[3])
             count += 1
     return count
 

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from . import ops, ops_fused
 from .formats.base import Format, Shape
 from .formats.byte_scales import ByteScales
+from .formats.inputs import Bound as BoundRounded
 from .formats.integer import TILE_ROWS, Int
+from .formats.mixed import MixedInputs
+from .ops_float_steps import BoundFloatFused
 from .ops_fused import BoundFusedCuda, BoundIntLinearFused, BoundLowbitCuda, Producer
 from .registry import Resolved, resolve, resolve_format
 from .stored_weight import StoredWeight
@@ -213,7 +216,7 @@ class Linear(_Compressed, nn.Linear):
             for name, tensor in tensors.items())
         return bound
 
-    def _bind_fused(self) -> BoundIntLinearFused | BoundFusedCuda | None:
+    def _bind_fused(self) -> BoundIntLinearFused | BoundFloatFused | BoundFusedCuda | None:
         """One call for the online step and the multiplication, where a kernel does both."""
         bound = self._bind()
         held = bound, *(tensor for step in self.pre for tensor in step._buffers.values())
@@ -225,13 +228,15 @@ class Linear(_Compressed, nn.Linear):
 
     @property
     def kernel(self) -> str:
-        """The kernel that runs here, or ``reference: why``."""
+        """The kernel that runs here, or ``reference: why``; then the online steps that torch runs beside it, and why.
+        What runs inside the kernel is not named."""
         name = self.format.kernel(self.shape, _device(self))
-        if self.pre is None or not _on_cuda(self._bind()):
-            return name
-        fused = self._bind_fused()
-        why = "no kernel runs it" if fused is None else fused.rounding.refusal
-        return name if why is None else f"{name}; the online step by torch: {why}"
+        if self.pre is not None:
+            fused = self._bind_fused()
+            why = "no kernel runs it" if fused is None else \
+                fused.rounding.refusal if isinstance(fused, BoundFusedCuda) else None
+            name += f"; {_kinds(self.pre)} step by torch: {why}" if why is not None else ""
+        return name if self.post is None else f"{name}; {_kinds(self.post)} step behind it by torch: no kernel runs it"
 
     def __getstate__(self):
         return {**self.__dict__, "_bound": _UNBOUND, "_fused": (None, ())}
@@ -240,23 +245,28 @@ class Linear(_Compressed, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"
 
 
+def _kinds(steps: Sequence[Step]) -> str:
+    return ", ".join(step.kind for step in steps)
+
+
 def _on_cuda(bound) -> bool:
     """Whether a format's short cut runs on a GPU."""
     return isinstance(getattr(bound, "weights", bound), BoundLowbitCuda)
 
 
-def fuse(bound: list, steps: Sequence[Step] | None, own: dict | None) -> BoundIntLinearFused | BoundFusedCuda | None:
+def fuse(bound: list, steps: Sequence[Step] | None, own: dict | None) \
+        -> BoundIntLinearFused | BoundFloatFused | BoundFusedCuda | None:
     """Bound multiplications of one input with the step before them in one call; None where no kernel does that.
     ``own``: what the format adds (`Format.producer`)."""
     steps = steps or ()
     bound = [getattr(member, "weights", member) for member in bound]
     kinds = {type(member) for member in bound}
-    if own is None or len(steps) > 1 or kinds not in ({ops.BoundIntLinear}, {BoundLowbitCuda}):
+    if own is None or len(steps) > 1 or kinds not in ({ops.BoundIntLinear}, {BoundLowbitCuda}, {BoundRounded}):
         return None
     made = steps[0].producer() if steps else {}
     if steps and not made or not (made or own):
         return None
-    return ops_fused.bound_fused(bound, Producer(**made, **own))
+    return (BoundFloatFused if kinds == {BoundRounded} else ops_fused.bound_fused)(bound, Producer(**made, **own))
 
 
 class Siblings:
@@ -286,7 +296,7 @@ class Siblings:
             type(layer) is Linear and _is_integer(layer.format) and layer.format == first.format
             and layer.in_features == first.in_features
             and layer._buffers["scales"].dtype == first._buffers["scales"].dtype
-            and _same_steps(layer.pre, first.pre) and layer.post is None
+            and _same_bits(layer, first) and _same_steps(layer.pre, first.pre) and layer.post is None
             for layer in layers
         )
 
@@ -321,10 +331,15 @@ class Siblings:
         held = [*bound, *(tensor for step in first.pre or () for tensor in step._buffers.values())]
         if len(held) != len(self._members) or any(one is not other for one, other in zip(held, self._members)):
             # tensors were exchanged, or this is the first call
-            fused = fuse(bound, first.pre, first.format.producer(first.tensors()))
+            if not self.fit_together(self.layers):
+                self.dissolve()
+                return layer(x)
+            own = first.format.producer(first.tensors())
+            fused = fuse(bound, first.pre, own)
             self._members, self._fused = held, fused is not None
-            self._call = fused or (BoundFusedCuda(bound, Producer()) if isinstance(bound[0], BoundLowbitCuda)
-                                   else ops.BoundIntLinearMulti(bound))
+            self._call = fused or fuse(bound, (), own) or (
+                BoundFusedCuda(bound, Producer()) if isinstance(bound[0], BoundLowbitCuda)
+                else ops.BoundIntLinearMulti(bound))
         biases = [bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype) for bias in biases]
         stepped = x
         for step in () if self._fused else first.pre or ():
@@ -358,8 +373,14 @@ class Siblings:
 def _is_integer(format: Format) -> bool:
     """Whether layers of a format may share what is done to their input: integer weights without scales of their own
     for it."""
-    codes = format.inner if isinstance(format, ByteScales) else format
+    codes = format.inner if isinstance(format, (ByteScales, MixedInputs)) else format
     return isinstance(codes, Int) and codes.act_scale == "dynamic"
+
+
+def _same_bits(one: Linear, other: Linear) -> bool:
+    """Whether two layers of one format round the blocks of their inputs to the same bits."""
+    return not isinstance(one.format, MixedInputs) or torch.equal(one._buffers["block_bits"],
+                                                                  other._buffers["block_bits"])
 
 
 def _same_steps(one: nn.ModuleList | None, other: nn.ModuleList | None) -> bool:

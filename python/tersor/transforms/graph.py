@@ -156,6 +156,9 @@ class _Finder:
     def __init__(self, block: nn.Module, args: Sequence, kwargs: Mapping, calls: list[Call]):
         self.calls = calls
         self.block = copy.deepcopy(block).double().eval()
+        for module in self.block.modules():  # transformers' grouped products of experts know no float64
+            if hasattr(module, "has_gate") and hasattr(getattr(module, "config", None), "_experts_implementation"):
+                module.config._experts_implementation = "eager"
         self.args, self.kwargs = _double(args), _double(kwargs)
         self.before = self._run()
 
