@@ -129,6 +129,16 @@ def test_tensors_of_no_layout(copy):
     edit_tensors(directory, lambda state: state.update({
         f"model.layers.7.x.{key}": state[f"{UP}.{key}"].clone() for key in ("qweight", "qzeros", "scales")}))
     refused(directory, "model.layers.7.x.*no Linear of that name")
+    directory = copy("shards")
+    file = next(path for path in sorted(directory.glob("*.safetensors")) if any(UP in key for key in load_file(path)))
+    state = load_file(file)
+    assert f"{UP}.weight_packed" in state
+    state |= {key.replace(UP, "model.layers.7.x"): value.clone() for key, value in state.items() if UP in key}
+    save_file(state, file, metadata={"format": "pt"})
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= {key: file.name for key in state}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(directory, "model.layers.7.x.*no Linear or Embedding of that name")
 
 
 # -- configuration ----------------------------------------------------------------------------------------------

@@ -189,11 +189,7 @@ class Int(Format):
 
     def calibrate(self, params: Params, stats) -> None:
         if self.act_scale == "static":
-            most = stats.abs_max.float()
-            size = self.act_group or len(most)
-            groups = torch.nn.functional.pad(most, (0, -len(most) % size)).view(-1, size).amax(1)
-            step = self.act_clip * groups / (2 ** (self.activation - 1) - 1)
-            params["input_scale"] = step.clamp_min(torch.finfo(torch.float32).smallest_normal)
+            params["input_scale"] = self.input_scale(stats.abs_max)
 
     @property
     def standard(self) -> bool:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..formats.base import Shape, Tensors, TensorSpec
 from .errors import CheckpointError, Unsupported
-from .layout import Codes, IntLayout, Layout, Manifest, Site, boolean, integer, module_specs, pattern, runnable_group
+from .layout import (Codes, IntLayout, Layout, Manifest, Site, boolean, integer, module_specs, pattern, refuse_strays,
+                     runnable_group)
 from .packing import pack_words, unpack_words, words
 from .shards import Checkpoint
 
@@ -221,10 +222,7 @@ class CompressedTensors(Manifest):
                                       "the configuration covers it")
             if layout is not None and (packed or "weight" not in found):
                 made[name] = layout
-        strays = [name for name, found in specs.items() if "weight_packed" in found and name not in homes]
-        if strays:
-            raise Unsupported(f"{checkpoint.directory}: module {strays[0]!r} is stored compressed, and the model has "
-                              "no Linear or Embedding of that name (experts fused by the model, for example)")
+        refuse_strays(checkpoint, specs, "weight_packed", homes, "Linear or Embedding")
         return made
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..formats.base import Tensors, TensorSpec
 from .errors import CheckpointError, Unsupported
-from .layout import Codes, IntLayout, Layout, Manifest, Site, boolean, integer, module_specs, pattern, runnable_group
-from .layout import with_symmetry
+from .layout import (Codes, IntLayout, Layout, Manifest, Site, boolean, integer, module_specs, pattern, refuse_strays,
+                     runnable_group, with_symmetry)
 from .packing import pack_words, unpack_words, words
 from .shards import Checkpoint
 
@@ -210,8 +210,5 @@ def by_presence(sites: Mapping[str, Site], checkpoint: Checkpoint, layout_of) ->
                 raise CheckpointError(f"{checkpoint.directory}: module {name!r} is stored compressed, and the "
                                       "configuration says that it is not")
             made[name] = layout
-    strays = [name for name, found in specs.items() if "qweight" in found and name not in homes]
-    if strays:
-        raise Unsupported(f"{checkpoint.directory}: module {strays[0]!r} is stored compressed, and the model has no "
-                          "Linear of that name (experts fused by the model, for example)")
+    refuse_strays(checkpoint, specs, "qweight", homes, "Linear")
     return made

@@ -161,6 +161,15 @@ def module_specs(checkpoint: Checkpoint) -> dict[str, dict[str, TensorSpec]]:
     return made
 
 
+def refuse_strays(checkpoint: Checkpoint, specs: Mapping[str, Mapping[str, TensorSpec]], packed: str, homes: set[str],
+                  kinds: str) -> None:
+    """Unsupported where a module that stores a tensor ``packed`` is none of ``homes``, the model's ``kinds``."""
+    strays = [name for name, found in specs.items() if packed in found and name not in homes]
+    if strays:
+        raise Unsupported(f"{checkpoint.directory}: module {strays[0]!r} is stored compressed, and the model has no "
+                          f"{kinds} of that name (experts fused by the model, for example)")
+
+
 def integer(value: object, what: str, accepted: str, low: int, high: int) -> int:
     """``value`` when it is an int within bounds, else CheckpointError."""
     if type(value) is not int or not low <= value <= high:
