@@ -10,14 +10,18 @@ void define_float(py::module_& module) {
   module.def(
       "float_round",
       [](Address x, Address y, int dtype, int64_t rows, int64_t k, int64_t ldx, int element, int scale, int64_t group,
-         int threads) {
-        const tersor::FloatRoundArgs arguments{pointer(x), pointer(y), dtype, rows, k, ldx,
-                                               element, scale, group, threads};
+         int threads, const tersor_input* given, Address other, int64_t ldother) {
+        tersor_input steps = given ? *given : tersor_input{};
+        steps.other = pointer<const void>(other);
+        steps.ldother = ldother;
+        const tersor::FloatRoundArgs arguments{pointer(x), pointer(y), dtype, rows, k, ldx, element, scale, group,
+                                               threads, given ? &steps : nullptr};
         run([&] { return tersor_float_round(&arguments); });
       },
       py::arg("x"), py::arg("y"), py::arg("dtype"), py::arg("rows"), py::arg("k"), py::arg("ldx"), py::arg("element"),
-      py::arg("scale"), py::arg("group"), py::arg("threads"),
-      "y = element(x / scale) * scale in groups of channels; see cpp/cpu/float_round.h");
+      py::arg("scale"), py::arg("group"), py::arg("threads"), py::arg("steps") = nullptr, py::arg("other") = 0,
+      py::arg("ldother") = 0,
+      "y = element(x / scale) * scale in groups of channels, after the steps of an Input; see cpp/cpu/float_round.h");
   module.def(
       "float_linear",
       [](Address x, int x_dtype, int64_t m, int64_t k, int64_t ldx, Address codes, int element, Address scales,

@@ -192,7 +192,7 @@ def test_a_step_without_a_kernel_leaves_the_layer_right(on_gpu):
     weight = SimpleNamespace(truth=held.dequantize().double())
     wanted = truth(quantize_activations(held.pre[0](x), 8), weight, held.bias)
     assert (held(x).double() - wanted).norm() < 8e-3 * wanted.norm()
-    assert held.kernel.endswith("; the online step by torch: no kernel runs it")
+    assert held.kernel.endswith("; scale step by torch: no kernel runs it")
     on_gpu.rows.room = 512
     assert "has 512" in layer(256, 40, pre=(Hadamard.random(256),)).kernel
     on_gpu.rows.room = 99 * 1024

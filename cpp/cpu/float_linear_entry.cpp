@@ -4,6 +4,7 @@
 #include "common/status.h"
 #include "cpu/float_linear.h"
 #include "cpu/float_round.h"
+#include "cpu/input_steps.h"
 
 using namespace tersor;
 
@@ -98,5 +99,12 @@ extern "C" int tersor_float_round(const FloatRoundArgs* arguments) {
   }
   if (a.rows == 0 || a.k == 0) return TERSOR_OK;
   if (!a.x || !a.y) return fail(TERSOR_INVALID, "x or y is absent");
+  if (a.steps) {
+    if (int status = check_steps(*a.steps, a.k)) return status;
+    if (a.steps->other && a.rows > 1 && a.steps->ldother < a.k) {
+      return fail(TERSOR_INVALID, "ldother is %lld; accepted: at least k = %lld", (long long)a.steps->ldother,
+                  (long long)a.k);
+    }
+  }
   return functions().round(a);
 }

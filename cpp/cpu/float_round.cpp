@@ -1,10 +1,13 @@
 // Activations rounded to e4m3, e2m1 or e2m3 under scales that come from them, and multiplied back: bit for bit what
-// formats/inputs.py computes in some thirty passes. A group with NaN or Inf becomes NaN and does not count elsewhere.
+// ops_round.py computes in some thirty passes. A group with NaN or Inf becomes NaN and does not count elsewhere.
+// Steps before that run in the memory of the thread that rounds the row; where a scale is the whole input's they run
+// twice, which is nothing beside the product and spares the input in fp32.
 #include "cpu/float_round.h"
 
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/status.h"
+#include "cpu/row_transform.h"
 #include "cpu/simd.h"
 #include "cpu/simd_int8.h"
 
@@ -13,6 +16,9 @@ namespace {
 
 constexpr int64_t kValuesPerThread = 1 << 15;
 constexpr uint32_t kInfinityBits = 0x7f800000u, kSign = 0x80000000u;
+// Of each dtype the bits from which on a float rounds to Inf, and its largest number.
+constexpr uint32_t kTooLarge[] = {kInfinityBits, 0x7f7f8000u, 0x477ff000u};
+constexpr float kMost[] = {0x1.fffffep127f, 0x1.fep127f, 65504.0f};
 
 struct Element {
   int mantissa, lowest;  // bits, and the lowest exponent of a normal number
@@ -71,28 +77,55 @@ float scale_of(uint32_t bits, const FloatRoundArgs& a, const Element& e, float o
 }  // namespace
 
 int float_round(const FloatRoundArgs& a) {
+  const tersor_input none{};
+  IntLinearArgs given{};
+  given.x = a.x;
+  given.x_dtype = a.dtype;
+  given.m = a.rows;
+  given.k = a.k;
+  given.ldx = a.ldx;
+  given.input = a.steps ? a.steps : &none;
+  const RowTransform transform(given);
   const int size = dtype_size(a.dtype);
-  const int64_t useful = 1 + a.rows * a.k / kValuesPerThread;
+  const int64_t parts = 1 + a.rows * a.k * (transform.any() ? transform.work() : 1) / kValuesPerThread;
+  const int64_t useful = parts < a.rows ? parts : a.rows;
   const int threads = useful < a.threads ? static_cast<int>(useful) : a.threads;
   const Element& element = kElements[a.element];
-  const auto row_at = [&](int64_t row) { return static_cast<const char*>(a.x) + row * a.ldx * size; };
   const int64_t group = a.group < a.k ? a.group : a.k;
+  const uint32_t infinity = kTooLarge[a.dtype];
+
+  const int64_t buffer = transform.floats(), memory = 2 * buffer + transform.left_floats();
+  Scratch scratch;
+  scratch.reserve<uint32_t>(threads);
+  scratch.reserve<float>(threads * memory);
+  if (!scratch.allocate()) return fail(TERSOR_NO_MEMORY, "no memory for %d rows of %lld", threads, (long long)a.k);
+  uint32_t* const most = scratch.take<uint32_t>(threads);
+  float* const buffers = scratch.take<float>(threads * memory);
+  // Calls what is given with the number, values and dtype of each row, behind the steps.
+  const auto for_rows = [&](int index, const auto& use) {
+    float* const mine = buffers + index * memory;
+    transform.copy_left(mine + 2 * buffer);
+    const Range range = split(a.rows, threads, index);
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      if (transform.any()) {
+        const float* const made = transform.row(row, mine, mine + buffer, mine + 2 * buffer);
+        use(row, reinterpret_cast<const char*>(made), static_cast<int>(TERSOR_FLOAT32));
+      } else {
+        use(row, static_cast<const char*>(a.x) + row * a.ldx * size, a.dtype);
+      }
+    }
+  };
 
   uint32_t whole = 0;
   if (a.scale == kRoundWhole || a.scale == kRoundE4m3) {
-    Scratch scratch;
-    scratch.reserve<uint32_t>(threads);
-    if (!scratch.allocate()) return fail(TERSOR_NO_MEMORY, "no memory for %d numbers", threads);
-    uint32_t* const most = scratch.take<uint32_t>(threads);
     parallel_for(threads, [&](int index) {
-      const Range mine = split(a.rows, threads, index);
       uint32_t found = 0;
-      for (int64_t row = mine.begin; row < mine.end; ++row) {
+      for_rows(index, [&](int64_t, const char* x, int dtype) {
         for (int64_t at = 0; at < a.k; at += group) {
-          const uint32_t bits = largest(row_at(row), a.dtype, at, at + group < a.k ? at + group : a.k);
-          if (bits < kInfinityBits && bits > found) found = bits;
+          const uint32_t bits = largest(x, dtype, at, at + group < a.k ? at + group : a.k);
+          if (bits < infinity && bits > found) found = bits;
         }
-      }
+      });
       most[index] = found;
     });
     for (int i = 0; i < threads; ++i) whole = most[i] > whole ? most[i] : whole;
@@ -105,22 +138,21 @@ int float_round(const FloatRoundArgs& a) {
   }
 
   parallel_for(threads, [&](int index) {
-    const Range mine = split(a.rows, threads, index);
-    for (int64_t row = mine.begin; row < mine.end; ++row) {
-      const char* const x = row_at(row);
+    for_rows(index, [&](int64_t row, const char* x, int dtype) {
       char* const y = static_cast<char*>(a.y) + row * a.k * size;
       for (int64_t begin = 0; begin < a.k; begin += group) {
         const int64_t end = begin + group < a.k ? begin + group : a.k;
-        const uint32_t bits = largest(x, a.dtype, begin, end);
-        const bool finite = bits < kInfinityBits;
+        const uint32_t bits = largest(x, dtype, begin, end);
+        const bool finite = bits < infinity;
         const f32 scale = splat(scale_of(a.scale == kRoundWhole ? whole : bits, a, element, one));
         for (int64_t at = begin; at < end; at += 16) {
           const int count = end - at < 16 ? static_cast<int>(end - at) : 16;
-          const f32 value = mul(nearest(div(load_part(x, a.dtype, at, end), scale), element), scale);
-          store_as(y + at * size, a.dtype, finite ? value : splat(bits_to_float(0x7fc00000u)), count);
+          const f32 value = mul(nearest(div(load_part(x, dtype, at, end), scale), element), scale);
+          store_as(y + at * size, a.dtype,
+                   finite ? limit(value, -kMost[a.dtype], kMost[a.dtype]) : splat(bits_to_float(0x7fc00000u)), count);
         }
       }
-    }
+    });
   });
   return TERSOR_OK;
 }

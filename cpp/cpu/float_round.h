@@ -10,7 +10,9 @@ namespace tersor {
 enum RoundScale { kRoundLargest = 0, kRoundWhole = 1, kRoundPower = 2, kRoundE4m3 = 3 };
 
 // y = element(x / scale) * scale for rows of k values of one dtype; rows, k >= 1, group a multiple of 16, or k and
-// more.
+// more. With `steps`, x goes through their norm or gate, permutation, signs and products before that (row_transform.h),
+// in fp32. A group with a number that the dtype cannot hold is NaN; what rounding brings beyond its largest number
+// becomes that.
 struct FloatRoundArgs {
   const void* x;
   void* y;
@@ -19,6 +21,7 @@ struct FloatRoundArgs {
   int element, scale;
   int64_t group;
   int threads;
+  const tersor_input* steps;  // null: none
 };
 
 namespace generic { int float_round(const FloatRoundArgs& arguments); }

@@ -39,7 +39,8 @@ def _float_round_cpu(x: Tensor, element: str, scale: str, group: int) -> Tensor:
 
 
 def _float_round_reference(x: Tensor, element: str, scale: str, group: int) -> Tensor:
-    """The definition, on any device. A group with NaN or Inf becomes NaN and does not count in the whole's scale."""
+    """The definition, on any device. A group with NaN or Inf becomes NaN and does not count in the whole's scale; what
+    rounding brings beyond the largest number of x's dtype becomes that."""
     from .formats.floating import ELEMENTS as TYPES
     from .formats.floating import power_of_two, power_of_two_scale, round_to
 
@@ -62,7 +63,8 @@ def _float_round_reference(x: Tensor, element: str, scale: str, group: int) -> T
         step = round_to(top / largest * one, "e4m3").clamp_min(2.0**-9) / one
     else:
         step = ((top.amax() if scale == "whole" else top) / largest).clamp_min(tiny)
-    rounded = (round_to(groups / step, element) * step).where(finite, torch.nan)
+    most = torch.finfo(x.dtype).max
+    rounded = (round_to(groups / step, element) * step).clamp(-most, most).where(finite, torch.nan)
     return rounded.flatten(-2)[..., :k].to(x.dtype)
 
 

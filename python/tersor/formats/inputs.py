@@ -51,7 +51,12 @@ class Inputs(Around):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The rounded input, in x's dtype. A group of channels with NaN or Inf becomes NaN."""
-        return ops_round.float_round(x, *_ROUNDING[self.kind if self.kind != "fp8" else self.scale])
+        return ops_round.float_round(x, *self.rounding)
+
+    @property
+    def rounding(self) -> tuple[str, str, int]:
+        """The element, the kind of scale and the channels of a group, as `ops_round.float_round` takes them."""
+        return _ROUNDING[self.kind if self.kind != "fp8" else self.scale]
 
     def linear(self, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, shape: Shape) -> Tensor:
         kernel = self._product(x.device, shape) if x.is_cuda and x.dtype in ops_float_cuda.HALVES else None
@@ -69,10 +74,15 @@ class Inputs(Around):
         return ops_float.fp8_linear(x, codes, scales, bias, shape[0], rows, group, self.scale)
 
     def bind(self, tensors: Mapping[str, Tensor], shape: Shape):
-        """On the CPU, over scales that are widened once: as `linear` does it. What else there is widens nothing."""
-        if not isinstance(self.inner, ByteScales) or tensors["qweight"].device.type != "cpu":
+        """On the CPU: as `linear` does it, over scales in bytes that are widened once."""
+        if not _on_cpu(tensors):
             return None
-        return Bound(self.inner.bind(tensors, shape), self)
+        product = self.inner.bind(tensors, shape)
+        return Bound(product or (lambda x, bias: self.inner.linear(x, tensors, bias, shape)), self)
+
+    def producer(self, tensors: Mapping[str, Tensor]) -> dict | None:
+        """On the CPU, where the pass that rounds also runs a step."""
+        return {} if _on_cpu(tensors) else None
 
     @property
     def bind_copies(self) -> bool:
@@ -115,6 +125,10 @@ class Inputs(Around):
                 return name
         scale = "" if self.scale == "token" else f"[scale={self.scale}]"
         return f"A{self.kind.upper()}{scale}/{self.inner.text()}"
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> bool:
+    return all(tensor.is_cpu for tensor in tensors.values())
 
 
 class Bound:
