@@ -13,6 +13,7 @@ from tersor.formats.integer import quantize_activations
 from tersor.io import load, save
 from tersor.io.errors import Unsupported
 from tersor.layer import Linear
+from tersor.methods import Collector
 from tersor.patch import LayerSpec, patch
 from tersor.registry import resolve_format
 
@@ -85,6 +86,22 @@ def test_static_scales_come_from_params(text, groups):
     assert not torch.equal(layer(x), y), "a scale that changes in place is read anew"
     layer._buffers["input_scale"] = before
     assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("text,groups", [("W8A8[act_group=0,act_scale=static,act_clip=0.7]", 1),
+                                         ("W4A6[act_group=64,act_scale=static,act_clip=0.5]", 3),
+                                         ("W4A4[act_scale=static]", 5)])
+def test_calibration_gives_static_scales_with_the_clip(text, groups):
+    fmt, x = resolve_format(text), torch.randn(40, 150) * torch.linspace(0.1, 9, 150)
+    collector, params = Collector(150, fmt.needs), fmt.fit(torch.randn(16, 150))
+    for part in x.split(15):
+        collector.add(part)
+    fmt.calibrate(params, collector.finish())
+    top = {8: 127, 6: 31, 4: 7}[fmt.activation]
+    expected = torch.stack([fmt.act_clip * part.abs().max() / top for part in x.split(fmt.act_group or 150, 1)])
+    assert params["input_scale"].shape == (groups,) and torch.allclose(params["input_scale"], expected, rtol=1e-6)
+    y = fmt.quantize_input(x, fmt.pack(fmt.project(torch.zeros(16, 150), params), params))
+    assert torch.allclose(y.abs().max(), fmt.act_clip * x.abs().max(), rtol=1e-5), "what lies beyond saturates"
 
 
 def test_static_scales_are_asked_for():
