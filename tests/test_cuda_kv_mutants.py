@@ -4,7 +4,11 @@ As in `test_cuda_mutants`: a mutant is a textual edit, compiled with what the pr
 violation or by a wrong result; one that does not compile counts as a mistake here.
 """
 
+from unittest import mock
+
 import pytest
+import test_cuda_kv
+import test_cuda_kv_formats
 import torch
 from cuda_kv import (FORMAT_SOURCES, KERNEL, MASS_SOURCES, PAGE_SOURCES, SOURCES, attend, attention_mass, cached,
                      cached_layout, relative_error, true_mass, truth)
@@ -63,13 +67,8 @@ def check_formats(library, dim=64):
 
 
 def check_residuals(library):
-    import test_cuda_kv_formats as formats
-
-    before, formats.attention_library = formats.attention_library, lambda *_: library
-    try:
-        formats.test_residuals(64, 0)
-    finally:
-        formats.attention_library = before
+    with mock.patch.object(test_cuda_kv_formats, "attention_library", lambda *_: library):
+        test_cuda_kv_formats.test_residuals(64, 0)
 
 
 def check_mass(library):
@@ -83,33 +82,23 @@ def check_mass(library):
 
 
 def check_packing(library):
-    import test_cuda_kv_formats as formats
-
-    before, formats.page_library = formats.page_library, lambda: library
-    try:
+    with mock.patch.object(test_cuda_kv_formats, "page_library", lambda: library):
         for name in ("outliers", "outliers nuq", "nuq 3, 2", "e4m3", "token", "token e4m3", "halves outliers"):
-            formats.test_pack_equals_the_reference(name)
-        formats.test_pack_of_separable_values("outliers separable")
-        formats.test_pack_of_turned_keys("nuq 4")
-        formats.test_append_of_biases()
-        formats.test_append_of_turned_keys()
-        formats.test_pack_of_what_is_not_finite()
-    finally:
-        formats.page_library = before
+            test_cuda_kv_formats.test_pack_equals_the_reference(name)
+        test_cuda_kv_formats.test_pack_of_separable_values("outliers separable")
+        test_cuda_kv_formats.test_pack_of_turned_keys("nuq 4")
+        test_cuda_kv_formats.test_append_of_biases()
+        test_cuda_kv_formats.test_append_of_turned_keys()
+        test_cuda_kv_formats.test_pack_of_what_is_not_finite()
 
 
 def check_pages(library):
-    import test_cuda_kv
-
-    before, test_cuda_kv.page_library = test_cuda_kv.page_library, lambda: library
-    try:
+    with mock.patch.object(test_cuda_kv, "page_library", lambda: library):
         test_cuda_kv.test_append(80, 7)
         test_cuda_kv.test_append(64, 150)
         test_cuda_kv.test_pack_equals_the_reference_to_the_bit(80)
         test_cuda_kv.test_pack_equals_the_reference_to_the_bit(128)
         test_cuda_kv.test_pack_of_what_is_not_finite()
-    finally:
-        test_cuda_kv.page_library = before
 
 
 ATTENTION = {
@@ -247,8 +236,6 @@ FORMAT_MUTANTS = {
         "x * cosine + y * sine, y * cosine - x * sine"),
     "remainders of turned keys": (SCORES, "BFloat16::mma(sum[kTile], q.first, rest);", ""),
     "queries as they come": (ROWS, "kFormats && a.rotary.halves ? a.rotary.pairs : 0", "0"),
-    "one group's weights for all": (VALUES, "(f.value_begins >> (n / 2) & 1) != 0", "n == 0"),
-    "groups of a unit without parameters": (STREAM, "step_ += unit / records * extra_;", "step_ += extra_;"),
     "scales of the first half": (SCORES, "record - kKvKeyParameters, first", "record - 2 * kKvKeyParameters, first"),
     "minima of the first half": (SCORES, "(j < 4 ? constant[row] : second[row])", "constant[row]"),
     "the offset of codes of halves": (SCORES, "constant[row] -= 128.0f * (first", "constant[row] -= 127.0f * (first"),
@@ -264,6 +251,11 @@ FORMAT_MUTANTS = {
     "no sync of weights": (VALUES,
         "(g % 4 * 8)), two);\n      }\n      ptx::sync_warp();", "(g % 4 * 8)), two);\n      }"),
     "entries of tokens that nobody sees": (VALUES, "weight == 0 ? 0.0f : weight", "weight"),
+}  # fmt: skip
+
+GROUP_MUTANTS = {  # 64 channels are one group
+    "one group's weights for all": (VALUES, "(f.value_begins >> (n / 2) & 1) != 0", "n == 0"),
+    "groups of a unit without parameters": (STREAM, "step_ += unit / records * extra_;", "step_ += extra_;"),
 }  # fmt: skip
 
 RESIDUAL_MUTANTS = {
@@ -289,54 +281,30 @@ MASS_MUTANTS = {
 }  # fmt: skip
 
 
-def test_the_unchanged_kernels_pass():
-    check_attention(build(SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=INSTANCE))
-    check_pages(build(PAGE_SOURCES))
-    check_packing(build(PAGE_SOURCES))
-    formats = build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=FORMAT_INSTANCE)
-    check_formats(formats)
-    check_residuals(build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": 64}))
-    check_mass(build(MASS_SOURCES, {"TERSOR_HEAD_DIM": 64}))
+# Sources, the edits that leave few instances to compile, channels of a head, what kills mutants, and they.
+KINDS = {
+    "attention": (SOURCES, INSTANCE, 64, check_attention, ATTENTION),
+    "pages": (PAGE_SOURCES, [], None, check_pages, PAGES),
+    "packing": (PAGE_SOURCES, [], None, check_packing, PACK_OF_FORMATS),
+    "formats": (FORMAT_SOURCES, FORMAT_INSTANCE, 64, check_formats, FORMAT_MUTANTS),
+    "groups": (FORMAT_SOURCES, FORMAT_INSTANCE, 128, lambda library: check_formats(library, 128), GROUP_MUTANTS),
+    "residuals": (FORMAT_SOURCES, FORMAT_INSTANCE, 64, check_residuals, RESIDUAL_MUTANTS),
+    "mass": (MASS_SOURCES, [], 64, check_mass, MASS_MUTANTS),
+}
 
 
-@pytest.mark.parametrize("name", PACK_OF_FORMATS)
-def test_mutant_of_packing_is_killed(name):
-    mutant = build(PAGE_SOURCES, edits=[PACK_OF_FORMATS[name]])
+def compiled(kind, *edits):
+    sources, few, dim, *_ = KINDS[kind]
+    return build(sources, {"TERSOR_HEAD_DIM": dim} if dim else None, edits=[*few, *edits])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_unchanged_kernels_pass(kind):
+    KINDS[kind][3](compiled(kind))
+
+
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind, of in KINDS.items() for name in of[4]])
+def test_mutant_is_killed(kind, name):
+    *_, check, mutants = KINDS[kind]
     with pytest.raises(AssertionError):
-        check_packing(mutant)
-
-
-@pytest.mark.parametrize("name", FORMAT_MUTANTS)
-def test_mutant_of_formats_is_killed(name):
-    dim = 128 if "group" in name else 64  # 64 channels are one group
-    mutant = build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": dim}, edits=[*FORMAT_INSTANCE, FORMAT_MUTANTS[name]])
-    with pytest.raises(AssertionError):
-        check_formats(mutant, dim)
-
-
-@pytest.mark.parametrize("name", RESIDUAL_MUTANTS)
-def test_mutant_of_residuals_is_killed(name):
-    mutant = build(FORMAT_SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=[*FORMAT_INSTANCE, RESIDUAL_MUTANTS[name]])
-    with pytest.raises(AssertionError):
-        check_residuals(mutant)
-
-
-@pytest.mark.parametrize("name", MASS_MUTANTS)
-def test_mutant_of_mass_is_killed(name):
-    mutant = build(MASS_SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=[MASS_MUTANTS[name]])
-    with pytest.raises(AssertionError):
-        check_mass(mutant)
-
-
-@pytest.mark.parametrize("name", ATTENTION)
-def test_mutant_of_attention_is_killed(name):
-    mutant = build(SOURCES, {"TERSOR_HEAD_DIM": 64}, edits=[*INSTANCE, ATTENTION[name]])
-    with pytest.raises(AssertionError):
-        check_attention(mutant)
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_mutant_of_pages_is_killed(name):
-    mutant = build(PAGE_SOURCES, edits=[PAGES[name]])
-    with pytest.raises(AssertionError):
-        check_pages(mutant)
+        check(compiled(kind, mutants[name]))
