@@ -10,7 +10,8 @@
 //                    -126 to 127
 //     e4m3           e4m3(largest / 6 * global), at least 2^-9, over global
 // A group with NaN or Inf has the scale NaN (255; e4m3: 127) and codes 0. Behind k, up to a multiple of 128, codes and
-// scales are zero numbers.
+// scales are zero numbers. Rounded numbers beyond the largest of x's type (float16 60000 gives 65536) become
+// that; codes hold them as they are.
 //
 // gate: registers 64
 // gate: lacks HMMA
@@ -51,6 +52,13 @@ TERSOR_DEVICE Scale scale_of(uint32_t top, float global) {
   }
 }
 
+template <class Type>
+constexpr float kMost = 65504.0f;  // of float16
+template <>
+constexpr float kMost<BFloat16> = 0x1.fep127f;
+template <>
+constexpr float kMost<Float32> = 0x1.fffffep127f;
+
 template <class Type, int kKind>
 __global__ void __launch_bounds__(kFp4RowThreads) quantize_fp4_rows(const BlockRows a) {
   constexpr int group = kKind == kNvfp4 ? 16 : 32, lanes = group / 8;
@@ -85,6 +93,8 @@ __global__ void __launch_bounds__(kFp4RowThreads) quantize_fp4_rows(const BlockR
       }
     }
     if (a.values != nullptr) {
+#pragma unroll
+      for (float& value : x) value = value > kMost<Type> ? kMost<Type> : value < -kMost<Type> ? -kMost<Type> : value;
       char* to = static_cast<char*>(a.values) + row * a.k * RowNumbers<Type>::kBytes;
       store_channels<Type>(to, channel, a.k, a.aligned_values != 0, x);
     } else {
