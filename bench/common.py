@@ -203,6 +203,19 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
 
 
+def keeping(result: dict, path: str | Path, field: str, key: tuple[str, ...]) -> dict:
+    """``result`` with those records of an earlier run in ``path`` that it did not measure: ``field`` holds them,
+    ``key`` tells them apart. Each of them names its run by ``date`` and ``commit``."""
+    try:
+        before = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return result
+    new = {tuple(record[name] for name in key): record for record in result[field]}
+    run = {name: before[name] for name in ("date", "commit")}
+    joined = [new.pop(tuple(record[name] for name in key), None) or run | record for record in before[field]]
+    return result | {field: joined + list(new.values())}
+
+
 def write_json(path: str | Path, data: dict) -> None:
     """Write beside, then rename: a reader sees the old file or the new one."""
     path = Path(path)

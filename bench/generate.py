@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from pathlib import Path
 
 import torch
-from common import RESULTS, header, integers
+from common import RESULTS, header, integers, keeping, write_json
 
 import tersor
 from tersor.cli.common import load_model
@@ -48,12 +47,23 @@ LOWBIT = {name: {"*": spec, "lm_head": f"{FAST}:W8A8"} for name, spec in {
     "flatquant W4A4": f"flatquant[steps=0]+{FAST}:W4A4",
     "comet W4Ax": f"comet+{FAST}:W4Ax",
 }.items()}
+
+
+def with_outliers(model: torch.nn.Module) -> torch.nn.Module:
+    """A random model with a few large channels in front of its layers, as trained ones have: what COMET does at run
+    time depends on them."""
+    for name, norm in model.named_modules():
+        if name.endswith("layernorm"):
+            norm.weight.data[::100] *= 20
+    return model
+
+
 SHARED = {"llama-3-8b"}  # layers share weights there, which transforms of neighbours would have to agree on
 CACHES = {f"{recipe}, cache {spec}": (recipe, spec) for recipe in ("W4A16, head W8A16", "W4A16, head W4A16")
           for spec in ("K16V16", "K8V8")}
 MODELS = {
-    "qwen3-0.6b": qwen3_0_6b,
-    "llama-3-8b": lambda: llama_3_8b(stored=4),
+    "qwen3-0.6b": lambda: with_outliers(qwen3_0_6b()),
+    "llama-3-8b": lambda: with_outliers(llama_3_8b(stored=4)),
     "stdlib-llama": lambda: load_model(str(ROOT / "examples" / "models" / "stdlib-llama"))[0],
 }
 
@@ -118,6 +128,7 @@ def main() -> None:
     parser.add_argument("--recipes", choices=("weights", "lowbit"), default="weights", help="16-bit inputs, or fewer")
     parser.add_argument("--only", help="some of the recipes, separated by commas")
     parser.add_argument("--out", type=Path, help="default: generate.json, generate-lowbit.json in bench/results")
+    parser.add_argument("--keep", action="store_true", help="what the file has of other models and recipes stays in it")
     args = parser.parse_args()
     unknown = [name for name in args.models.split(",") if name not in MODELS]
     if unknown:
@@ -134,10 +145,9 @@ def main() -> None:
     for name in args.models.split(","):
         records += measure(name, recipes, caches, threads, args.rounds, args.new_tokens, args.prefill, args.fp32)
         gc.collect()
-    settings = {key: value for key, value in vars(args).items() if key != "out"}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "keep")}
     result = header("generate", settings) | {"records": records}
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(out, keeping(result, out, "records", ("model", "contender", "threads")) if args.keep else result)
     print(f"written: {out}")
 
 

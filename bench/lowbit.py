@@ -248,6 +248,7 @@ def main(argv=None) -> int:
     parser.add_argument("--peers", default="auto", help="auto, none, or of the files in bench/peers")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has ONNX Runtime and OpenVINO")
     parser.add_argument("--out", default=str(common.RESULTS / "lowbit.json"))
+    parser.add_argument("--keep", action="store_true", help="what the file has of other shapes stays in it")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     specs, results, proxies = common.names(arguments.specs), [], []
@@ -255,6 +256,10 @@ def main(argv=None) -> int:
     settings = {"threads": arguments.threads, "isa": _C.isa(), "seconds": arguments.seconds, "rounds": arguments.rounds,
                 "copies_bytes": COPIES, "x_dtype": "bf16 (linear_dynamic and peers fp32)"}
     head = common.header("lowbit", settings) | {"floors": floors}
+
+    def together(result: dict) -> dict:
+        return common.keeping(result, arguments.out, "results", ("K", "N", "M")) if arguments.keep else result
+
     try:
         if arguments.peers != "none":
             proxies = start_peers(arguments)
@@ -280,7 +285,7 @@ def main(argv=None) -> int:
                     with_peers(row, proxies, arguments.seconds, arguments.threads)
                     results.append(row | {"missing": missing})
                     print(told(row), flush=True)
-                    common.write_json(arguments.out, head | {"results": results})
+                    common.write_json(arguments.out, together(head | {"results": results}))
             del ways
             common.release_memory()
     finally:

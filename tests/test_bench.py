@@ -129,6 +129,21 @@ def test_tables_go_between_their_markers(tmp_path, capsys):
     assert str(document) in capsys.readouterr().out and document.read_text() == "no marker"
 
 
+def test_records_of_earlier_runs_are_kept(tmp_path):
+    path = tmp_path / "a.json"
+    first = {"date": "1", "commit": "a", "records": [{"K": 1, "ms": 1}, {"K": 2, "ms": 2}]}
+    assert common.keeping(first, path, "records", ("K",)) is first
+    common.write_json(path, first)
+    second = {"date": "2", "commit": "b", "records": [{"K": 3, "ms": 6}, {"K": 1, "ms": 5}]}
+    joined = common.keeping(second, path, "records", ("K",))
+    assert joined == {"date": "2", "commit": "b", "records": [
+        {"K": 1, "ms": 5}, {"date": "1", "commit": "a", "K": 2, "ms": 2}, {"K": 3, "ms": 6}]}
+    common.write_json(path, joined)
+    third = {"date": "3", "commit": "c", "records": [{"K": 1, "ms": 7}]}
+    assert common.keeping(third, path, "records", ("K",))["records"] == [
+        {"K": 1, "ms": 7}, {"date": "1", "commit": "a", "K": 2, "ms": 2}, {"date": "2", "commit": "b", "K": 3, "ms": 6}]
+
+
 def lowbit_record(m, disturbed=False, **ways):
     made = {name.replace("_", " "): {"ms": ms} for name, ms in ways.items()}
     made["W4A4 +hadamard"] = {"ms": 1.1, "added": 0.031}
