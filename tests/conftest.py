@@ -15,13 +15,16 @@ def isa(request):
     _C.set_isa(before)
 
 
-@pytest.fixture
-def one_thread():
+def _one_thread():
     """Small tensors: a second thread costs more than it gives, above all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+one_thread = pytest.fixture(_one_thread, name="one_thread")
+one_thread_throughout = pytest.fixture(_one_thread, scope="module", name="one_thread_throughout")  # fixtures as well
 
 
 def pytest_configure(config):

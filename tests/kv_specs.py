@@ -1,5 +1,5 @@
-"""Every spec and method of docs/cache.md's tables, for tests that walk over them on the CPU and on CUDA, and attention in
-float64 over what a store holds."""
+"""Every spec and method of docs/cache.md's tables, for tests that walk over them on the CPU and on CUDA, and attention
+in float64 over what a store holds."""
 
 import functools
 
@@ -116,7 +116,8 @@ def expected(store, step):
         return _of_window(store, step)
     if isinstance(store, EvictingStore):
         return expected(store.inner, from_position(step, store.tokens - store.whole, store.inner.held - store.whole))
-    keys, values = (torch.cat((held, fresh.double()), 2) for held, fresh in zip(store.decode(), (step.keys, step.values)))
+    keys, values = (torch.cat((held, fresh.double()), 2)
+                    for held, fresh in zip(store.decode(), (step.keys, step.values)))
     pages = getattr(store, "pages", None)
     bias = None
     first = 0 if pages is None else pages.first
@@ -124,7 +125,8 @@ def expected(store, step):
     if pages is not None and pages.layout.biased:
         bias = torch.nn.functional.pad(pages.biases(), (0, step.fresh))
     if isinstance(store, BlockStore) and bias is not None:  # packed tokens lie in another order; biases hide padding
-        mask = torch.ones(step.query.shape[2], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - step.query.shape[2])
+        queries, held = step.query.shape[2], keys.shape[2]
+        mask = torch.ones(queries, held, dtype=torch.bool).tril(held - queries)
     if getattr(store, "window", 0) and pages is not None:
         at = torch.arange(first, first + keys.shape[2])
         own = first + keys.shape[2] - step.query.shape[2] + torch.arange(step.query.shape[2])

@@ -14,6 +14,7 @@ from tersor.io import CheckpointError, load, save
 from tersor.io.plan import Names, read_layers, read_manifest
 from tersor.io.shards import open_directory, read_json
 
+pytestmark = pytest.mark.usefixtures("one_thread_throughout")
 INPUTS = 10_000
 CASES = [("compressed-tensors", "W3A16[group=32,sym=false]"), ("gptq", "W4A16[group=32,sym=false]"),
          ("awq", "W4A16[group=32]"), ("tersor", "W4A16[group=32]"), ("shards", "W8A8"), ("native", "W3A16+lr4")]
@@ -21,15 +22,6 @@ VALUES = [0, 1, -1, 2, 3, 8, 31, 33, 64, 99, 255, 1 << 31, -(1 << 31), 1 << 40, 
           False, None, "", "x", "..", "re:(", "re:.*", "Linear", "int", "group", "channel", "W4A16", "W2A16[group=32]",
           "FP8", "2:4/W4A16", "permute", "pack-quantized", "tersor-native", "int-quantized", "gptq", "gptq_v2", [], {},
           [0], [[]], {"a": 1}, "gptq:W4A16", "I64", "F16", "BF16", "U8", "I32"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,19 @@
 """What a packed cache costs in quality: the reference model, teacher-forced, its tokens read through the cache."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from outliers import MODEL, text_tokens
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import tersor
 
-MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "stdlib-llama"
 LENGTH, PROMPT, STEP = 448, 256, 16
 
 
 @pytest.fixture(scope="module")
 def reference():
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = tokenizer((MODEL / "heldout.txt").read_text()[:40000], return_tensors="pt").input_ids[0]
-    return model, ids[:4 * LENGTH].view(4, LENGTH)
+    return model, text_tokens(4 * LENGTH).view(4, LENGTH)
 
 
 def through(model, ids, cache):

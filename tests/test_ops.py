@@ -75,7 +75,8 @@ def test_every_op_is_sampled():
 def test_kernel_equals_reference(name, arguments):
     op = ops.OPS[name]
     got, expected = op(*arguments), op.reference(*arguments)
-    for a, b in zip(got if isinstance(got, (list, tuple)) else [got], expected if isinstance(expected, (list, tuple)) else [expected]):
+    pairs = (x if isinstance(x, (list, tuple)) else [x] for x in (got, expected))
+    for a, b in zip(*pairs):
         assert a.dtype == b.dtype and a.shape == b.shape
         error = (a.double() - b.double()).norm() / b.double().norm()
         assert error < (5e-3 if a.dtype == torch.bfloat16 else 1e-6)

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..op_checks import fail
 from . import attention, devices
-from .methods import CACHE_METHODS
+from .methods import CACHE_METHODS, CacheMethod
 from .rotary import Rotary
 from .settings import Settings
 from .store import Shape, Step, Store, base_store
@@ -54,7 +54,7 @@ class PackedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, settings: Settings, index: int = 0, sliding_window: int = 0,
-                 methods: Sequence[tuple["Method", dict[str, Tensor]]] = (), rotary: Rotary | None = None,
+                 methods: Sequence[tuple[CacheMethod, dict[str, Tensor]]] = (), rotary: Rotary | None = None,
                  shared: dict | None = None, positions: int = 0, max_tokens: int = 0):
         super().__init__()
         self.settings, self.index, self.sliding_window = settings, index, sliding_window
@@ -185,7 +185,8 @@ class PackedLayer(CacheLayerMixin):
         owner = self.owner and self.owner()
         if owner is not None and owner is not module and self.store.seen:
             self.fresh = None  # of the other model
-            fail("cache", "model", f"a second model, at layer {self.index}", "the model whose tokens it holds, or reset()")
+            fail("cache", "model", f"a second model, at layer {self.index}",
+                 "the model whose tokens it holds, or reset()")
         self.owner = weakref.ref(module)
 
     def attended(self) -> None:
@@ -236,7 +237,7 @@ class PackedLayer(CacheLayerMixin):
 _update_apart = torch.compiler.disable(PackedLayer._update)
 
 
-def build_store(shape: Shape, methods: Sequence[tuple["Method", dict[str, Tensor]]]) -> Store:
+def build_store(shape: Shape, methods: Sequence[tuple[CacheMethod, dict[str, Tensor]]]) -> Store:
     """The stores of a chain of methods, outermost first, around pages."""
     if not methods:
         return base_store(shape)

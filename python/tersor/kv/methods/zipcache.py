@@ -40,8 +40,8 @@ class ZipCache(CacheMethod):
     def check(self, model: nn.Module, settings: Settings) -> None:
         bits = settings.key_bits, settings.value_bits
         if self.low_bits not in BITS or max(bits) > 8 or self.low_bits >= min(bits):
-            raise ValueError(f"zipcache: found {settings.name} with low_bits={self.low_bits}, accepted are 8, 4 or 3 bits "
-                             "and fewer low_bits (4, 3, 2)")
+            raise ValueError(f"zipcache: found {settings.name} with low_bits={self.low_bits}, accepted are 8, 4 or 3 "
+                             "bits and fewer low_bits (4, 3, 2)")
         for name in ("unimportant", "recent_probes", "random_probes"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"zipcache: {name}: found {getattr(self, name)}, accepted is 0 to 1")
@@ -121,11 +121,11 @@ class ZipStore(BlockStore):
             self.mass, self.probes = self.mass[:, :, tokens:].clone(), self.probes[tokens:].clone()
         order = score.argsort(dim=-1, stable=True)
         self.low_pages += low
-        for kind, chosen in ((1, order[:, :, low * page:]), (2, order[:, :, :low * page])):
-            if chosen.shape[2]:
-                chosen = chosen.sort(-1).values
-                part = [t.gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, t.shape[-1])) for t in (keys, values)]
-                self.pages.append_packed(*part, kind, None if bias is None else bias.gather(2, chosen))
+        for kind, places in ((1, order[:, :, low * page:]), (2, order[:, :, :low * page])):
+            if places.shape[2]:
+                places = places.sort(-1).values
+                part = [t.gather(2, places.unsqueeze(-1).expand(-1, -1, -1, t.shape[-1])) for t in (keys, values)]
+                self.pages.append_packed(*part, kind, None if bias is None else bias.gather(2, places))
 
     def crop(self, tokens: int) -> None:
         super().crop(tokens)
