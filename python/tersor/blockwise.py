@@ -13,6 +13,9 @@ torch.
 from __future__ import annotations
 
 import functools
+import inspect
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +24,10 @@ from torch import Tensor, nn
 
 ATTENTION = "tersor_blockwise"
 _WIDE = 16  # bits of what normalisation computes with
+_WIDEST = 1 << 16  # numbers that it takes: their sums of squares, times their number, are below 2^62
 _FRACTION = 1 << 15  # of exponentials in fixed point
 _SHIFTS = (-126, 126)
+_CHANGING = ("softcap", "s_aux")  # options of attentions that would change its result
 
 
 def shifts(largest: Tensor, bits: int) -> Tensor:
@@ -102,47 +107,60 @@ def softmax(scores: Tensor, bits: int) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Normalisation of integers of 16 bits: sums and squares in 64 bits, what leaves is rounded to ``bits``."""
+    """Normalisation of integers of 16 bits: sums and squares in 64 bits, exact up to 65536 numbers; what leaves is
+    rounded. ``blockwise`` is ``(bits, block)``."""
 
-    bits, block = 8, 64
+    blockwise = 8, 64
 
     def forward(self, x: Tensor) -> Tensor:
         wide, n = quantize(x, _WIDE), x.shape[-1]
-        codes, e = wide.codes[..., 0, :].long(), wide.shift[..., 0, :]
-        centred = codes * n - codes.sum(-1, keepdim=True)  # n times the differences to the mean
-        square = centred.square().sum(-1, keepdim=True).double() / n**3  # of the codes' variance
-        epsilon = torch.ldexp(torch.full_like(square, self.eps), 2 * e)
-        y = (centred.double() / n / (square + epsilon).sqrt()).float()
+        codes, e = wide.codes[..., 0, :].long(), wide.shift[..., 0, :].double()
+        total = codes.sum(-1, keepdim=True)
+        # n^2 times the codes' variance. Either term is at most n^2 * 2^30.
+        square = n * codes.square().sum(-1, keepdim=True) - total.square()
+        epsilon = n**2 * self.eps * torch.exp2(2 * e)
+        y = ((codes * n - total).double() / (square.double() + epsilon).sqrt()).float()
         y = y * self.weight.float() + (0 if self.bias is None else self.bias.float())
-        return quantize(y, self.bits, self.block).values().to(x.dtype)
+        return quantize(y, *self.blockwise).values().to(x.dtype)
 
 
 class Activation(nn.Module):
-    """A function of one number by table; input and output in blocks."""
+    """A function of one number by table; input and output in blocks. ``blockwise`` is ``(bits, block)``."""
 
     def __init__(self, function: str, bits: int, block: int):
         super().__init__()
-        self.function, self.bits, self.block = function, bits, block
+        self.function, self.blockwise = function, (bits, block)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = through_table(quantize(x, self.bits, self.block), self.function, self.bits)
-        return quantize(y, self.bits, self.block).values().to(x.dtype)
+        y = through_table(quantize(x, *self.blockwise), self.function, self.blockwise[0])
+        return quantize(y, *self.blockwise).values().to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.function}, bits={self.bits}, block={self.block}"
+        return "{}, bits={}, block={}".format(self.function, *self.blockwise)
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **options):
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None,
+              position_bias=None, **options):
     """As transformers' interface has it, without dropout; operands and weights in integers of ``module.blockwise``
-    ``(bits, block)``."""
+    ``(bits, block)``. Modules without it, which only share a configuration with converted ones, run as before."""
+    if not hasattr(module, "blockwise"):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                      is_causal=is_causal, position_bias=position_bias, **options)
     if dropout:
         raise ValueError("blockwise attention: found dropout, accepted is model.eval()")
+    other = next((name for name in _CHANGING if options.get(name) is not None), None)
+    if other is not None:
+        raise ValueError(f"blockwise attention: {type(module).__name__}: found {other}, accepted is plain softmax")
     bits, block = module.blockwise
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = matmul(quantize(query, bits, block), quantize(key, bits, block)) * scaling
+    if position_bias is not None:
+        scores = scores + position_bias.float()
     if attention_mask is not None and attention_mask.dtype is torch.bool:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
     elif attention_mask is not None:
@@ -162,51 +180,106 @@ _FUNCTIONS = {"GELUActivation": "gelu", "GELU": "gelu", "GELUTanh": "gelu_tanh",
               "SiLUActivation": "silu", "Tanh": "tanh"}
 
 
+_ACTIVATIONS = "torch.nn.modules.activation", "transformers.activations"
+_ATTENTION = "attention in blocks"
+
+
 def convert(model: nn.Module, bits: int = 8, block: int = 64, attention_bits: int | None = None) -> dict[str, str]:
     """Exchange normalisation, activation functions and attention of an encoder of transformers, in place; returns what
-    became of each module. ``attention_bits``: of attention's products and softmax (None: ``bits``).
+    became of each module, by name. ``attention_bits``: of attention's products and softmax (None: ``bits``). What was
+    converted before is converted anew.
 
-    Linear layers and embeddings are compressed by `tersor.compress` with the method ``bct``. ValueError for other than
-    4 to 8 bits, and for models with none of these modules.
+    Normalisations, activations and attentions that are not known stay as they are: the returned texts say "left as it
+    is", and one UserWarning names them all. Functions that a model calls without a module are not seen.
+
+    Linear layers and embeddings are compressed by `tersor.compress` with the method ``bct``. `tersor.save` keeps the
+    conversion with them, `tersor.load` makes it again. ValueError for other than 4 to 8 bits, and for models with none
+    of these modules.
     """
-    for name, found in (("bits", bits), ("attention_bits", attention_bits or bits)):
-        if not 4 <= found <= 8:
-            raise ValueError(f"{name}: found {found}, accepted are 4 to 8")
-    if block < 1:
-        raise ValueError(f"block: found {block}, accepted are positive numbers")
-    made: dict[str, str] = {}
-    for name, module in list(model.named_modules()):
-        function = _FUNCTIONS.get(type(module).__name__)
-        if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
-            module.__class__ = LayerNorm
-            module.bits, module.block = bits, block
-            made[name] = "normalisation in 16 bits, output in blocks"
-        elif function == "gelu" and getattr(module, "approximate", "none") == "tanh":
-            model.set_submodule(name, Activation("gelu_tanh", bits, block))
-            made[name] = "gelu_tanh by table"
-        elif function is not None:
-            model.set_submodule(name, Activation(function, bits, block))
-            made[name] = f"{function} by table"
-    made |= _exchange_attention(model, attention_bits or bits, block)
+    attention_bits = bits if attention_bits is None else attention_bits
+    for name, found, low, high in (("bits", bits, 4, 8), ("attention_bits", attention_bits, 4, 8),
+                                   ("block", block, 1, _WIDEST)):
+        if type(found) is not int or not low <= found <= high:
+            raise ValueError(f"{name}: found {found}, accepted are {low} to {high}")
+    kinds = {name: _kind(module) for name, module in model.named_modules(remove_duplicate=False)}
+    made = exchange(model, {name: (attention_bits if kind == _ATTENTION else bits, block)
+                            for name, kind in kinds.items() if kind})
     if not made:
         raise ValueError(f"blockwise: found nothing to exchange in {type(model).__name__}, accepted are models with "
                          "nn.LayerNorm, GELU-like modules or transformers' attention interface")
+    left = {name: type(module).__name__ for name, module in model.named_modules()
+            if name not in made and _unknown(module)}
+    if left:
+        warnings.warn("blockwise: left as they are: " + ", ".join(f"{name} ({kind})" for name, kind in left.items()),
+                      stacklevel=2)
+    return made | {name: f"left as it is: {kind}" for name, kind in left.items()}
+
+
+def settings(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """``(bits, block)`` of each module that was converted, by name."""
+    return {name: module.blockwise for name, module in model.named_modules(remove_duplicate=False)
+            if hasattr(module, "blockwise")}
+
+
+def exchange(model: nn.Module, settings: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Exchange the modules that `settings` names, in place; returns what became of each. ValueError, before anything
+    is changed, for names of no module that can be."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    made = {name: _kind(modules[name]) if name in modules else "" for name in settings}
+    for name, kind in made.items():
+        if not kind:
+            found = type(modules[name]).__name__ if name in modules else "no module"
+            raise ValueError(f"blockwise: {name!r}: found {found}, accepted are nn.LayerNorm, GELU-like modules and "
+                             "attentions on transformers' interface")
+    if _ATTENTION in made.values():
+        _set_attention(modules.values())
+    for name, (bits, block) in settings.items():
+        module = modules[name]
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = LayerNorm
+        elif made[name] == _ATTENTION:
+            module.config._attn_implementation = ATTENTION  # parts of a model have no method that sets it
+        elif not isinstance(module, Activation):
+            model.set_submodule(name, Activation(_function(module), bits, block))
+            continue
+        module.blockwise = bits, block
     return made
 
 
-def _exchange_attention(model: nn.Module, bits: int, block: int) -> dict[str, str]:
-    if not hasattr(model, "set_attn_implementation"):
-        return {}
+def _set_attention(modules) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    made = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "scaling") and hasattr(module, "is_causal"):
-            module.blockwise = bits, block
-            made[name] = "attention in blocks"
-    if made:
-        model.set_attn_implementation(ATTENTION)
-    return made
+    for module in modules:
+        if hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation(ATTENTION)
+
+
+def _function(module: nn.Module) -> str | None:
+    """The name of a module's function, where there is a table of it."""
+    if isinstance(module, Activation):
+        return module.function
+    function = _FUNCTIONS.get(type(module).__name__)
+    return "gelu_tanh" if function == "gelu" and getattr(module, "approximate", "none") == "tanh" else function
+
+
+def _kind(module: nn.Module) -> str:
+    """What becomes of a module; empty where it stays as it is."""
+    if type(module) in (nn.LayerNorm, LayerNorm):
+        fits = len(module.normalized_shape) == 1 and module.normalized_shape[0] <= _WIDEST
+        return "normalisation in 16 bits, output in blocks" if fits and module.weight is not None else ""
+    forward = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if forward is not None and "ALL_ATTENTION_FUNCTIONS" in forward.co_names:
+        return _ATTENTION
+    function = _function(module)
+    return f"{function} by table" if function else ""
+
+
+def _unknown(module: nn.Module) -> bool:
+    """Whether a module is a normalisation, an activation function or the innermost attention, by its class."""
+    kind = type(module)
+    if "Attention" in kind.__name__:
+        return not any("Attention" in type(inner).__name__ for inner in module.modules() if inner is not module)
+    return kind.__module__ in _ACTIVATIONS or "Norm" in kind.__name__ and not module._modules

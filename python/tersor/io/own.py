@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from .. import blockwise
 from ..experts import Experts
 from ..formats.base import Format, Tensors, TensorSpec, under
 from ..formats.integer import Int
@@ -21,7 +22,7 @@ from ..spec import SpecError
 from ..transforms.steps import KEY_TRANSFORM, STEPS, Step
 from .compressed_tensors import PackQuantized
 from .errors import CheckpointError, Unsupported
-from .layout import Decoded, Layout, Manifest, Site, module_specs
+from .layout import Decoded, Layout, Manifest, Site, integer, module_specs
 from .shards import Checkpoint
 
 METHOD = "tersor"
@@ -189,6 +190,7 @@ class Own(Manifest):
         self.key_transforms = raw.get("key_transforms", [])
         if not isinstance(self.key_transforms, list) or not all(isinstance(name, str) for name in self.key_transforms):
             raise CheckpointError(f"key_transforms: found {self.key_transforms!r}, accepted is a list of module names")
+        self.blockwise = _blockwise(raw.get("blockwise", []))
         self.by_name: dict[str, OwnLayout] = {}
         for key, group in groups.items():
             what = f"config_groups.{key}"
@@ -220,8 +222,8 @@ class Own(Manifest):
 
 
 def declare(model: nn.Module, manifest: Manifest) -> None:
-    """Give attentions the buffer that the checkpoint has for their maps of keys (FlatQuant), to be filled by a loader.
-    CheckpointError for modules that are no attentions."""
+    """Give attentions the buffer that the checkpoint has for their maps of keys (FlatQuant), to be filled by a loader,
+    and exchange what computes in blocks (`tersor.blockwise`). CheckpointError for modules of other kinds."""
     modules = dict(model.named_modules())
     for name in getattr(manifest, "key_transforms", ()):
         module = modules.get(name)
@@ -231,6 +233,10 @@ def declare(model: nn.Module, manifest: Manifest) -> None:
                                   "head_dim")
         dtype = next(module.parameters()).dtype
         module.register_buffer(KEY_TRANSFORM, torch.empty(size, size, dtype=dtype, device="meta"))
+    try:
+        blockwise.exchange(model, getattr(manifest, "blockwise", {}))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _fits(layout: OwnLayout, site: Site) -> None:
@@ -239,6 +245,30 @@ def _fits(layout: OwnLayout, site: Site) -> None:
                               "steps for an embedding")
     if site.kind == "experts" and (isinstance(layout, Packed) or layout.steps):
         raise CheckpointError(f"module {site.name!r}: accepted is {NATIVE} without steps for fused experts")
+
+
+def _blockwise(entries: object) -> dict[str, tuple[int, int]]:
+    """``(bits, block)`` by module."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"blockwise: found {entries!r}, accepted is a list of objects")
+    made = {}
+    for i, entry in enumerate(entries):
+        bits = integer(entry.get("bits"), f"blockwise.{i}.bits", "4 to 8", 4, 8)
+        block = integer(entry.get("block"), f"blockwise.{i}.block", "1 to 65536", 1, 65536)
+        names = entry.get("targets")
+        if not isinstance(names, list) or not all(isinstance(name, str) and name not in made for name in names):
+            raise CheckpointError(f"blockwise.{i}.targets: found {names!r}, accepted is a list of module names, each "
+                                  "in one list")
+        made |= dict.fromkeys(names, (bits, block))
+    return made
+
+
+def blockwise_entries(settings: Mapping[str, tuple[int, int]]) -> list[dict]:
+    """``blockwise`` of the configuration: modules by what they share."""
+    made: dict[tuple[int, int], list[str]] = {}
+    for name, setting in settings.items():
+        made.setdefault(setting, []).append(name)
+    return [{"bits": bits, "block": block, "targets": names} for (bits, block), names in made.items()]
 
 
 def _layout(what: str, group: Mapping) -> OwnLayout:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
+from .. import __version__, blockwise
 from ..experts import Experts
 from ..formats.base import Tensors
 from ..formats.integer import Int, untile_rows
@@ -63,10 +63,12 @@ def choose(model: nn.Module, as_: str = "auto") -> Written:
         raise ValueError(f"layer {foreign[0]!r}: found {type(foreign[1]).__name__} with packed tensors of another "
                          "library, accepted are models that `accelerate` has taken over whole")
     plain = Surroundings.of(model, layers)
-    if plain.key_transforms and as_ not in ("auto", own.METHOD):
-        raise _refuse(as_, plain.key_transforms[0], f"it has a {KEY_TRANSFORM}, which {own.METHOD} holds")
-    if as_ != "auto" or plain.key_transforms:
-        return _WRITERS[own.METHOD if plain.key_transforms else as_](layers, plain)
+    ours = [(name, f"has a {KEY_TRANSFORM}") for name in plain.key_transforms] \
+        + [(name, "computes in blocks") for name in plain.blockwise]
+    if ours and as_ not in ("auto", own.METHOD):
+        raise _refuse(as_, ours[0][0], f"it {ours[0][1]}, which {own.METHOD} holds")
+    if as_ != "auto" or ours:
+        return _WRITERS[own.METHOD if ours else as_](layers, plain)
     for container in CONTAINERS[:-1]:
         try:
             return _WRITERS[container](layers, plain)
@@ -81,7 +83,8 @@ class Surroundings:
 
     ``kept``: names of the modules left alone that a reader might take for compressed ones; ``experts``: fused expert
     modules among them; ``conv1d``: compressed modules that the model builds as Conv1D; ``head``: the name of the
-    output head; ``stored``: a module's name in the checkpoint; ``key_transforms``: attentions with a map of keys.
+    output head; ``stored``: a module's name in the checkpoint; ``key_transforms``: attentions with a map of keys;
+    ``blockwise``: bits and blocks of the modules that `tersor.blockwise` has exchanged.
     """
 
     kept: tuple[str, ...]
@@ -90,6 +93,7 @@ class Surroundings:
     head: str | None
     stored: Callable[[str], str]
     key_transforms: tuple[str, ...] = ()
+    blockwise: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, layers: Mapping[str, Layer]) -> "Surroundings":
@@ -104,7 +108,8 @@ class Surroundings:
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         head = next((name for name, module in model.named_modules() if module is output), None)
         return cls(tuple(kept), tuple(experts), _conv1d_names(model) & set(layers), head, _stored_names(model),
-                   tuple(name for name, module in model.named_modules() if KEY_TRANSFORM in module._buffers))
+                   tuple(name for name, module in model.named_modules() if KEY_TRANSFORM in module._buffers),
+                   blockwise.settings(model))
 
     def both(self, names) -> list[str]:
         """Names as the model and as the checkpoint has them: readers of either kind find theirs."""
@@ -388,6 +393,8 @@ def _write_own(layers: Mapping[str, Layer], plain: Surroundings) -> Written:
     }
     if plain.key_transforms:
         config["key_transforms"] = list(plain.key_transforms)
+    if plain.blockwise:
+        config["blockwise"] = own.blockwise_entries(plain.blockwise)
     return Written(own.METHOD, config, _encode_own)
 
 
