@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import tersor
 from tersor import calibration
+from tersor.formats import Int
 from tersor.formats.floating import round_to
 from tersor.io.errors import CheckpointError
 from tersor.transforms import fireq
