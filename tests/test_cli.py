@@ -22,6 +22,7 @@ from tersor.recipe import make_plan
 from tersor.registry import resolve
 from tersor.report import Report, Row
 
+pytestmark = pytest.mark.usefixtures("one_thread_throughout")
 REFERENCE = Path(__file__).parent.parent / "examples" / "models" / "stdlib-llama"
 TEXT = "def add(a, b):\n    return a + b\n\n\nclass Point:\n    def __init__(self, x, y):\n        self.x = x\n" * 20
 
@@ -37,15 +38,6 @@ def make_model(folder: Path, **changes) -> Path:
     AutoTokenizer.from_pretrained(REFERENCE).save_pretrained(folder)
     (folder / "heldout.txt").write_text(TEXT)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # Models this small only lose by a second thread.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +67,8 @@ def assert_self_contained(page: str):
 
 
 def python_m_tersor(*args):
-    return subprocess.run([sys.executable, "-m", "tersor", *map(str, args)], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run([sys.executable, "-m", "tersor", *map(str, args)], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_python_m_tersor_is_the_command(compressed):
@@ -103,7 +95,8 @@ def test_compress_writes_a_checkpoint_and_a_self_contained_page(model, compresse
     assert_self_contained(page)
     for expected in ("<svg", "model.layers.1.mlp.down_proj", "W4A16", "lm_head", "rtn", str(model)):
         assert expected in page
-    before, after = (sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (model, compressed))
+    before, after = (sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+                     for folder in (model, compressed))
     assert after < before
 
 
@@ -237,7 +230,8 @@ ERRORS = {
                     "text absent.txt"),
     "no text in the folder": (("compress", "{model}", "-r", "gptq:W4A16", "-o", "{out}", "--calibration", "{empty}"),
                               "found no text files"),
-    "strict": (("compress", "{model}", "-r", "rtn:2:4/W4A16", "-o", "{out}", "--strict"), "strict: layer 'model.layers"),
+    "strict": (("compress", "{model}", "-r", "rtn:2:4/W4A16", "-o", "{out}", "--strict"),
+               "strict: layer 'model.layers"),
     "out is the model": (("compress", "{model}", "-r", "rtn:W4A16", "-o", "{model}"), "found the model itself"),
     "nan": (("compress", "{nan}", "-r", "rtn:W4A16", "-o", "{out}"), "model.layers.0.mlp.up_proj"),
     "truncated": (("explain", "{truncated}"), "model.safetensors"),
@@ -294,7 +288,7 @@ def test_page_escapes_names_and_draws_what_it_was_given():
     for expected in ("a &lt;model&gt;", "&lt;head&gt;", "kept &amp; named", "if a &lt; b:", "12.500", "was 12.250",
                      'class="reference"', "layers.1.o_proj: 1.1"):
         assert expected in page
-    # Two plots of two series with three points each, and one dot per series in the legends; bars for three kinds + kept.
+    # Two plots of two series with three points each, and a dot per series in the legends; bars for three kinds + kept.
     assert page.count("<circle") == 2 * (2 * 3 + 2)
     assert page.count('class="ghost"') == 4
 

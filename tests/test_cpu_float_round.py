@@ -86,3 +86,15 @@ def test_bad_arguments(arguments):
         float_round(torch.randn(2, 32), *arguments)
     with pytest.raises(ValueError, match="float_round: .*found .*accepted"):
         float_round(torch.ones(2, 32, dtype=torch.int32), "e4m3", "largest", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", _ROUNDING)
+def test_finite_numbers_stay_finite(kind, dtype):
+    """The largest number of a group may round to one that the dtype does not hold: it becomes the dtype's largest."""
+    most = torch.finfo(dtype).max
+    x = torch.linspace(0.9, 1, 48)[:, None] * torch.tensor([[1.0, -1.0]]).repeat(1, 80) * most
+    x = torch.cat([x, torch.full((1, 160), most)]).to(dtype)
+    got = float_round(x, *_ROUNDING[kind])
+    assert got.isfinite().all() and same(got, ops_round._float_round_reference(x, *_ROUNDING[kind]))
+    assert got.abs().amax() == most and ((got.double() - x.double()).abs() <= 0.13 * x.double().abs()).all()

@@ -1,11 +1,12 @@
-"""KVQuant, SmoothAttention, FireQ, GEAR and ZipCache: their algebra, and that each beats plain integers of like bytes."""
+"""KVQuant, SmoothAttention, FireQ, GEAR and ZipCache: their algebra, and that each beats plain integers of like
+bytes."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from outliers import MODEL, text_tokens
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import tersor
 from tersor.kv import CachePlan, calibrate
@@ -14,16 +15,13 @@ from tersor.kv.methods.base import method_atom
 from tersor.kv.rotary import Rotary, find_rotary
 from tersor.spec import Atom, SpecError
 
-MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "stdlib-llama"
 LENGTH, PROMPT, STEP = 384, 256, 16
 
 
 @pytest.fixture(scope="module")
 def reference():
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = tokenizer((MODEL / "heldout.txt").read_text()[:60000], return_tensors="pt").input_ids[0]
-    return model, ids[:4 * LENGTH].view(4, LENGTH), ids[4 * LENGTH:4 * LENGTH + 2048].view(8, 256)
+    return model, text_tokens(4 * LENGTH).view(4, LENGTH), text_tokens(2048, 4 * LENGTH).view(8, 256)
 
 
 def log_probabilities(model, ids, cache):
@@ -54,7 +52,8 @@ def truth(reference):
 def test_method_specs():
     method = make_method(Atom("gear", (("rank", 8),)))
     assert method == gear.Gear(rank=8) and str(method_atom(method)) == "gear[rank=8]"
-    for atom, message in ((Atom("geer"), "did you mean 'gear'"), (Atom("gear", (("ranks", 2),)), "found option 'ranks'"),
+    for atom, message in ((Atom("geer"), "did you mean 'gear'"),
+                          (Atom("gear", (("ranks", 2),)), "found option 'ranks'"),
                           (Atom("gear", (("rank", "x"),)), "rank: found 'x', accepted is int")):
         with pytest.raises(SpecError, match=message):
             make_method(atom)
@@ -112,7 +111,8 @@ def test_kmeans_on_a_line():
     torch.manual_seed(0)
     x = torch.randn(3000)
     same = kvquant.kmeans(x, torch.ones_like(x), 4)
-    assert torch.allclose(same, kvquant.kmeans(x, torch.full_like(x, 7.0), 4), atol=1e-6), "uniform weights do not matter"
+    weighted = kvquant.kmeans(x, torch.full_like(x, 7.0), 4)
+    assert torch.allclose(same, weighted, atol=1e-6), "uniform weights do not matter"
     found = ((x - same[kvquant.nearest(x, same)])**2).mean()
     assert 0.11 < found < 0.125, "the optimum for a normal distribution and four levels is 0.1175"
     weights = torch.where(x > 1, 100.0, 0.01)

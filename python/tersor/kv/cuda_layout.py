@@ -1,8 +1,9 @@
 """How the CUDA kernels store a page of the cache, and its pure-torch reference: the truth that they are tested against.
 
 The layout is that of ``cuda/tile/kv_layout.h``: 64 tokens in the order of the fragments of ``mma.m16n8k16``, so that
-what a lane unpacks is an operand. The numbers are those of `tersor.kv.layout`: keys are integers per channel over the tokens
-of a page, or of each half of it, values per token over a group of channels, both with a float16 scale and minimum.
+what a lane unpacks is an operand. The numbers are those of `tersor.kv.layout`: keys are integers per channel over the
+tokens of a page, or of each half of it, values per token over a group of channels, both with a float16 scale and
+minimum.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def value_group(dim: int) -> int:
 
 
 def value_groups(dim: int, bits: int) -> list[int]:
-    """Channels that may share the scale of a value: those of whole units of the kernels' stream, or whole parts of one."""
+    """Channels that may share the scale of a value: whole units of the kernels' stream, or whole parts of one."""
     least = {80: 16, 96: 48, 256: 64}.get(dim, 32)
     found = [group for group in range(least, dim + 1, least) if dim % group == 0]
     return [group for group in found if (dim, bits, group) != (96, 8, 48)]
@@ -51,7 +52,7 @@ def page_bytes(dim: int, key_bits: int, value_bits: int) -> int:
 
 @cache
 def _places(values: bool) -> Tensor:
-    """int64 ``[32 lanes, 16 pairs, 2]``: which of a record's numbers ``[64 tokens, 16 channels]`` a lane holds where."""
+    """int64 ``[32 lanes, 16 pairs, 2]``: where a lane holds a record's numbers ``[64 tokens, 16 channels]``."""
     lane, pair, two = torch.meshgrid(torch.arange(32), torch.arange(16), torch.arange(2), indexing="ij")
     g, t = lane // 4, lane % 4
     if values:
@@ -74,7 +75,7 @@ def _from_lanes(x: Tensor, values: bool) -> Tensor:
 
 
 def _plane(codes: Tensor, width: int) -> Tensor:
-    """Words ``[..., 32, width]`` of codes ``[..., 32, 16, 2]``: pairs from the lowest bits on, their halves 16 apart."""
+    """Words ``[..., 32, width]`` of codes ``[..., 32, 16, 2]``: pairs from the lowest bits on, halves 16 apart."""
     shifts = torch.arange(16, device=codes.device) * width % 16
     halves = (codes.long() << shifts.view(-1, 1)).unflatten(-2, (width, -1)).sum(-2)
     words = halves[..., 0] | halves[..., 1] << 16
@@ -111,11 +112,6 @@ def _exchanged(codes: Tensor, bits: int, levels=None) -> Tensor:
     return codes ^ 128 if bits == 8 and levels is None else codes
 
 
-def _halves(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes of numbers as they are."""
-    return x.to(dtype).contiguous().view(torch.uint8)
-
-
 # -- pages of a layout -----------------------------------------------------------------------------------------------
 
 
@@ -144,7 +140,8 @@ def check(op: str, layout: Layout) -> Layout:
             fail(op, "value_group", layout.value_group(page),
                  f"{', '.join(map(str, groups))} channels of {page.value_bits} bits on CUDA")
         if page.key_tokens and page.key_bits < 16 and dim == 256:
-            fail(op, "group", f"{page.key_tokens} tokens with 256 channels", f"{TOKENS} for head dimensions above 128 on CUDA")
+            fail(op, "group", f"{page.key_tokens} tokens with 256 channels",
+                 f"{TOKENS} for head dimensions above 128 on CUDA")
         if page.rank and dim == 256:
             fail(op, "rank", f"{page.rank} of 256 channels", "0 for head dimensions above 128 on CUDA")
         for part, count, most in (("key", page.key_outliers, most_outliers(dim)[0]),
@@ -444,14 +441,9 @@ def decode(pages: Tensor, dim: int, key_bits: int, value_bits: int, raw: torch.d
     return decode_page(layout, pages[..., :page_bytes(dim, key_bits, value_bits)], kind, dtype)
 
 
-def _halves(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes of numbers as they are."""
-    return x.to(dtype).contiguous().view(torch.uint8)
-
-
 def _raw(x: Tensor, values: bool) -> Tensor:
     lanes = _to_lanes(x, values).unflatten(-2, (4, 4)).movedim(-3, -4)
-    return _halves(lanes, x.dtype).flatten(x.dim() - 2)
+    return lanes.contiguous().view(torch.uint8).flatten(x.dim() - 2)
 
 
 def _unraw(data: Tensor, dim: int, values: bool, raw: torch.dtype, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,9 @@
-"""Low-rank residuals of packed pages on a GPU: what a run of pages shares, and the table that attention finds it through.
+"""Low-rank residuals of packed pages on a GPU: what a run of pages shares, and the table that attention finds it
+through.
 
 Keys are read as they are stored plus ``left^T right``, values alike, with factors of their own. Queries times the right
-factors of keys are one product for all pages, which a launch takes; left factors and those of values it reads where they
-lie. The host knows where: nothing waits.
+factors of keys are one product for all pages, which a launch takes; left factors and those of values it reads where
+they lie. The host knows where: nothing waits.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class Residuals:
     def _publish(self, segment: Segment) -> None:
         memory = segment.slab.memory[0]
         start, step, page = memory.data_ptr(), memory.stride(0), self.kv_heads * 4 * segment.rank * TOKENS
-        rows = [[(start + row * step + i * page, start + row * step + segment.count * page, segment.column, segment.rank)
-                 for i in range(segment.count)] for row in segment.rows]
+        rows = [[(first + i * page, first + segment.count * page, segment.column, segment.rank)
+                 for i in range(segment.count)] for first in (start + row * step for row in segment.rows)]
         self.table[:, segment.first:segment.first + segment.count] = staged(rows, torch.int64, self.device)
 
     def for_attention(self, query: Tensor, pages: int) -> tuple[Tensor, Tensor] | None:
