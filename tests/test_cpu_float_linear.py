@@ -38,7 +38,7 @@ def test_equals_the_unpacked_weight(fmt):
         w = fmt.unpack(tensors, (n, k), torch.float64)
         decoded = ops_float.dequantize(codes, scales, one, n, k, rows, group)
         assert torch.equal(decoded, fmt.unpack(tensors, (n, k))), "decoding is exact"
-        for m in (1, 2, 5, 16, 300):
+        for m in (1, 2, 3, 5, 8, 16, 300):
             x, bias = torch.randn(m, k), torch.randn(n)
             y = fmt.linear(x, tensors, bias, (n, k))
             bound = (x.double().abs() @ w.abs().T + bias.abs()) * 2**-24 * (k / 16 + 12)
@@ -67,6 +67,25 @@ def test_every_code_has_its_value(fmt):
     assert torch.equal(w[2].double(), values)
 
 
+@pytest.mark.parametrize("element", ["e2m1", "e2m3", "e4m3"])
+def test_every_place_and_group_for_few_tokens(element):
+    """Rows of the identity give columns as they are, whatever shares a scale and however many rows there are."""
+    torch.manual_seed(0)
+    n, k = 19, 1000  # chunks, blocks, and codes beyond the last whole one
+    if element == "e4m3":
+        codes = torch.randn(n, k).to(torch.float8_e4m3fn)
+    else:
+        codes = pack_bits(torch.randint(16 if element == "e2m1" else 64, (n, k)), 4 if element == "e2m1" else 6)
+    for group in (16, 32, 48, 64, 160, 512, k):
+        scales = torch.rand(n, -(-k // group)) + 0.5
+        w = ops_float.dequantize(codes, scales, None, n, k, 1, group)
+        starts = range(0, k, 8) if group < 64 else (0, 504, 512, 888, 960, 992)
+        for m in (1, 4, 7):
+            for start in starts[::m]:
+                y = ops_float.float_linear(torch.eye(k)[start:start + m], codes, scales, None, None, n, 1, group)
+                assert torch.equal(y, w[:, start:start + m].T), (group, m, start)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_half_precision_is_rounded_once(fmt, dtype):
@@ -86,14 +105,15 @@ def test_rows_stand_alone_whatever_the_batch_and_threads(fmt):
     tensors = stored(fmt, n, k)
     x = torch.randn(21, k)
     alone = torch.cat([fmt.linear(row[None], tensors, None, (n, k)) for row in x])
-    together = fmt.linear(x, tensors, None, (n, k))  # sums of three rows and more are taken in another order
+    together = fmt.linear(x, tensors, None, (n, k))  # sums of many rows are taken in another order
+    few = 8 if fmt.element == "e2m1" else 4
     assert (together - alone).norm() < 1e-6 * alone.norm()
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            for m in (1, 2, 3, 8, 21):
-                assert torch.equal(fmt.linear(x[:m], tensors, None, (n, k)), (alone if m < 3 else together)[:m])
+            for m in (1, 2, 3, 4, 5, 7, 8, 9, 21):
+                assert torch.equal(fmt.linear(x[:m], tensors, None, (n, k)), (alone if m <= few else together)[:m])
     finally:
         torch.set_num_threads(before)
 
@@ -154,7 +174,7 @@ def test_bad_arguments_are_named(case):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=["exponents", "floats"])
 def test_scales_up_to_the_largest_numbers(dtype):
-    """Scales of e4m3 from 2^120 on, next to small ones, for one token, two and more."""
+    """Scales of e4m3 from 2^120 on, next to small ones, for few tokens and many."""
     torch.manual_seed(0)
     n, k = 21, 1100
     codes = torch.randn(n, k).mul(0.3).clamp(-1, 1).to(torch.float8_e4m3fn)
@@ -164,7 +184,7 @@ def test_scales_up_to_the_largest_numbers(dtype):
     scales = exponents if dtype is torch.uint8 else 2.0 ** (exponents.float() - 127)
     w = codes.double() * (2.0 ** (exponents.double() - 127)).repeat_interleave(32, 1)[:, :k]
     assert torch.equal(ops_float.dequantize(codes, scales, None, n, k, 1, 32).double(), w)
-    for m in (1, 2, 5):
+    for m in (1, 2, 3, 5, 9):
         x = torch.randn(m, k) * 2.0**-20
         y = ops_float.float_linear(x, codes, scales, None, None, n, 1, 32)
         bound = (x.double().abs() @ w.abs().T) * 2**-24 * (k / 16 + 12)
@@ -187,7 +207,7 @@ def test_the_ends_of_the_exponents(element):
     assert w[:, 32:64].abs().max() > 0 and torch.equal(w[:, 32:64].double(), values[:, 32:64].double() * 2.0**-127)
     codes, scales, one, rows, group = fmt._operands(tensors, (n, k))
     assert torch.equal(ops_float.dequantize(codes, scales, one, n, k, rows, group), w)
-    for m in (1, 2, 5):
+    for m in (1, 2, 5, 9):
         x = torch.zeros(m, k)
         x[:, 40] = 2.0**126
         assert torch.equal(fmt.linear(x, tensors, None, (n, k)), (values[:, 40] / 2).expand(m, -1))
@@ -197,6 +217,6 @@ def test_the_ends_of_the_exponents(element):
     for found in (fmt.unpack(tensors, (n, k)), fmt.unpack(tensors, (n, k), torch.float64).float(),
                   ops_float.dequantize(codes, scales, one, n, k, rows, group)):
         assert torch.equal(found.isnan(), wrong)
-    for m in (1, 2, 5):
+    for m in (1, 2, 5, 9):
         y = fmt.linear(torch.ones(m, k), tensors, None, (n, k))
         assert torch.equal(y.isnan(), (torch.arange(n) == 3).expand(m, -1))

@@ -1,10 +1,11 @@
 // Weights of small floats (FP8, MXFP4, MXFP6, MXFP8, NVFP4) times activations as they are, compiled once per
 // instruction set.
 //
-// Weights lie as checkpoints have them, row by row. One or two tokens are multiplied with what is decoded while it is
-// in registers, lanes along k. For more, 16 rows are decoded to fp32, scales and all, and turned into a panel of lanes
-// along n that stays in L1, and strips of kPanelRows tokens walk over it. A row of x gives the same result in every
-// batch of more than two, up to the last bits of the sums in others.
+// Weights lie as checkpoints have them, row by row. Few tokens (kStreamed; e2m1, which decodes fastest, twice as many)
+// are multiplied with what is decoded while it is in registers, lanes along k. For more, 16 rows are decoded to fp32,
+// scales and all, and turned into a panel of lanes along n that stays in L1, and strips of kPanelRows tokens walk over
+// it. A row of x gives the same result in every batch of few tokens, and in every batch of more, up to the last bits of
+// the sums in the others.
 //
 // Decoding without a table: the seven low bits of e4m3 are those of a half-precision number that is 2^8 times smaller,
 // and e2m1 has eight magnitudes whose half-precision numbers differ in the high byte only: one byte shuffle. The six
@@ -15,7 +16,7 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/status.h"
-#include "cpu/float_linear.h"
+#include "cpu/float_blocks.h"
 #include "cpu/int_layout.h"
 #include "cpu/simd_int8.h"
 
@@ -25,13 +26,17 @@ namespace {
 constexpr int64_t kChunk = 512;
 constexpr int64_t kLine = kChunk + 8;  // between rows of a chunk: in step, all would lie in one bank of the cache
 constexpr int kRows = 16;  // of a strip
+constexpr int64_t kScales = kChunk / 16 + 16;  // of a row of a chunk, at most, and zeros
 constexpr int64_t kPanel = 256;  // of k: a panel takes half of a first-level cache
-constexpr int kStreamed = 4;  // rows that are decoded into registers together, for one token; for two, half of them
+constexpr int kStreamed = 4;  // tokens that are multiplied with what is decoded, times rows that are decoded together
 constexpr int64_t kWorkPerThread = 1 << 17;  // products below which another thread costs more
 
 constexpr float kE4m3Unit = 256;  // decode_e4m3 gives numbers so many times smaller
 constexpr uint32_t kUnitOverflows = (127 + 120) << 23;  // the bits of 2^120: times the unit, no float32 any more
 constexpr float kE2m3Unit = 16384;  // what halves of e2m3 lack
+// Tokens with numbers of 2^96 and more are multiplied at 2^-32 times their size where scales come after the sums.
+constexpr uint32_t kLarge = (127 + 96) << 23;
+constexpr float kShrink = 1.0f / (int64_t(1) << 32);
 
 #if defined(__AVX2__)
 TERSOR_INLINE f32 halves(__m128i low, __m128i high) {
@@ -111,10 +116,18 @@ inline float from_e8m0(uint8_t code) {
 struct Weights {
   const FloatLinearArgs& args;
   int64_t row_bytes, group, groups;  // a group's length is a multiple of 16
+  int64_t in_blocks = 0;  // of k, what `stream` decodes as float_blocks.h does, with x in that order
 
   explicit Weights(const FloatLinearArgs& a)
       : args(a), row_bytes(div_up(a.k * element_bits(a.element), 8)),
-        group(a.group < a.k ? a.group : div_up(a.k, 16) * 16), groups(div_up(a.k, group)) {}
+        group(a.group < a.k ? a.group : div_up(a.k, 16) * 16), groups(div_up(a.k, group)) {
+#if defined(__AVX2__)
+    const bool blocks = a.element == kE2m1 || (a.element == kE4m3 && group_of_blocks() == 32);
+    if (blocks && streams()) in_blocks = a.k / kBlockCodes * kBlockCodes;
+#endif
+  }
+
+  bool streams() const { return args.m <= (args.element == kE2m1 ? 2 * kStreamed : kStreamed); }
 
   // The scales of groups [first, first + count) of a row, then zeros up to the next multiple of 16.
   void factors(int64_t row, int64_t first, int64_t count, float* out) const {
@@ -139,9 +152,31 @@ struct Weights {
   // with what `decode` would give.
   template <int tokens, int rows>
   void stream(const float* x, int64_t row, int64_t begin, int64_t end, float* sums) const {
-    return args.element == kE2m1   ? stream_as<kE2m1, tokens, rows>(x, row, begin, end, sums)
-           : args.element == kE2m3 ? stream_as<kE2m3, tokens, rows>(x, row, begin, end, sums)
-                                   : stream_as<kE4m3, tokens, rows>(x, row, begin, end, sums);
+    const int64_t part = blocks_until(begin, end);
+#if defined(__AVX2__)
+    if (part > begin) {
+      const auto stream_part = args.element == kE4m3      ? &Weights::stream_blocks<kE4m3, 32, tokens, rows>
+                               : group_of_blocks() == 32 ? &Weights::stream_blocks<kE2m1, 32, tokens, rows>
+                                                         : &Weights::stream_blocks<kE2m1, 16, tokens, rows>;
+      (this->*stream_part)(x, row, begin, part, sums);
+    }
+#endif
+    if (part == end) return;
+    return args.element == kE2m1   ? stream_as<kE2m1, tokens, rows>(x + part - begin, row, part, end, sums)
+           : args.element == kE2m3 ? stream_as<kE2m3, tokens, rows>(x + part - begin, row, part, end, sums)
+                                   : stream_as<kE4m3, tokens, rows>(x + part - begin, row, part, end, sums);
+  }
+
+  // x of [begin, end) in the order of `stream`.
+  void arrange(float* x, int64_t begin, int64_t end) const {
+#if defined(__AVX2__)
+    if (end > in_blocks) end = in_blocks;
+    for (; begin < end; begin += kBlockCodes, x += kBlockCodes) {
+      args.element == kE2m1 ? interleave_e2m1(x) : interleave_e4m3(x);
+    }
+#else
+    (void)x, (void)begin, (void)end;
+#endif
   }
 
   // Values [begin, end) of a row as floats, multiples of 16; beyond k zeros.
@@ -158,13 +193,88 @@ struct Weights {
     return at / 8 * element_bits(element);
   }
 
+  // Codes that surely share a scale, from the beginning of a block on.
+  int group_of_blocks() const { return groups == 1 || group % 32 == 0 ? 32 : 16; }
+  int64_t blocks_until(int64_t begin, int64_t end) const {
+    return end < in_blocks ? end : begin < in_blocks ? in_blocks : begin;
+  }
+
+#if defined(__AVX2__)
+  // The scales of [begin, end), one for each `unit` codes.
+  template <int unit>
+  void spread(int64_t row, int64_t begin, int64_t end, float* out) const {
+    const int64_t first = begin / group, count = div_up(end, group) - first;
+    if (group == unit) return factors(row, first, count, out);
+    float scales[kScales];
+    factors(row, first, count, scales);
+    for (int64_t i = 0, at = begin; i < count; ++i) {
+      const int64_t last = (first + i + 1) * group < end ? (first + i + 1) * group : end;
+      for (; at < last; at += unit) *out++ = scales[i];
+    }
+  }
+
+  // As stream_as, [begin, end) in whole blocks.
+  template <FloatElement element, int unit, int tokens, int rows>
+  void stream_blocks(const float* x, int64_t row, int64_t begin, int64_t end, float* sums) const {
+    const uint8_t* codes = args.codes + row * row_bytes + byte_of<element>(begin);
+    float scales[rows][kScales];
+    __m256 acc[tokens][rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      spread<unit>(row + r, begin, end, scales[r]);
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; ++t) acc[t][r] = _mm256_setzero_ps();
+    }
+    const float* scale = scales[0];
+    for (const float* const x_end = x + (end - begin); x < x_end; x += kBlockCodes) {
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        // What is read next starts on other pages, which no hardware foresees.
+        __builtin_prefetch(codes + (rows + r) * row_bytes);
+        __m256 w[8], factor[2];
+        if constexpr (element == kE4m3) {
+          decode_block_e4m3(codes + r * row_bytes, w);
+          factor[0] = _mm256_broadcast_ss(scale + r * kScales);
+          factor[1] = _mm256_broadcast_ss(scale + r * kScales + 1);
+        } else {
+          decode_block_e2m1(codes + r * row_bytes, w);
+          scales_of_e2m1<unit>(scale + r * kScales, factor);
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            const float* const with = x + t * kLine + 32 * half;
+            __m256 sum = _mm256_mul_ps(w[4 * half], _mm256_loadu_ps(with));
+#pragma GCC unroll 3
+            for (int v = 1; v < 4; ++v) sum = _mm256_fmadd_ps(w[4 * half + v], _mm256_loadu_ps(with + 8 * v), sum);
+            // Before the factor, which may be too large to take the unit as well.
+            if (element == kE4m3) sum = _mm256_mul_ps(sum, _mm256_set1_ps(kE4m3Unit));
+            acc[t][r] = _mm256_fmadd_ps(sum, factor[half], acc[t][r]);
+          }
+        }
+      }
+      codes += byte_of<element>(kBlockCodes);
+      scale += kBlockCodes / unit;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; ++t) {
+        float* const to = sums + 16 * (t * kRows + r);
+        _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), acc[t][r]));
+      }
+    }
+  }
+#endif
+
   template <FloatElement element, int tokens, int rows>
   void stream_as(const float* x, int64_t row, int64_t begin, int64_t end, float* sums) const {
     const uint8_t* const codes = args.codes + row * row_bytes;
     const uint8_t* const ahead = codes + rows * row_bytes;
     const int64_t first = begin / group, count = div_up(end, group) - first;
     int64_t whole = end < args.k / 16 * 16 ? end : args.k / 16 * 16;
-    float scales[rows][kChunk / 16 + 16];
+    float scales[rows][kScales];
     i32 largest = splat_i32(0);
     f32 acc[tokens][rows];
 #pragma GCC unroll 4
@@ -173,11 +283,11 @@ struct Weights {
       for (int64_t i = 0; i < count && element == kE4m3; i += 16) {
         largest = max_i32(largest, magnitude(load(scales[r] + i)));
       }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int t = 0; t < tokens; ++t) acc[t][r] = load(sums + 16 * (t * kRows + r));
     }
     const auto multiply = [&](int r, int64_t at, f32 value) __attribute__((always_inline)) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int t = 0; t < tokens; ++t) acc[t][r] = fma(load(x + t * kLine + (at - begin)), value, acc[t][r]);
     };
     if (element == kE4m3 && reduce_max(largest) >= kUnitOverflows) whole = begin;  // rare: as what has no whole 16
@@ -210,7 +320,7 @@ struct Weights {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int t = 0; t < tokens; ++t) store(sums + 16 * (t * kRows + r), acc[t][r]);
     }
   }
@@ -218,7 +328,7 @@ struct Weights {
   template <FloatElement element>
   void decode_as(int64_t row, int64_t begin, int64_t end, float* out) const {
     const uint8_t* codes = args.codes + row * row_bytes;
-    float scales[kChunk / 16 + 16];
+    float scales[kScales];
     const int64_t first = begin / group;
     factors(row, first, div_up(end, group) - first, scales);
     const int64_t whole = end < args.k / 16 * 16 ? end : args.k / 16 * 16;
@@ -314,12 +424,13 @@ PanelProducts panel_products_for(int64_t count) {
 // All rows of a strip, kStreamed / tokens at a time, over the whole of k.
 template <int tokens, int rows = kStreamed / tokens>
 void stream_rows(const Weights& weights, const float* x, int64_t row, int count, int64_t padded, float* sums) {
+  const int64_t chunk = weights.args.m * kLine;
   for (int r = 0, height; r < count; r += height) {
     height = r + rows <= count ? rows : 1;
     const auto stream = height == rows ? &Weights::stream<tokens, rows> : &Weights::stream<tokens, 1>;
     for (int64_t begin = 0; begin < padded; begin += kChunk) {
       const int64_t end = begin + kChunk < padded ? begin + kChunk : padded;
-      (weights.*stream)(x + begin / kChunk * tokens * kLine, row + r, begin, end, sums + 16 * r);
+      (weights.*stream)(x + begin / kChunk * chunk, row + r, begin, end, sums + 16 * r);
     }
   }
 }
@@ -334,13 +445,18 @@ int float_linear(const FloatLinearArgs& args) {
   if (strips < threads) threads = strips;
   Scratch scratch;
   scratch.reserve<float>(chunks * args.m * kLine);
-  const int64_t token_strips = div_up(args.m, kPanelRows);
+  scratch.reserve<uint32_t>(chunks * args.m);
+  scratch.reserve<float>(args.m);
+  const bool streams = weights.streams();
+  const int64_t token_strips = div_up(args.m, kPanelRows), parts = streams ? div_up(args.m, kStreamed) : 0;
   const size_t buffer = kRows * kLine + 16 * kPanel + 16 * kRows * args.m;
   scratch.reserve<float>(threads * buffer);
   if (!scratch.allocate()) return fail(TERSOR_NO_MEMORY, "no memory for %lld tokens as floats", (long long)args.m);
   // As floats, all tokens' parts of a chunk next to each other: what is read again and again fills few places of the
   // second-level cache otherwise.
   float* const x = scratch.take<float>(chunks * args.m * kLine);
+  uint32_t* const peaks = scratch.take<uint32_t>(chunks * args.m);
+  float* const units = scratch.take<float>(args.m);  // of the sums
   float* const buffers = scratch.take<float>(threads * buffer);
   const int readers = args.m * args.k < 65536 ? 1 : static_cast<int>(threads);
   parallel_for(readers, [&](int index) {
@@ -349,15 +465,36 @@ int float_linear(const FloatLinearArgs& args) {
       const char* from = static_cast<const char*>(args.x) + item % args.m * args.ldx * dtype_size(args.x_dtype);
       const int64_t begin = item / args.m * kChunk, end = begin + kChunk < padded ? begin + kChunk : padded;
       float* to = x + item * kLine;
+      i32 largest = splat_i32(0);
       for (int64_t i = begin; i < end; i += 16, to += 16) {
         if (i + 16 <= args.k) {
           store(to, load_as(from + i * dtype_size(args.x_dtype), args.x_dtype));
         } else {
           for (int l = 0; l < 16; ++l) to[l] = i + l < args.k ? load_as_float(from, args.x_dtype, i + l) : 0;
         }
+        largest = max_i32(largest, magnitude(load(to)));
       }
+      peaks[item] = reduce_max(largest);
     }
   });
+  for (int64_t token = 0; token < args.m; ++token) {
+    uint32_t peak = 0;
+    for (int64_t item = token; item < args.m * chunks; item += args.m) peak = peaks[item] > peak ? peaks[item] : peak;
+    units[token] = weights.in_blocks > 0 && peak >= kLarge ? 1 / kShrink : 1;
+  }
+  if (weights.in_blocks) {
+    parallel_for(readers, [&](int index) {
+      const Range range = split(args.m * chunks, readers, index);
+      for (int64_t item = range.begin; item < range.end; ++item) {
+        float* const to = x + item * kLine;
+        const int64_t begin = item / args.m * kChunk, end = begin + kChunk < padded ? begin + kChunk : padded;
+        if (units[item % args.m] != 1) {
+          for (int64_t i = 0; i < end - begin; ++i) to[i] *= kShrink;
+        }
+        weights.arrange(to, begin, end);
+      }
+    });
+  }
   parallel_for(static_cast<int>(threads), [&](int index) {
     float* const decoded = buffers + index * buffer;
     float* const panel = decoded + kRows * kLine;
@@ -367,10 +504,16 @@ int float_linear(const FloatLinearArgs& args) {
     for (int64_t strip = range.begin; strip < range.end; ++strip) {
       const int64_t row = strip * kRows;
       const int rows = args.n - row < kRows ? static_cast<int>(args.n - row) : kRows;
-      std::memset(sums, 0, sizeof(float) * 16 * (args.m > 2 ? args.m : kRows * args.m));
-      if (args.m == 1) stream_rows<1>(weights, x, row, rows, padded, sums);
-      if (args.m == 2) stream_rows<2>(weights, x, row, rows, padded, sums);
-      for (int64_t begin = 0; begin < padded && args.m > 2; begin += kPanel) {
+      std::memset(sums, 0, sizeof(float) * 16 * (streams ? kRows * args.m : args.m));
+      for (int64_t part = 0; part < parts; ++part) {
+        static constexpr decltype(&stream_rows<1>) stream[] = {stream_rows<1>, stream_rows<2>, stream_rows<3>,
+                                                               stream_rows<4>};
+        static_assert(kStreamed == 4);
+        const Range some = split(args.m, parts, part);
+        stream[some.end - some.begin - 1](weights, x + some.begin * kLine, row, rows, padded,
+                                          sums + 16 * kRows * some.begin);
+      }
+      for (int64_t begin = 0; begin < padded && !streams; begin += kPanel) {
         const int64_t count = begin + kPanel < padded ? kPanel : padded - begin, chunk = begin / kChunk;
         for (int r = 0; r < rows; ++r) weights.decode(row + r, begin, begin + count, decoded + r * kLine);
         transpose(decoded, count, panel);
@@ -383,8 +526,8 @@ int float_linear(const FloatLinearArgs& args) {
       for (int64_t token = 0; token < args.m; ++token) {
         for (int r = 0; r < rows; ++r) {
           const float bias = args.bias ? load_as_float(args.bias, args.x_dtype, row + r) : 0;
-          const float sum = args.m > 2 ? sums[16 * token + r] : reduce_add(load(sums + 16 * (token * kRows + r)));
-          store_from_float(args.y, args.x_dtype, token * args.ldy + row + r, sum + bias);
+          const float sum = streams ? reduce_add(load(sums + 16 * (token * kRows + r))) : sums[16 * token + r];
+          store_from_float(args.y, args.x_dtype, token * args.ldy + row + r, sum * units[token] + bias);
         }
       }
     }
