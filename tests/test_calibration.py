@@ -19,9 +19,9 @@ def llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**SMALL, **changes)).eval()
 
 
-def gemma():
+def gemma(**changes):
     torch.manual_seed(0)
-    return Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, sliding_window=8, layer_types=[
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SMALL | changes, sliding_window=8, layer_types=[
         "sliding_attention", "full_attention", "sliding_attention"])).eval()
 
 

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from test_calibration import gemma
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BartConfig, BartModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import tersor
 from tersor.api import token_batches
@@ -81,6 +83,37 @@ def test_embeddings_can_be_named():
     tersor.compress(model, {"embed_tokens": "rtn:W8A16[group=32]", "*": "rtn:W4A16[group=32]"})
     assert isinstance(model.model.embed_tokens, tersor.Embedding)
     assert torch.isfinite(model(TOKENS).logits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_scaled_word_embeddings_keep_their_scale(tmp_path, dtype):
+    """Gemma's lookups are multiplied with a number of the model's dtype, BART's with a Python float."""
+    model, ids = gemma(hidden_size=72, head_dim=16).to(dtype), torch.randint(0, 128, (2, 5))
+    plain = copy.deepcopy(model)
+    tersor.compress(model, {"embed_tokens": "rtn:W8A16[group=32]", "*": "keep"})
+    layer, source = model.model.embed_tokens, plain.model.embed_tokens
+    assert isinstance(layer, tersor.Embedding)
+    source.weight = nn.Parameter(layer.dequantize())
+    assert torch.equal(layer(ids), source(ids)) and layer(ids).norm() > 8 * layer.dequantize()[ids].norm()
+    tersor.save(model, tmp_path / "q")
+    again = tersor.load(tmp_path / "q")
+    assert torch.equal(again.model.embed_tokens(ids), layer(ids))
+    if dtype == torch.float32:  # `to` rounds the frequencies of rotations as well
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+    source = BartScaledWordEmbedding(128, 64, 0, 72 ** 0.5).to(dtype)
+    layer = tersor.Embedding.from_embedding(source, "rtn:W8A16[group=32]")
+    source.weight = nn.Parameter(layer.dequantize())
+    assert torch.equal(layer(ids), source(ids)) and "scale=8.48528" in repr(layer)
+
+
+def test_embeddings_with_lookups_of_their_own_are_refused():
+    model = BartModel(BartConfig(vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+                                 decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2))
+    with pytest.raises(ValueError, match="layer 'encoder.embed_positions': embedding: found "
+                                         "BartLearnedPositionalEmbedding, whose lookups are its own"):
+        tersor.compress(model, {"embed_positions": "rtn:W8A16[group=32]", "*": "keep"})
+    assert type(model.encoder.embed_positions).__name__ == "BartLearnedPositionalEmbedding"
 
 
 def test_conv1d():

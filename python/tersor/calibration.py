@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .blocks import Chain, capture, evaluating, finish_forward, find_chain
 from .experts import expert_inputs, is_experts, matrices
 from .formats.base import Params
-from .layer import Embedding
+from .layer import Embedding, lookup_scale
 from .methods.base import Method, Statistics, choose, transforms
 from .methods.single import check_finite
 from .methods.statistics import Collector
@@ -507,9 +507,14 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
         module = model.get_submodule(name)
         if isinstance(module, Embedding) or not (is_experts(module) or "weight" in module._parameters):
             raise ValueError(f"layer {name!r}: found {type(module).__name__}, accepted are uncompressed layers")
-        if isinstance(module, nn.Embedding) and any(method.needs for method in entry.methods):
-            raise ValueError(f"layer {name!r}: found {entry.method_text}, accepted for embeddings are methods that "
-                             "look at no data, such as rtn")
+        if isinstance(module, nn.Embedding):
+            if any(method.needs for method in entry.methods):
+                raise ValueError(f"layer {name!r}: found {entry.method_text}, accepted for embeddings are methods that "
+                                 "look at no data, such as rtn")
+            try:
+                lookup_scale(module)
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from None
         stacks = matrices(module) if is_experts(module) else {"": module.weight if isinstance(module, nn.Embedding)
                                                               else matrix(module)}
         for part, w in stacks.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -397,11 +398,14 @@ def _no_siblings() -> None:
 
 
 class Embedding(_Compressed, nn.Embedding):
-    """Token embedding whose rows are stored in an integer format; only the rows looked up are dequantized."""
+    """Token embedding whose rows are stored in an integer format; only the rows looked up are dequantized.
+
+    With ``scale`` rows are multiplied by it, as Gemma's and BART's word embeddings do (`lookup_scale`)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, format: Format | str, padding_idx: int | None = None,
-                 dtype: torch.dtype = torch.bfloat16, device=None):
+                 dtype: torch.dtype = torch.bfloat16, device=None, scale: LookupScale | None = None):
         nn.Module.__init__(self)
+        self.scale = scale
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         if isinstance(format, str):
@@ -423,7 +427,7 @@ class Embedding(_Compressed, nn.Embedding):
         if choice.pre:
             raise ValueError(f"embedding: found {resolved.text}, accepted are methods without online steps")
         layer = cls(embedding.num_embeddings, embedding.embedding_dim, resolved.format, embedding.padding_idx,
-                    _dtype(embedding), _device(embedding))
+                    _dtype(embedding), _device(embedding), lookup_scale(embedding))
         layer.load_tensors(resolved.format.pack(choice.w_hat, choice.params))
         layer.method = resolved.method_text
         return layer
@@ -440,7 +444,8 @@ class Embedding(_Compressed, nn.Embedding):
             TILE_ROWS * flat.numel(), self.embedding_dim, format.num_bits, format.group_size, self.weight_dtype,
         )
         index = torch.arange(flat.numel(), device=flat.device) * TILE_ROWS + flat % TILE_ROWS
-        return w.index_select(0, index).reshape(*ids.shape, self.embedding_dim)
+        rows = w.index_select(0, index).reshape(*ids.shape, self.embedding_dim)
+        return rows if self.scale is None else rows * self.scale.of(rows.dtype)
 
     @property
     def kernel(self) -> str:
@@ -448,7 +453,36 @@ class Embedding(_Compressed, nn.Embedding):
         return ops.int_dequantize.kernel(_device(self))
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"
+        scale = "" if self.scale is None else f", scale={self.scale.value:g}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}{scale}"
+
+
+class LookupScale(NamedTuple):
+    """What a word embedding multiplies its rows by; ``rounded``: as a number of the rows' dtype (Gemma)."""
+
+    value: float
+    rounded: bool
+
+    def of(self, dtype: torch.dtype) -> float | Tensor:
+        return torch.tensor(self.value, dtype=dtype) if self.rounded else self.value
+
+
+def lookup_scale(module: nn.Embedding) -> LookupScale | None:
+    """What the lookups of ``module`` multiply rows by; None for a plain ``nn.Embedding``.
+
+    ValueError for classes whose lookups do something else, such as embeddings of positions: a compressed layer would
+    not do it."""
+    if type(module).forward is nn.Embedding.forward:
+        return None
+    held = module._buffers.get("embed_scale")
+    value = getattr(module, "embed_scale" if held is None else "scalar_embed_scale", None)
+    if held is not None and value is None and not held.is_meta:
+        value = held.item()
+    if type(module).__name__.endswith("ScaledWordEmbedding") and isinstance(value, (int, float)) \
+            and set(module._parameters) == {"weight"}:
+        return LookupScale(float(value), held is not None)
+    raise ValueError(f"embedding: found {type(module).__name__}, whose lookups are its own; accepted are nn.Embedding "
+                     "and word embeddings with a scale; leave it out with 'keep'")
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .formats.base import Format
-from .layer import Embedding, Linear, Siblings
+from .layer import Embedding, Linear, Siblings, lookup_scale
 from .transforms.steps import Step
 
 # Projections of one input that servers fuse into one matrix. They share a format, and one kernel call.
@@ -107,7 +107,7 @@ def _layer(name: str, module: nn.Module, spec: LayerSpec, device) -> nn.Module:
     if isinstance(module, nn.Embedding):
         target = module.weight.device if device is None else device
         return Embedding(module.num_embeddings, module.embedding_dim, spec.format, module.padding_idx,
-                         module.weight.dtype, target)
+                         module.weight.dtype, target, lookup_scale(module))
     if is_experts(module):
         return Experts.holding(module, spec.format, device)
     raise ValueError(f"layer {name!r}: found {type(module).__name__}, accepted are Linear, Conv1D, Embedding and "

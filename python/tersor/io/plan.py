@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..experts import Experts, is_experts, matrices
 from ..formats.base import TensorSpec
-from ..layer import Embedding, Linear
+from ..layer import Embedding, Linear, lookup_scale
 from ..patch import is_conv1d, replace
 from .awq import AWQ
 from .compressed_tensors import CompressedTensors
@@ -65,8 +65,9 @@ class Slot:
         if site.kind == "experts":
             layer = Experts.holding(site.module, format, "meta", dtype)
         elif site.kind == "embedding":
-            layer = Embedding(*site.shape, format, site.module.padding_idx if site.module is not None else None,
-                              dtype, "meta")
+            source = site.module
+            layer = Embedding(*site.shape, format, source.padding_idx if source is not None else None, dtype, "meta",
+                              lookup_scale(source) if source is not None else None)
         else:
             layer = Linear(site.shape[1], site.shape[0], format, False, dtype, "meta",
                            [step.to(device) for step in decoded.pre], [step.to(device) for step in decoded.post])
