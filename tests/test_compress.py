@@ -11,6 +11,7 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import tersor
 from tersor.api import token_batches
+from tersor.layer import lookup_scale
 
 
 def llama(tie=False, dtype=torch.bfloat16):
@@ -105,6 +106,8 @@ def test_scaled_word_embeddings_keep_their_scale(tmp_path, dtype):
     layer = tersor.Embedding.from_embedding(source, "rtn:W8A16[group=32]")
     source.weight = nn.Parameter(layer.dequantize())
     assert torch.equal(layer(ids), source(ids)) and "scale=8.48528" in repr(layer)
+    assert layer.embed_scale == 72 ** 0.5 and lookup_scale(layer) == layer.scale
+    assert not hasattr(tersor.Embedding(4, 32, "W8A16[group=32]"), "embed_scale")
 
 
 def test_embeddings_with_lookups_of_their_own_are_refused():
@@ -114,6 +117,10 @@ def test_embeddings_with_lookups_of_their_own_are_refused():
                                          "BartLearnedPositionalEmbedding, whose lookups are its own"):
         tersor.compress(model, {"embed_positions": "rtn:W8A16[group=32]", "*": "keep"})
     assert type(model.encoder.embed_positions).__name__ == "BartLearnedPositionalEmbedding"
+    model = llama()
+    model.model.embed_tokens.max_norm = 1.0
+    with pytest.raises(ValueError, match="layer 'model.embed_tokens': embedding: found max_norm.*'keep'"):
+        tersor.compress(model, {"embed_tokens": "rtn:W8A16[group=32]", "*": "keep"})
 
 
 def test_conv1d():

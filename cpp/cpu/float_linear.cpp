@@ -34,9 +34,10 @@ constexpr int64_t kWorkPerThread = 1 << 17;  // products below which another thr
 constexpr float kE4m3Unit = 256;  // decode_e4m3 gives numbers so many times smaller
 constexpr uint32_t kUnitOverflows = (127 + 120) << 23;  // the bits of 2^120: times the unit, no float32 any more
 constexpr float kE2m3Unit = 16384;  // what halves of e2m3 lack
-// Tokens with numbers of 2^96 and more are multiplied at 2^-32 times their size where scales come after the sums.
-constexpr uint32_t kLarge = (127 + 96) << 23;
-constexpr float kShrink = 1.0f / (int64_t(1) << 32);
+// Where scales come after the sums, tokens with numbers of 2^96 and more are multiplied at 2^-32 times their size, and
+// tokens of numbers below 2^-64 at 2^32 times.
+constexpr uint32_t kLarge = (127 + 96) << 23, kSmall = (127 - 64) << 23;
+constexpr float kStep = int64_t(1) << 32;
 
 #if defined(__AVX2__)
 TERSOR_INLINE f32 halves(__m128i low, __m128i high) {
@@ -480,7 +481,7 @@ int float_linear(const FloatLinearArgs& args) {
   for (int64_t token = 0; token < args.m; ++token) {
     uint32_t peak = 0;
     for (int64_t item = token; item < args.m * chunks; item += args.m) peak = peaks[item] > peak ? peaks[item] : peak;
-    units[token] = weights.in_blocks > 0 && peak >= kLarge ? 1 / kShrink : 1;
+    units[token] = weights.in_blocks == 0 ? 1 : peak >= kLarge ? kStep : peak < kSmall ? 1 / kStep : 1;
   }
   if (weights.in_blocks) {
     parallel_for(readers, [&](int index) {
@@ -489,7 +490,7 @@ int float_linear(const FloatLinearArgs& args) {
         float* const to = x + item * kLine;
         const int64_t begin = item / args.m * kChunk, end = begin + kChunk < padded ? begin + kChunk : padded;
         if (units[item % args.m] != 1) {
-          for (int64_t i = 0; i < end - begin; ++i) to[i] *= kShrink;
+          for (int64_t i = 0; i < end - begin; ++i) to[i] /= units[item % args.m];
         }
         weights.arrange(to, begin, end);
       }

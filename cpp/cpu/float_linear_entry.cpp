@@ -67,9 +67,11 @@ extern "C" int tersor_float_linear(const FloatLinearArgs* arguments) {
   if (a.m == 0 || a.n == 0) return TERSOR_OK;
   if (!a.x || !a.codes || !a.scales || !a.y) return fail(TERSOR_INVALID, "x, codes, scales or y is absent");
   const Linear linear = functions().linear;
-  for (int64_t row = 0; row < a.m; row += kTokensAtOnce) {
+  const int64_t parts = (a.m + kTokensAtOnce - 1) / kTokensAtOnce;  // alike: a few tokens are summed in another order
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t row = a.m * i / parts;
     FloatLinearArgs part = a;
-    part.m = a.m - row < kTokensAtOnce ? a.m - row : kTokensAtOnce;
+    part.m = a.m * (i + 1) / parts - row;
     part.x = static_cast<const char*>(a.x) + row * a.ldx * dtype_size(a.x_dtype);
     part.y = static_cast<char*>(a.y) + row * a.ldy * dtype_size(a.x_dtype);
     if (int status = linear(part)) return status;

@@ -514,7 +514,7 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
             try:
                 lookup_scale(module)
             except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from None
+                raise ValueError(f"layer {name!r}: {error}; a mapping leaves it out with 'keep'") from None
         stacks = matrices(module) if is_experts(module) else {"": module.weight if isinstance(module, nn.Embedding)
                                                               else matrix(module)}
         for part, w in stacks.items():

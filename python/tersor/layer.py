@@ -402,10 +402,13 @@ class Embedding(_Compressed, nn.Embedding):
 
     With ``scale`` rows are multiplied by it, as Gemma's and BART's word embeddings do (`lookup_scale`)."""
 
+    scale: LookupScale | None = None
+
     def __init__(self, num_embeddings: int, embedding_dim: int, format: Format | str, padding_idx: int | None = None,
                  dtype: torch.dtype = torch.bfloat16, device=None, scale: LookupScale | None = None):
         nn.Module.__init__(self)
-        self.scale = scale
+        if scale is not None:
+            self.scale = scale
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         if isinstance(format, str):
@@ -420,8 +423,6 @@ class Embedding(_Compressed, nn.Embedding):
         """Compress an ``nn.Embedding`` with a data-free method. ValueError for weights that are not finite."""
         from .methods import compress_weight
 
-        if embedding.max_norm is not None:
-            raise ValueError("embedding: found max_norm, accepted are embeddings that lookups do not rescale")
         resolved = spec if isinstance(spec, Resolved) else resolve(spec)
         choice = compress_weight(embedding.weight.detach(), resolved, None)
         if choice.pre:
@@ -448,6 +449,13 @@ class Embedding(_Compressed, nn.Embedding):
         return rows if self.scale is None else rows * self.scale.of(rows.dtype)
 
     @property
+    def embed_scale(self) -> float | Tensor:
+        """As the classes that have one call it."""
+        if self.scale is None:
+            raise AttributeError("embed_scale")
+        return self.scale.of(torch.float32)
+
+    @property
     def kernel(self) -> str:
         """The kernel that runs here, or ``reference: why``."""
         return ops.int_dequantize.kernel(_device(self))
@@ -470,19 +478,22 @@ class LookupScale(NamedTuple):
 def lookup_scale(module: nn.Embedding) -> LookupScale | None:
     """What the lookups of ``module`` multiply rows by; None for a plain ``nn.Embedding``.
 
-    ValueError for classes whose lookups do something else, such as embeddings of positions: a compressed layer would
-    not do it."""
+    ValueError where lookups do something else, which a compressed layer would not do: embeddings of positions,
+    embeddings with max_norm."""
+    if isinstance(module, Embedding):
+        return module.scale
+    if module.max_norm is not None:
+        raise ValueError("embedding: found max_norm, accepted are embeddings that lookups do not rescale")
     if type(module).forward is nn.Embedding.forward:
         return None
     held = module._buffers.get("embed_scale")
-    value = getattr(module, "embed_scale" if held is None else "scalar_embed_scale", None)
-    if held is not None and value is None and not held.is_meta:
-        value = held.item()
+    value = getattr(module, "embed_scale", None) if held is None else \
+        getattr(module, "scalar_embed_scale", None) if held.is_meta else held.item()
     if type(module).__name__.endswith("ScaledWordEmbedding") and isinstance(value, (int, float)) \
-            and set(module._parameters) == {"weight"}:
+            and all(name.startswith("weight") for name in module._parameters):
         return LookupScale(float(value), held is not None)
     raise ValueError(f"embedding: found {type(module).__name__}, whose lookups are its own; accepted are nn.Embedding "
-                     "and word embeddings with a scale; leave it out with 'keep'")
+                     "and word embeddings with a scale")
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

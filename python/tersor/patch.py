@@ -106,8 +106,12 @@ def _layer(name: str, module: nn.Module, spec: LayerSpec, device) -> nn.Module:
         raise ValueError(f"layer {name!r}: online steps are for linear layers, found {type(module).__name__}")
     if isinstance(module, nn.Embedding):
         target = module.weight.device if device is None else device
+        try:
+            scale = lookup_scale(module)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
         return Embedding(module.num_embeddings, module.embedding_dim, spec.format, module.padding_idx,
-                         module.weight.dtype, target, lookup_scale(module))
+                         module.weight.dtype, target, scale)
     if is_experts(module):
         return Experts.holding(module, spec.format, device)
     raise ValueError(f"layer {name!r}: found {type(module).__name__}, accepted are Linear, Conv1D, Embedding and "

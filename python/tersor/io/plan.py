@@ -177,6 +177,11 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest, name
         except CheckpointError as error:
             raise type(error)(f"{checkpoint.directory}: {error}") from None
         check_specs(where, expected, found)
+        if site.kind == "embedding":
+            try:
+                lookup_scale(site.module)
+            except ValueError as error:
+                raise Unsupported(f"{where}: {error}") from None
         bias = _bias(where, site, found)
         own = site.module._parameters if site.kind == "experts" else ("bias",)
         extra = [local for local in found if local not in expected and local not in own]
