@@ -11,6 +11,9 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import tersor
 from tersor.api import token_batches
+from tersor.io.errors import Unsupported
+from tersor.io.layout import Site
+from tersor.io.plan import Slot
 from tersor.layer import lookup_scale
 
 
@@ -117,6 +120,9 @@ def test_embeddings_with_lookups_of_their_own_are_refused():
                                          "BartLearnedPositionalEmbedding, whose lookups are its own"):
         tersor.compress(model, {"embed_positions": "rtn:W8A16[group=32]", "*": "keep"})
     assert type(model.encoder.embed_positions).__name__ == "BartLearnedPositionalEmbedding"
+    site = Site("positions", "embedding", (66, 64), torch.float32, False, module=model.encoder.embed_positions)
+    with pytest.raises(Unsupported, match="a file: module 'positions': embedding: found BartLearnedPositional"):
+        Slot(site, None, {}, None, "a file: module 'positions'")  # before a loader reads a tensor
     model = llama()
     model.model.embed_tokens.max_norm = 1.0
     with pytest.raises(ValueError, match="layer 'model.embed_tokens': embedding: found max_norm.*'keep'"):

@@ -418,7 +418,7 @@ def _weight_of(module: nn.Module) -> Tensor | None:
 
 def _compress(model, name, entry: Resolved, w: Tensor | None, stats, report: Report, note: str = "",
               steps: tuple[Step, ...] = (), params: Params | None = None,
-               stored: Mapping = MappingProxyType({})) -> None:
+              stored: Mapping = MappingProxyType({})) -> None:
     """Choose, store and report one layer, which will run ``steps`` on its input. ``params`` are fitted already;
     ``stored`` goes to the parameters of whoever fits them."""
     started = time.perf_counter()

@@ -420,15 +420,16 @@ class Embedding(_Compressed, nn.Embedding):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, spec: str | Resolved) -> "Embedding":
-        """Compress an ``nn.Embedding`` with a data-free method. ValueError for weights that are not finite."""
+        """Compress an ``nn.Embedding`` with a data-free method. ValueError for weights that are not finite, and for
+        lookups that this class does not do (`lookup_scale`)."""
         from .methods import compress_weight
 
-        resolved = spec if isinstance(spec, Resolved) else resolve(spec)
+        resolved, scale = spec if isinstance(spec, Resolved) else resolve(spec), lookup_scale(embedding)
         choice = compress_weight(embedding.weight.detach(), resolved, None)
         if choice.pre:
             raise ValueError(f"embedding: found {resolved.text}, accepted are methods without online steps")
         layer = cls(embedding.num_embeddings, embedding.embedding_dim, resolved.format, embedding.padding_idx,
-                    _dtype(embedding), _device(embedding), lookup_scale(embedding))
+                    _dtype(embedding), _device(embedding), scale)
         layer.load_tensors(resolved.format.pack(choice.w_hat, choice.params))
         layer.method = resolved.method_text
         return layer

@@ -17,7 +17,7 @@ from ..io.gptq import GPTQLayout
 from ..io.layout import IntLayout, Site, check_specs, runnable_group
 from ..io.plan import Slot
 from ..io.write import packed_elsewhere
-from ..layer import Embedding, Linear, lookup_scale
+from ..layer import Embedding, Linear
 from ..norm import fuse_norms
 from ..patch import link_siblings, replace
 from ..report import Report, Row
@@ -83,11 +83,7 @@ def _layer(name: str, module: nn.Module, dtype: torch.dtype | None) -> nn.Module
     held = _held(module)
     bias = held.pop("bias", None)
     if isinstance(module, nn.Embedding):
-        try:
-            if lookup_scale(module) is not None:
-                held.pop("embed_scale", None)
-        except ValueError as error:
-            raise Unsupported(str(error)) from None
+        held.pop("embed_scale", None)  # a number of the class's own
     layout, shape = _compressed_tensors(name, module, held) if "weight_packed" in held else _gptq_or_awq(module, held)
     device = next(iter(held.values())).device
     scale = held.get("weight_scale", held.get("scales"))

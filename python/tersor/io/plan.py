@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..experts import Experts, is_experts, matrices
 from ..formats.base import TensorSpec
-from ..layer import Embedding, Linear, lookup_scale
+from ..layer import Embedding, Linear, LookupScale, lookup_scale
 from ..patch import is_conv1d, replace
 from .awq import AWQ
 from .compressed_tensors import CompressedTensors
@@ -48,6 +48,18 @@ class Slot:
     bias: TensorSpec | None
     where: str = ""
 
+    def __post_init__(self):
+        """Unsupported for embeddings with lookups of their own."""
+        self._lookup_scale()
+
+    def _lookup_scale(self) -> LookupScale | None:
+        if self.site.kind != "embedding" or self.site.module is None:
+            return None
+        try:
+            return lookup_scale(self.site.module)
+        except ValueError as error:
+            raise Unsupported(f"{self.where}: {error}") from None
+
     def decode(self, tensors: Mapping[str, Tensor]) -> Decoded:
         """What the layer holds. CheckpointError names the module."""
         try:
@@ -65,9 +77,8 @@ class Slot:
         if site.kind == "experts":
             layer = Experts.holding(site.module, format, "meta", dtype)
         elif site.kind == "embedding":
-            source = site.module
-            layer = Embedding(*site.shape, format, source.padding_idx if source is not None else None, dtype, "meta",
-                              lookup_scale(source) if source is not None else None)
+            layer = Embedding(*site.shape, format, site.module.padding_idx if site.module is not None else None,
+                              dtype, "meta", self._lookup_scale())
         else:
             layer = Linear(site.shape[1], site.shape[0], format, False, dtype, "meta",
                            [step.to(device) for step in decoded.pre], [step.to(device) for step in decoded.post])
@@ -177,11 +188,6 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest, name
         except CheckpointError as error:
             raise type(error)(f"{checkpoint.directory}: {error}") from None
         check_specs(where, expected, found)
-        if site.kind == "embedding":
-            try:
-                lookup_scale(site.module)
-            except ValueError as error:
-                raise Unsupported(f"{where}: {error}") from None
         bias = _bias(where, site, found)
         own = site.module._parameters if site.kind == "experts" else ("bias",)
         extra = [local for local in found if local not in expected and local not in own]
